@@ -1,0 +1,60 @@
+# make demo   trains a private diffusion model on handwritten digits and opens the way to its report
+# make test   formatting, lint, types and every test
+# Both create .venv by themselves and need only python3 (3.11 or newer, with venv); a C++ compiler is used when there.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp)
+
+# One number of threads for everything: two processes with two threads each on two cores fight over them.
+JOBS ?= 2
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: demo test lint format typecheck pytest clean
+
+demo: $(VENV)/.demo
+	$(BIN)/dpfast demo
+
+test: lint typecheck pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+typecheck: $(VENV)/.test
+	$(BIN)/python tools/typecheck.py
+
+pytest: $(VENV)/.test
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+# An environment is made again when anything that it was made from changes.
+$(VENV)/.torch: constraints.txt tools/install_torch.sh
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "dpfast needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "Python's venv is missing. Install it (Debian, Ubuntu: apt install python3-venv) and try again."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	tools/install_torch.sh $(BIN)/python
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(PIP) $(BUILD_TOOLS)
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .typecheck build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,57 @@
+"""dpfast: differentially private fine-tuning of diffusion models at the price of ordinary training.
+
+    GhostClipper    per-example clipping for any model in any loop
+    Plan            everything that moves epsilon
+    DPOptimizer     the one place where a private sum becomes an update
+    DPTrainer       a model, a data set and a plan in; a privately trained model out
+    Performance     how it is computed; cannot move epsilon
+
+Names are imported at first use: ``import dpfast`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dpfast._installed import require_installed
+
+if TYPE_CHECKING:
+    from dpfast.clipping import ClipResult, GhostClipper
+    from dpfast.diffusion.trainer import DPTrainer
+    from dpfast.errors import DPFastError
+    from dpfast.optimizer import DPOptimizer
+    from dpfast.performance import Performance
+    from dpfast.privacy import Ledger, Plan
+
+__all__ = [
+    "ClipResult",
+    "DPFastError",
+    "DPOptimizer",
+    "DPTrainer",
+    "GhostClipper",
+    "Ledger",
+    "Performance",
+    "Plan",
+]
+
+_HOME = {
+    "ClipResult": "dpfast.clipping",
+    "DPFastError": "dpfast.errors",
+    "DPOptimizer": "dpfast.optimizer",
+    "DPTrainer": "dpfast.diffusion.trainer",
+    "GhostClipper": "dpfast.clipping",
+    "Ledger": "dpfast.privacy",
+    "Performance": "dpfast.performance",
+    "Plan": "dpfast.privacy",
+}
+
+require_installed()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dpfast' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,118 @@
+"""Checkpoints that are whole or absent, and never run code when they are read.
+
+A file is: one line with a magic word and the SHA-256 of the rest, one line of JSON (kind, fingerprint), then
+``torch.save`` of the state. The checksum is compared before torch sees a byte.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpfast.errors import CheckpointError
+
+_MAGIC = b"dpfast-checkpoint-1 "
+_PLAIN = (torch.Tensor, str, bool, int, float, type(None), torch.Size, torch.dtype, torch.device)
+
+
+def save(path: str | os.PathLike[str], state: dict[str, Any], *, kind: str, fingerprint: str) -> None:
+    """Write ``state`` to ``path``; a crash at any moment leaves the previous file or the new one, whole.
+
+    state: tensors and plain values (numbers, strings, None) in dicts, lists and tuples.
+    kind: what this is ("train", "pretrain", ...); fingerprint: of the recipe or plan that it belongs to.
+    Raises CheckpointError: the disk is full (the previous file is intact), or ``state`` holds something else.
+    """
+    _check_plain(state, "state")
+    payload = io.BytesIO()
+    torch.save(state, payload)
+    header = json.dumps({"kind": kind, "fingerprint": fingerprint}).encode() + b"\n"
+    digest = hashlib.sha256(header)
+    digest.update(payload.getbuffer())
+    atomic_write(path, _MAGIC + digest.hexdigest().encode() + b"\n", header, payload.getbuffer())
+
+
+def load(path: str | os.PathLike[str], *, kind: str, fingerprint: str) -> dict[str, Any]:
+    """The state that ``save`` wrote, tensors on the CPU.
+
+    Raises CheckpointError when the file is missing, damaged, no checkpoint of dpfast, or of another kind or
+    fingerprint.
+    """
+    header, payload = _read(Path(path))
+    for name, expected in (("kind", kind), ("fingerprint", fingerprint)):
+        if header[name] != expected:
+            raise CheckpointError(
+                f"checkpoint {path}: expected {name} {expected!r}, got {header[name]!r}: it belongs to "
+                "another run or stage; use the settings it was made with, or another folder"
+            )
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch finds in a file that is whole, but not made by this version
+        raise CheckpointError(f"checkpoint {path}: its contents cannot be read ({error})") from error
+    return state
+
+
+def atomic_write(path: str | os.PathLike[str], *parts: bytes | memoryview) -> None:
+    """Replace the file at ``path`` by ``parts``, durably, or leave it as it was and raise CheckpointError."""
+    path = Path(path)
+    # One fixed name: what a kill leaves behind is overwritten by the next save, and load never looks at it.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}; the previous file, if any, is intact. Make room, then run again"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the folder's list of names on stable storage."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path) -> tuple[dict[str, str], bytes]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror})") from error
+    first, _, rest = content.partition(b"\n")
+    if not first.startswith(_MAGIC):
+        raise CheckpointError(f"checkpoint {path}: this is not a checkpoint of dpfast")
+    if first[len(_MAGIC) :] != hashlib.sha256(rest).hexdigest().encode():
+        raise CheckpointError(f"checkpoint {path}: wrong checksum, the file is damaged; delete it to start again")
+    header, _, payload = rest.partition(b"\n")
+    return json.loads(header), payload
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Refuse now what ``weights_only`` loading would refuse after the run is lost."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():  # type: ignore[attr-defined]
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):  # type: ignore[arg-type]
+            _check_plain(item, f"{where}[{index}]")
+    elif type(value) not in (*_PLAIN, torch.nn.Parameter):
+        raise CheckpointError(
+            f"checkpoint: {where} is a {type(value).__module__}.{type(value).__qualname__}; "
+            "expected tensors and plain numbers, strings, lists and dicts: convert it first"
+        )

@@ -1,0 +1,296 @@
+"""The command ``dpfast``. Everything heavy is imported inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpfast.errors import DPFastError
+
+if TYPE_CHECKING:
+    from dpfast.recipes import Recipe
+    from dpfast.runs.pipeline import Run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Differentially private fine-tuning of diffusion models.\n\nStart with: dpfast demo",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe by name (digits) or a .toml file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; may be given several times."),
+]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the run; the recipe's own by default.")]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the recipe and what it will cost; do nothing.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+RUNS = Path("runs")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="dpfast")
+
+
+@app.command()
+def demo(
+    settings: Set = None, name: Name = "demo", runs: Runs = RUNS, dry_run: DryRun = False, debug: Debug = False
+) -> None:
+    """Train a small private model on handwritten digits and show what it is worth.
+
+    \b
+    Examples:
+      dpfast demo
+      dpfast demo --set target_epsilon=1 --name demo-eps1
+    """
+    with reported(debug):
+        _execute("digits", settings, name, runs, dry_run, "report")
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    settings: Set = None,
+    name: Name = None,
+    runs: Runs = RUNS,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out a recipe from pre-training to the reports. Repeated, it goes on where it stopped.
+
+    \b
+    Examples:
+      dpfast run digits
+      dpfast run digits --set target_epsilon=1 --set private.steps=60 --name eps1
+      dpfast run digits --dry-run
+      dpfast run my-recipe.toml
+    """
+    with reported(debug):
+        _execute(recipe, settings, name, runs, dry_run, "report")
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeArgument,
+    settings: Set = None,
+    name: Name = None,
+    runs: Runs = RUNS,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Pre-train on public images only; no privacy is spent.
+
+    \b
+    Examples:
+      dpfast pretrain digits
+      dpfast pretrain digits --set pretrain.steps=500 --name quick
+    """
+    with reported(debug):
+        _execute(recipe, settings, name, runs, dry_run, "pretrain")
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    settings: Set = None,
+    name: Name = None,
+    runs: Runs = RUNS,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune privately, after pre-training where that is not done yet.
+
+    \b
+    Examples:
+      dpfast train digits
+      dpfast train digits --set target_epsilon=1 --name eps1
+    """
+    with reported(debug):
+        _execute(recipe, settings, name, runs, dry_run, "train")
+
+
+@app.command()
+def sample(
+    recipe: RecipeArgument,
+    settings: Set = None,
+    name: Name = None,
+    runs: Runs = RUNS,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Draw synthetic images, after training where that is not done yet. More images cost no privacy.
+
+    \b
+    Examples:
+      dpfast sample digits
+      dpfast sample digits --set sample.count=10000
+      dpfast sample runs/eps1/recipe.toml --set guidance=1.25
+    """
+    with reported(debug):
+        _execute(recipe, settings, name, runs, dry_run, "sample")
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    settings: Set = None,
+    name: Name = None,
+    runs: Runs = RUNS,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the samples beside their baselines and write both reports.
+
+    \b
+    Examples:
+      dpfast evaluate digits
+      dpfast evaluate runs/eps1/recipe.toml --set seeds=5
+    """
+    with reported(debug):
+        _execute(recipe, settings, name, runs, dry_run, "report")
+
+
+@app.command()
+def account(
+    steps: Annotated[int, typer.Option(help="Number of private steps.")],
+    delta: Annotated[float, typer.Option(help="Chance of failure that is tolerated.")],
+    sample_rate: Annotated[
+        float | None, typer.Option(help="Probability of each image to be in a batch; or give the next two.")
+    ] = None,
+    batch_size: Annotated[float | None, typer.Option(help="Expected batch size.")] = None,
+    dataset_size: Annotated[int | None, typer.Option(help="Number of private images.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="To find epsilon.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="To find the noise multiplier.")] = None,
+    neighboring: Annotated[str, typer.Option(help="add_remove or replace.")] = "add_remove",
+    debug: Debug = False,
+) -> None:
+    """Epsilon of a noise multiplier, or the noise multiplier for an epsilon.
+
+    \b
+    Examples:
+      dpfast account --sample-rate 0.25 --steps 80 --delta 1e-4 --noise-multiplier 1.24
+      dpfast account --batch-size 16384 --dataset-size 50000 --steps 200 --delta 1e-5 --epsilon 10
+    """
+    with reported(debug):
+        from dpfast.runs.accounting import account as compute
+
+        _table(
+            compute(
+                steps=steps,
+                delta=delta,
+                sample_rate=sample_rate,
+                batch_size=batch_size,
+                dataset_size=dataset_size,
+                noise_multiplier=noise_multiplier,
+                epsilon=epsilon,
+                neighboring=neighboring,
+            )
+        )
+
+
+@app.command()
+def plan(recipe: RecipeArgument, settings: Set = None, debug: Debug = False) -> None:
+    """The privacy plan of a recipe: sampling, noise, and epsilon by step.
+
+    \b
+    Examples:
+      dpfast plan digits
+      dpfast plan digits --set target_epsilon=1 --set private.steps=60
+    """
+    with reported(debug):
+        from dpfast.runs.accounting import describe_plan
+
+        _table(describe_plan(_load(recipe, settings, None)))
+
+
+@app.command()
+def doctor(runs: Runs = RUNS, debug: Debug = False) -> None:
+    """Versions, devices, native module, threads and disk: what to send along with a question.
+
+    \b
+    Examples:
+      dpfast doctor
+    """
+    with reported(debug):
+        from dpfast.doctor import examine
+
+        _table(examine(runs))
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Errors as a few red lines and exit code 2, Ctrl-C as a hint and exit code 130, warnings as one line each."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except KeyboardInterrupt:
+            typer.echo("\ninterrupted; run the same command to go on", err=True)
+            raise typer.Exit(130) from None
+        except DPFastError as error:
+            if debug:
+                raise
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from None
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning | RuntimeWarning):
+        typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
+
+
+def _load(recipe: str, settings: list[str] | None, name: str | None) -> Recipe:
+    from dpfast.recipes import load
+
+    return load(recipe, [*(settings or []), *([f"name={name}"] if name else [])])
+
+
+def _execute(recipe: str, settings: list[str] | None, name: str | None, runs: Path, dry_run: bool, until: str) -> None:
+    resolved = _load(recipe, settings, name)
+    if dry_run:
+        _dry_run(resolved, runs)
+        return
+    typer.echo("loading ...", err=True)
+    from dpfast.runs.pipeline import execute
+    from dpfast.runs.progress import Reporter
+
+    done = execute(resolved, runs, Reporter(sys.stderr), until=until)
+    _summary(done, until)
+
+
+def _dry_run(recipe: Recipe, runs: Path) -> None:
+    from dpfast.recipes import to_toml
+    from dpfast.runs.accounting import describe_cost
+    from dpfast.runs.pipeline import open_run
+
+    typer.echo(to_toml(recipe))
+    typer.echo("measuring a few steps on random images ...", err=True)
+    _table(describe_cost(open_run(recipe, runs)))
+
+
+def _summary(run: Run, until: str) -> None:
+    from dpfast.runs.summary import summary
+
+    for line in summary(run, until):
+        typer.echo(line)
+
+
+def _table(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

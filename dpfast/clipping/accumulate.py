@@ -1,0 +1,115 @@
+"""From terms to squared norms, clip factors and clipped sums."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.clipping.capture import Tracked
+from dpfast.clipping.forms import choose, stored_size
+from dpfast.clipping.rows import Rows
+from dpfast.clipping.tape import Tape, TapedUse
+from dpfast.clipping.terms import ConvTerm, EmbeddingTerm, LinearTerm, Stored, Term
+from dpfast.kernels.clip import clip_factors
+from dpfast.performance import Performance
+
+GRAM_TRUST = (
+    0.01  # a Gram whose error bound exceeds this share of the squared norm is replaced by its safe side
+)
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Per-example norms and factors ``[B]`` and, by parameter name, ``sum_i w_i G_i``."""
+
+    norms: Tensor
+    factors: Tensor
+    sums: dict[str, Tensor]
+
+
+class Accumulation:
+    """Collects the terms of one backward pass.
+
+    A parameter used once keeps its term in the chosen form. The uses of a parameter used twice, or through a derived
+    tensor, are one gradient: they are materialised and summed before the norm is taken.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        derived: list[Tracked],
+        tape: Tape,
+        examples: int,
+        performance: Performance,
+        device: torch.device,
+    ) -> None:
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.parameters = parameters
+        self.derived = derived
+        self.performance = performance
+        self.examples = examples
+        self.sq = torch.zeros(examples, dtype=torch.float64, device=device)
+        self.bound = torch.zeros_like(self.sq)
+        self.kept: dict[str, Term] = {}
+        self.partial: dict[int, Tensor] = {}
+        self.stored_bytes = 0
+        through_derived = {name for d in derived for name in d.names}
+        self.shared = {key for key, count in tape.times_used.items() if count > 1}
+        self.shared |= {id(d.tensor) for d in derived}
+        self.shared |= {id(p) for name, p in parameters.items() if name in through_derived}
+
+    def add(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> None:
+        for target, term in use.use.terms(saved, g, rows):
+            if id(target) in self.shared:
+                self._add_partial(id(target), term.materialise())
+            else:
+                self._keep(self.names[id(target)], term)
+
+    def finish(self, max_grad_norm: float, mask: Tensor | None) -> Clipped:
+        """Clip; ``mask [B]`` is False for padding, which contributes exactly 0."""
+        self._pull_back()
+        for key, grads in self.partial.items():
+            self._keep(self.names[key], Stored(grads))
+        total = torch.where(self.bound > GRAM_TRUST * self.sq, self.sq + self.bound, self.sq)
+        factors = clip_factors(total, max_grad_norm)
+        if mask is not None:
+            factors = torch.where(mask, factors, 0)
+        sums = {name: term.clipped_sum(factors) for name, term in self.kept.items()}
+        return Clipped(total.sqrt(), factors, sums)
+
+    def _keep(self, name: str, term: Term) -> None:
+        if isinstance(term, LinearTerm | ConvTerm | EmbeddingTerm):
+            form = choose(term, self.examples, self.performance, self.stored_bytes)
+            if form == "materialise":
+                self.stored_bytes += stored_size(term, self.examples)
+                term = Stored(term.materialise())
+            else:
+                sq, bound = term.sq_norms(form)
+                self.sq += sq
+                self.bound += bound
+        if isinstance(term, Stored):
+            self.sq += term.sq_norms()
+        self.kept[name] = term
+
+    def _add_partial(self, key: int, grads: Tensor) -> None:
+        self.partial[key] = self.partial[key] + grads if key in self.partial else grads
+
+    def _pull_back(self) -> None:
+        """Turn per-example gradients of derived tensors into those of the parameters they were computed from."""
+        for derived in self.derived:
+            grads = self.partial.pop(id(derived.tensor), None)
+            if grads is None:
+                continue
+            sources = [self.parameters[name] for name in derived.names]
+            pulled = torch.autograd.grad(
+                derived.tensor,
+                sources,
+                grads.to(derived.tensor.dtype),
+                is_grads_batched=True,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for source, grad in zip(sources, pulled, strict=True):
+                if grad is not None:
+                    self._add_partial(id(source), grad)

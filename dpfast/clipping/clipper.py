@@ -1,0 +1,265 @@
+"""GhostClipper: per-example clipping for any model in any loop."""
+
+import warnings
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.clipping.accumulate import Clipped
+from dpfast.clipping.capture import Capture
+from dpfast.clipping.ownership import Ownership, forward_problems
+from dpfast.clipping.passes import Pass
+from dpfast.clipping.problems import Problem, listed, refuse
+from dpfast.errors import CaptureError, ConfigError
+from dpfast.performance import Performance
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    """Per-example gradient norms ``|G_i|`` and clip factors ``w_i``, both ``[B]``.
+
+    Both are computed from private data without noise: for debugging only, never to be logged or released.
+    """
+
+    norms: Tensor
+    clip_factors: Tensor
+
+    def __repr__(self) -> str:
+        return f"ClipResult({len(self.norms)} examples; values are private and not shown)"
+
+
+class GhostClipper:
+    """Adds ``sum_i min(1, C / |G_i|) G_i`` to ``p.grad``, where ``G_i`` is the gradient of one example.
+
+    ``G_i`` is the mean over the example's K augmentations, over all trainable parameters together, as in
+    Ghalebikesabi et al. (arXiv 2302.13861); row ``i*K + k`` of a batch is augmentation k of example i::
+
+        clipper = dpfast.GhostClipper(model, max_grad_norm=1.0, augmult=K)
+        with clipper:
+            losses = loss_fn(model(x, t))    # one loss per row, [B*K]
+            clipper.backward(losses)
+
+    Guarantee: adding or removing one example moves the sum by at most C = ``max_grad_norm`` in Euclidean norm (up to
+    float32 rounding), replacing one by at most 2C; an example whose loss, activations or gradients are not finite
+    contributes exactly 0. A model for which this cannot be shown is refused with ``CaptureError`` before any
+    ``p.grad`` is written. Nothing is stored on the model; outside the block it is untouched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_grad_norm: float,
+        augmult: int = 1,
+        performance: Performance | None = None,
+    ) -> None:
+        """
+        model: any module; frozen parameters cost nothing.
+        max_grad_norm: the clip norm C.
+        augmult: K, the number of consecutive rows that belong to one example.
+        performance: how to compute; never changes the result.
+
+        Raises ``ConfigError`` for values out of range and ``CaptureError`` for half-precision parameters.
+        """
+        if not (max_grad_norm > 0 and max_grad_norm < float("inf")):
+            raise ConfigError(f"max_grad_norm={max_grad_norm!r}: expected a positive, finite number")
+        if augmult < 1:
+            raise ConfigError(f"augmult={augmult!r}: expected at least 1 row per example")
+        self.model = model
+        self.max_grad_norm = float(max_grad_norm)
+        self.augmult = augmult
+        self.performance = performance or Performance()
+        self._ownership = Ownership()
+        self._forward_shown = False
+        self._written: dict[str, tuple[Tensor, int]] = {}
+        self._named_unused: set[str] = set()
+        self._capture: Capture | None = None
+        self._model_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        refuse(_parameter_problems(self.parameters))
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name: those whose gradients are clipped together."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def wrote(self, parameter: nn.Parameter) -> bool:
+        """Whether ``parameter.grad`` is None or exactly what this clipper last wrote."""
+        if parameter.grad is None:
+            return True
+        return any(
+            parameter.grad is grad and grad._version == version for grad, version in self._written.values()
+        )
+
+    def zero_grad(self) -> None:
+        """Forget the accumulated sum: ``p.grad = None``."""
+        for p in self.parameters.values():
+            p.grad = None
+        self._written.clear()
+
+    def __enter__(self) -> Self:
+        if self._capture is not None:
+            raise CaptureError(
+                "this clipper is already active: leave its `with` block before entering it again"
+            )
+        parameters = self.parameters
+        constants = [*self.model.buffers(), *(p for p in self.model.parameters() if not p.requires_grad)]
+        self._capture = Capture(parameters, constants, detach=self.performance.form != "example")
+        self._versions = self._current_versions()
+        self._hook = self.model.register_forward_pre_hook(self._remember_call, with_kwargs=True)
+        self._capture.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        assert self._capture is not None and self._hook is not None
+        self._capture.__exit__(kind, value, tb)
+        self._hook.remove()
+        if kind is None and self._capture.tape.uses:
+            warnings.warn(
+                "left `with clipper` without clipper.backward(losses): nothing was learned", stacklevel=2
+            )
+        self._capture = self._model_call = self._hook = None
+
+    def backward(self, losses: Tensor, *, example_mask: Tensor | None = None) -> ClipResult:
+        """Clip and add to ``p.grad`` (created if None).
+
+        losses: ``[B*K]``, one per row, not reduced, not scaled.
+        example_mask: ``[B]`` of bool; False marks padding, which contributes exactly 0.
+
+        Raises ``CaptureError``, listing every problem at once, before any ``p.grad`` is written.
+        """
+        capture = self._capture
+        if capture is None:
+            raise CaptureError(
+                "clipper.backward was called outside `with clipper`: compute the losses inside, too"
+            )
+        with torch._C.DisableTorchFunction():
+            examples = self._check_losses(losses, example_mask)
+            refuse(capture.tape.problems + self._state_problems())
+            self._show_forward(len(losses))
+            clipped = self._clip(losses, examples, example_mask)
+            self._write(clipped.sums)
+        if examples:
+            self._warn_unused(clipped.sums)
+        capture.restart()
+        return ClipResult(clipped.norms, clipped.factors)
+
+    def _clip(self, losses: Tensor, examples: int, mask: Tensor | None) -> Clipped:
+        assert self._capture is not None
+        if examples == 0:
+            return Clipped(*losses.detach().new_zeros(2, 0), sums={})
+        return Pass(
+            capture=self._capture,
+            parameters=self.parameters,
+            ownership=self._ownership,
+            performance=self.performance,
+            losses=losses,
+            examples=examples,
+            augmult=self.augmult,
+            max_grad_norm=self.max_grad_norm,
+            mask=mask,
+        ).run()
+
+    def _check_losses(self, losses: Tensor, mask: Tensor | None) -> int:
+        """B, or ``CaptureError`` when ``losses`` is not one number per row."""
+        rows = f"[B*{self.augmult}], one loss per row"
+        if losses.ndim != 1:
+            reduced = (
+                " (reduced already? use reduction='none' and average over pixels only)"
+                if losses.ndim == 0
+                else ""
+            )
+            raise CaptureError(f"losses of shape {tuple(losses.shape)}{reduced}: expected {rows}")
+        if len(losses) % self.augmult:
+            raise CaptureError(
+                f"{len(losses)} losses cannot be {self.augmult} augmentations of whole examples: expected {rows}"
+            )
+        if len(losses) and not losses.requires_grad:
+            raise CaptureError(
+                "losses do not depend on any trainable parameter: compute them inside `with clipper`"
+            )
+        examples = len(losses) // self.augmult
+        if mask is not None and (mask.shape != (examples,) or mask.dtype != torch.bool):
+            raise CaptureError(
+                f"example_mask {tuple(mask.shape)} of {mask.dtype}: expected [{examples}] of torch.bool, one per example"
+            )
+        return examples
+
+    # What must hold before and after
+
+    def _current_versions(self) -> dict[str, tuple[int, int]]:
+        """Identity and version of every parameter and buffer: a change in place shows."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name: (id(t), t._version) for name, t in named}
+
+    def _state_problems(self) -> list[Problem]:
+        buffers = {name for name, _ in self.model.named_buffers()}
+        now = self._current_versions()
+        changed = [
+            name for name in now.keys() | self._versions.keys() if now.get(name) != self._versions.get(name)
+        ]
+        problems = [
+            Problem(
+                (name,),
+                "changed during a private step"
+                + (": a buffer would carry private data" if name in buffers else ""),
+                "freeze it (eval mode, no running statistics), or update it from public data outside the step",
+            )
+            for name in sorted(changed)
+        ]
+        foreign = [name for name, p in self.parameters.items() if not self.wrote(p)]
+        if foreign:
+            problems.append(
+                Problem(
+                    (listed(foreign),),
+                    "p.grad holds what this clipper did not write",
+                    "call zero_grad() first, and let no other backward pass reach these parameters",
+                )
+            )
+        return problems
+
+    def _remember_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._forward_shown and self._model_call is None:
+            self._model_call = (args, kwargs)
+
+    def _show_forward(self, rows: int) -> None:
+        """Once, on synthetic input: no example's input changes another example's output."""
+        if self._forward_shown or self._model_call is None or rows == 0:
+            return
+        refuse(forward_problems(self.model, *self._model_call, rows=rows, augmult=self.augmult))
+        self._forward_shown = True
+        self._model_call = None
+
+    def _write(self, sums: dict[str, Tensor]) -> None:
+        """Add the sums of one complete backward pass to ``p.grad``."""
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+                if name in sums:
+                    p.grad += sums[name].to(p.dtype)
+                self._written[name] = (p.grad, p.grad._version)
+
+    def _warn_unused(self, sums: dict[str, Tensor]) -> None:
+        unused = [name for name in self.parameters if name not in sums and name not in self._named_unused]
+        if unused:
+            self._named_unused.update(unused)
+            warnings.warn(
+                f"no loss depends on {listed(unused)}: noise is added to them all the same (freeze what is not trained)",
+                stacklevel=3,
+            )
+
+
+def _parameter_problems(parameters: dict[str, nn.Parameter]) -> list[Problem]:
+    half = [name for name, p in parameters.items() if p.dtype not in (torch.float32, torch.float64)]
+    if not half:
+        return []
+    what = "half-precision parameters: the sum of clipped gradients would be rounded after its sensitivity was bounded"
+    return [
+        Problem((listed(half),), what, "keep float32 parameters and compute in bfloat16 under torch.autocast")
+    ]

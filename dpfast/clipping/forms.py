@@ -1,0 +1,36 @@
+"""Which form computes a factored term's norms. The choice may change speed and memory, never the result."""
+
+from typing import Literal
+
+from dpfast.clipping.terms import FactoredTerm
+from dpfast.performance import Performance
+
+Chosen = Literal["gram", "direct", "materialise"]
+
+
+def choose(term: FactoredTerm, examples: int, performance: Performance, stored_bytes: int) -> Chosen:
+    """The form for ``term``, with ``stored_bytes`` of per-example gradients stored already in this step.
+
+    Gram costs ``M^2 (D + P)`` per example where materialising computes ``2 M D P`` and writes ``D P`` numbers; a
+    number written and read costs about as much as 16 FLOPs on a CPU core. Direct computes what materialising does and
+    stores nothing, but has to compute the clipped sum anew: it is taken when the memory budget is spent.
+    """
+    if performance.form in ("gram", "direct", "materialise"):
+        return performance.form
+    m, d, p = term.sizes()
+    if m * m * (d + p) < 2 * m * d * p + 16 * d * p:
+        gram_is_cheaper = m * m * (d + p) < 16 * d * p
+    else:
+        gram_is_cheaper = False
+    if gram_is_cheaper:
+        return "gram"
+    budget = performance.memory_budget
+    if budget is None or stored_bytes + stored_size(term, examples) <= budget:
+        return "materialise"
+    return "gram" if m * (d + p) < 2 * d * p else "direct"
+
+
+def stored_size(term: FactoredTerm, examples: int) -> int:
+    """Bytes of a term's per-example gradients in float32."""
+    _, d, p = term.sizes()
+    return 4 * examples * d * p

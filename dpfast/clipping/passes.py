@@ -1,0 +1,170 @@
+"""The two ways through a private backward pass: all examples at once, or one after the other."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.clipping.accumulate import Accumulation, Clipped
+from dpfast.clipping.capture import Capture
+from dpfast.clipping.ownership import Evidence, Ownership, possible_dims, weigh
+from dpfast.clipping.problems import Problem, refuse
+from dpfast.clipping.rows import Rows
+from dpfast.clipping.tape import Receive, Site, TapedUse
+from dpfast.kernels.clip import clip_factors
+from dpfast.performance import Performance
+
+Record = tuple[TapedUse, tuple[Tensor, ...], Tensor]
+
+
+@contextmanager
+def no_capture() -> Iterator[None]:
+    """Plain torch: neither recorded by autograd nor seen by the capture."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Everything a backward pass over ``losses [B*K]`` needs."""
+
+    capture: Capture
+    parameters: Mapping[str, nn.Parameter]
+    ownership: Ownership
+    performance: Performance
+    losses: Tensor
+    examples: int
+    augmult: int
+    max_grad_norm: float
+    mask: Tensor | None
+
+    def run(self) -> Clipped:
+        """Norms, factors and clipped sums; raises ``CaptureError`` with all problems, writes nothing."""
+        return self._one_by_one() if self.performance.form == "example" else self._all_at_once()
+
+    def _all_at_once(self) -> Clipped:
+        tape = self.capture.tape
+        pending = self.ownership.pending(tape.uses)
+        records: list[Record] = []
+        accumulation = Accumulation(
+            self.parameters, self.capture.derived, tape, self.examples, self.performance, self.losses.device
+        )
+
+        def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+            if pending:
+                records.append((use, saved, g))
+            else:
+                accumulation.add(use, saved, g, self._rows(use, g))
+
+        leaked = self._backward(None, receive, retain_graph=bool(pending))
+        refuse(tape.problems + [_leak(name) for name, grad in leaked.items() if grad is not None])
+        if pending:
+            self._show_ownership([record for record in records if record[0].site in pending])
+        with no_capture():
+            for use, saved, g in records:
+                accumulation.add(use, saved, g, self._rows(use, g))
+            return accumulation.finish(self.max_grad_norm, self.mask)
+
+    def _show_ownership(self, records: list[Record]) -> None:
+        """Back-propagate single examples until every use that received a gradient has a row dimension.
+
+        With one example in the batch all rows are its own, and nothing is shown.
+        """
+        evidence = {
+            use.site: Evidence(possible_dims(use, g, self.examples))
+            for use, _, g in records
+            if bool((g != 0).any())
+        }
+
+        def observe(example: int) -> None:
+            def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+                if use.site in evidence:
+                    evidence[use.site] = weigh(evidence[use.site], g, example, self.examples)
+
+            self._backward(example, receive, retain_graph=True)
+
+        for example in _spread(self.examples) if self.examples > 1 else ():
+            if all(found.settled for found in evidence.values()):
+                break
+            observe(example)
+        refuse(self.ownership.settle(evidence))
+
+    def _one_by_one(self) -> Clipped:
+        """One ordinary backward pass per example: the gradient itself, its norm, its clipped share of the sum."""
+        tape = self.capture.tape
+        refuse(tape.problems)
+        evidence: dict[Site, Evidence] = {}
+        pending = self.ownership.pending(tape.uses) if self.examples > 1 else set()
+        sums: dict[str, Tensor] = {}
+        norms, factors = [], []
+        for example in range(self.examples):
+
+            def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, example: int = example) -> None:
+                if use.site in pending:
+                    before = evidence.get(use.site) or Evidence(possible_dims(use, g, self.examples))
+                    evidence[use.site] = weigh(before, g, example, self.examples)
+
+            grads = self._backward(example, receive, retain_graph=example + 1 < self.examples)
+            with no_capture():
+                present = {name: grad for name, grad in grads.items() if grad is not None}
+                parts = [grad.square().sum(dtype=torch.float64) for grad in present.values()]
+                sq = torch.stack(parts).sum() if parts else self.losses.new_zeros((), dtype=torch.float64)
+                factor = clip_factors(sq, self.max_grad_norm)
+                if self.mask is not None:
+                    factor = torch.where(self.mask[example], factor, 0)
+                norms.append(sq.sqrt())
+                factors.append(factor)
+                for name, grad in present.items():
+                    share = torch.where(factor > 0, factor.to(grad.dtype) * grad, 0)
+                    sums[name] = sums[name].add_(share) if name in sums else share
+        refuse(tape.problems + self.ownership.settle(evidence))
+        return Clipped(torch.stack(norms), torch.stack(factors), sums)
+
+    def _backward(
+        self, example: int | None, receive: Receive, *, retain_graph: bool
+    ) -> dict[str, Tensor | None]:
+        """Back-propagate all losses, or one example's; what autograd itself gives each parameter."""
+        cotangent = torch.full_like(self.losses, 1 / self.augmult)
+        if example is not None:
+            rows = torch.arange(len(cotangent), device=cotangent.device) // self.augmult
+            cotangent = torch.where(rows == example, cotangent, 0)
+        with torch._C.DisableTorchFunction(), self.capture.tape.receiving(receive):
+            grads = torch.autograd.grad(
+                self.losses,
+                [self.capture.tape.anchor, *self.parameters.values()],
+                cotangent,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        return dict(zip(self.parameters, grads[1:], strict=True))
+
+    def _rows(self, use: TapedUse, g: Tensor) -> Rows:
+        possible = possible_dims(use, g, self.examples)
+        dim = self.ownership.dims.get(use.site, possible[0] if possible else 0)
+        if self.examples > 1 and dim not in possible:
+            refuse(
+                [
+                    Problem(
+                        use.site.names,
+                        f"{use.site.function}: output of shape {tuple(g.shape)} cannot be cut into {self.examples}"
+                        f" examples along dimension {dim}",
+                        "keep the rows of the batch together along one dimension",
+                    )
+                ]
+            )
+        return Rows(self.examples, dim)
+
+
+def _spread(examples: int) -> list[int]:
+    """All examples, the first and the last in front."""
+    return [0, examples - 1, *range(1, examples - 1)]
+
+
+def _leak(name: str) -> Problem:
+    return Problem(
+        (name,),
+        "the losses depend on this parameter along a path that was not captured",
+        "run the whole forward pass inside `with clipper`, and outside scripted functions",
+    )

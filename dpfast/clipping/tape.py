@@ -1,0 +1,116 @@
+"""The tape of one private step: which parameters were used, and what their uses contribute."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpfast.clipping.problems import Problem
+from dpfast.clipping.rows import Rows
+from dpfast.clipping.terms import Term
+
+Terms = Sequence[tuple[Tensor, Term]]
+Receive = Callable[["TapedUse", tuple[Tensor, ...], Tensor], None]
+
+
+class Site(NamedTuple):
+    """A place in the program: the function, the parameters it used, and its how-manieth call with them."""
+
+    function: str
+    names: tuple[str, ...]
+    call: int
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names)} ({self.function})"
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a call used tracked tensors: what to save, and how saved tensors and the output's gradient make terms."""
+
+    saved: tuple[Tensor, ...]
+    terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
+    row_dims: tuple[int, ...] | None = None  # dimensions of the output that may hold the rows; None: any
+
+
+@dataclass(frozen=True)
+class TapedUse:
+    """A use with its place in the program and the shape of its output."""
+
+    use: Use
+    site: Site
+    targets: tuple[Tensor, ...]
+
+
+@dataclass
+class Tape:
+    """Lives for one forward and backward pass; a ``Tap`` behind every captured output reports its gradient here."""
+
+    anchor: Tensor  # requires grad, so that every captured output does
+    uses: dict[Site, TapedUse] = field(default_factory=dict)
+    calls: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
+    times_used: Counter[int] = field(default_factory=Counter)  # by id of the tracked tensor
+    problems: list[Problem] = field(default_factory=list)
+    receive: Receive | None = None  # set during a backward pass only
+
+    def site(self, function: str, names: tuple[str, ...]) -> Site:
+        call = self.calls[function, names]
+        self.calls[function, names] += 1
+        return Site(function, names, call)
+
+    @contextmanager
+    def receiving(self, receive: Receive) -> Iterator[None]:
+        """Hand what taps report during one backward pass to ``receive``."""
+        self.receive = receive
+        try:
+            yield
+        finally:
+            self.receive = None
+
+    def attach(self, output: Tensor, use: TapedUse) -> Tensor:
+        """``output``, with a ``Tap`` as the last node of its graph."""
+        if self.receive is None:  # a forward recomputed during backward (checkpointing) is no new use
+            self.uses[use.site] = use
+            self.times_used.update(id(target) for target in use.targets)
+        tapped: Tensor = Tap.apply(output, self.anchor, self, use, *use.use.saved)  # type: ignore[no-untyped-call]
+        return tapped
+
+    def record(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+        if self.receive is None:
+            self.problems.append(
+                Problem(
+                    use.site.names,
+                    "back-propagated outside clipper.backward (a gradient penalty, or losses.backward())",
+                    "call clipper.backward(losses) once; second derivatives of private data are not supported",
+                )
+            )
+            return
+        self.receive(use, saved, g)
+
+
+class Tap(torch.autograd.Function):
+    """The identity; its backward hands the gradient and the saved tensors to the tape.
+
+    Saved tensors go through ``save_for_backward``, so a change in place before the backward pass is an error.
+    Marked as in-place, so that the output may be changed in place afterwards (``ReLU(inplace=True)``).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, tape: Tape, use: TapedUse, *saved: Tensor
+    ) -> Tensor:
+        ctx.mark_dirty(output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.tape, ctx.use = tape, use
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if g is not None:
+            ctx.tape.record(ctx.use, ctx.saved_tensors, g)
+        return (g, *[None] * (3 + len(ctx.use.use.saved)))

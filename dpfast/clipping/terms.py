@@ -1,0 +1,129 @@
+"""What one use contributes to one tensor's per-example gradients, kept in the form that is cheapest to hold.
+
+A term is exact and linear: ``materialise()`` gives ``G [B, *shape]``; a factored term can also give squared norms
+and the clipped sum without ever storing G.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dpfast.kernels import clip, conv, embedding, linear
+
+FactoredForm = Literal["gram", "direct"]
+
+
+class Term(Protocol):
+    def materialise(self) -> Tensor:
+        """``G [B, *shape]``."""
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        """``sum_i w_i G_i``, of the shape of the tensor."""
+
+
+class FactoredTerm(Term, Protocol):
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows per example M, inputs D and outputs P of the linear map behind the term."""
+
+    def sq_norms(self, form: FactoredForm) -> tuple[Tensor, Tensor]:
+        """``|G_i|^2 [B]`` and a bound on its rounding error ``[B]`` (0 for a direct sum of squares)."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Per-example gradients ``[B, *shape]`` themselves."""
+
+    grads: Tensor
+
+    def materialise(self) -> Tensor:
+        return self.grads
+
+    def sq_norms(self) -> Tensor:
+        """``|G_i|^2 [B]``: a sum of squares, without a copy of the gradients."""
+        dims = tuple(range(1, self.grads.ndim))
+        norms: Tensor = torch.linalg.vector_norm(self.grads, dim=dims) if dims else self.grads.abs()
+        return norms.square()
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        return clip.clipped_sum(self.grads, w)
+
+
+@dataclass(frozen=True)
+class LinearTerm:
+    """Weight ``[P, D]`` of a linear map with inputs ``a [B, M, D]`` and output gradients ``g [B, M, P]``."""
+
+    a: Tensor
+    g: Tensor
+
+    def materialise(self) -> Tensor:
+        return linear.per_example_grads(self.a, self.g)
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        return linear.clipped_sum(self.a, self.g, w)
+
+    def sizes(self) -> tuple[int, int, int]:
+        return self.a.shape[1], self.a.shape[2], self.g.shape[2]
+
+    def sq_norms(self, form: FactoredForm) -> tuple[Tensor, Tensor]:
+        if form == "gram":
+            return linear.gram_sq_norms(self.a, self.g)
+        return _exact(linear.direct_sq_norms(self.a, self.g))
+
+
+@dataclass(frozen=True)
+class ConvTerm:
+    """Weight of a convolution with inputs ``a [N, Cin, *space]`` and output gradients ``g [N, Cout, *out]``."""
+
+    a: Tensor
+    g: Tensor
+    spec: conv.ConvSpec
+    examples: int
+
+    def materialise(self) -> Tensor:
+        return conv.per_example_grads(self.a, self.g, self.spec, self.examples)
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        return conv.clipped_sum(self.a, self.g, self.spec, w)
+
+    def sizes(self) -> tuple[int, int, int]:
+        first, *rest = self.spec.weight_shape
+        small = self.a if self.spec.transposed else self.g
+        positions = small[0, 0].numel() * (small.shape[0] // self.examples)
+        return positions, torch.Size(rest).numel(), first
+
+    def sq_norms(self, form: FactoredForm) -> tuple[Tensor, Tensor]:
+        if form == "gram":
+            return conv.gram_sq_norms(self.a, self.g, self.spec, self.examples)
+        return _exact(conv.direct_sq_norms(self.a, self.g, self.spec, self.examples))
+
+
+@dataclass(frozen=True)
+class EmbeddingTerm:
+    """Table ``[V, D]`` looked up at ``index [B, M]``, with gradients ``g [B, M, D]``."""
+
+    index: Tensor
+    g: Tensor
+    table_rows: int
+
+    def materialise(self) -> Tensor:
+        return embedding.per_example_grads(self.index, self.g, self.table_rows)
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        return embedding.clipped_sum(self.index, self.g, self.table_rows, w)
+
+    def sizes(self) -> tuple[int, int, int]:
+        return self.index.shape[1], self.table_rows, self.g.shape[2]
+
+    def sq_norms(self, form: FactoredForm) -> tuple[Tensor, Tensor]:
+        if form == "gram":
+            return embedding.gram_sq_norms(self.index, self.g)
+        rows = [
+            embedding.per_example_grads(i[None], g[None], self.table_rows) for i, g in zip(self.index, self.g)
+        ]
+        return _exact(torch.stack([r.square().sum() for r in rows]))
+
+
+def _exact(sq: Tensor) -> tuple[Tensor, Tensor]:
+    return sq, torch.zeros_like(sq)

@@ -1,0 +1,30 @@
+"""Tensors inside the arguments of a call."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in order, also inside lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
+    """The same structure with each tensor replaced, visited in the order of ``tensors_in``."""
+    if isinstance(value, Tensor):
+        return replace(value)
+    if isinstance(value, list | tuple):
+        items = [replace_tensors(item, replace) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: replace_tensors(item, replace) for key, item in value.items()}
+    return value

@@ -1,0 +1,89 @@
+"""Networks and noise schedules from diffusers, described by plain values that a recipe can hold."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from dpfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetSpec:
+    """A class-conditional UNet2DModel with ``num_classes + 1`` class embeddings (the last is the null class).
+
+    widths: channels of each resolution, halving from one to the next; attention: resolutions (indices into widths)
+    with self-attention.
+    """
+
+    image_size: int = 8
+    channels: int = 1
+    num_classes: int = 10
+    widths: tuple[int, ...] = (16, 32)
+    layers_per_block: int = 1
+    norm_groups: int = 8
+    attention: tuple[int, ...] = ()
+    mid_attention: bool = False
+    attention_head_dim: int = 8
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.widths or any(width % self.norm_groups for width in self.widths):
+            problems.append(f"widths {self.widths} must be multiples of norm_groups={self.norm_groups}")
+        if self.image_size % 2 ** max(0, len(self.widths) - 1):
+            problems.append(f"image_size={self.image_size} cannot be halved {len(self.widths) - 1} times")
+        if any(level not in range(len(self.widths)) for level in self.attention):
+            problems.append(f"attention {self.attention} must name levels 0..{len(self.widths) - 1}")
+        if problems:
+            raise ConfigError("UNet cannot be built: " + "; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSpec:
+    """The forward process: diffusers' names for the schedule of betas and for what the model predicts."""
+
+    num_train_timesteps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+
+
+def build_unet(spec: UNetSpec, *, seed: int) -> "UNet2DModel":
+    """The network with weights drawn from ``seed``; torch's global generator is left as it was."""
+    from diffusers import UNet2DModel
+
+    levels = range(len(spec.widths))
+    down = tuple("AttnDownBlock2D" if level in spec.attention else "DownBlock2D" for level in levels)
+    up = tuple("AttnUpBlock2D" if level in spec.attention else "UpBlock2D" for level in reversed(levels))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DModel(
+            sample_size=spec.image_size,
+            in_channels=spec.channels,
+            out_channels=spec.channels,
+            block_out_channels=spec.widths,
+            down_block_types=down,
+            up_block_types=up,
+            layers_per_block=spec.layers_per_block,
+            norm_num_groups=spec.norm_groups,
+            add_attention=spec.mid_attention,
+            attention_head_dim=spec.attention_head_dim,
+            dropout=spec.dropout,
+            num_class_embeds=spec.num_classes + 1,
+        )
+
+
+def build_scheduler(spec: NoiseSpec) -> "DDPMScheduler":
+    """The training scheduler; samplers are derived from its config. Data lie in -1..1, so samples are clipped."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=spec.num_train_timesteps,
+        beta_schedule=spec.beta_schedule,
+        prediction_type=spec.prediction_type,
+        clip_sample=True,
+        clip_sample_range=1.0,
+    )

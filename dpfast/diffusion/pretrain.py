@@ -1,0 +1,117 @@
+"""Ordinary training on public data. Nothing here is private: never give it images that need protection."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dpfast import checkpoint as checkpoints
+from dpfast.data.images import ImageSet, batch_indices
+from dpfast.diffusion.keyed import RowKeys
+from dpfast.errors import ConfigError
+from dpfast.progress import Progress, silent
+
+_KIND = "pretrain"
+
+
+class Objective(Protocol):
+    """Losses per row, ``[B * K]``, of a model on uint8 images, keyed by ``keys``."""
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, keys: RowKeys) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSpec:
+    """AdamW with a one-cycle learning rate and an exponential moving average of the weights.
+
+    ``seed`` fixes the order of images and all randomness of the loss. Checkpoints are ``checkpoint_every`` steps
+    apart.
+    """
+
+    steps: int = 1500
+    batch_size: int = 128
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.01
+    ema_decay: float = 0.995
+    seed: int = 0
+    checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"PretrainSpec({name}={getattr(self, name)}): expected 1 or more")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"PretrainSpec(ema_decay={self.ema_decay}): expected 0 <= decay < 1")
+
+
+class _Training:
+    """Everything that changes from step to step, and so everything a checkpoint holds."""
+
+    def __init__(self, model: nn.Module, spec: PretrainSpec) -> None:
+        self.model, self.spec = model, spec
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.ema_decay))
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=spec.learning_rate, total_steps=spec.steps
+        )
+        self.losses: list[float] = []
+
+    def step(self, objective: Objective, dataset: ImageSet, device: torch.device) -> None:
+        step = len(self.losses)
+        ids = batch_indices(len(dataset), self.spec.batch_size, step, seed=self.spec.seed)
+        images, labels = dataset.images[ids].to(device), dataset.labels[ids].to(device)
+        loss = objective(self.model, images, labels, RowKeys(self.spec.seed, ids.to(device), step)).mean()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.ema.update_parameters(self.model)
+        self.losses.append(float(loss.detach()))
+
+    def state(self) -> dict[str, Any]:
+        parts = (self.model, self.ema, self.optimizer, self.schedule)
+        return {"parts": [part.state_dict() for part in parts], "losses": list(self.losses)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        parts = (self.model, self.ema, self.optimizer, self.schedule)
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        self.losses = list(state["losses"])
+
+
+def pretrain(
+    model: nn.Module,
+    objective: Objective,
+    dataset: ImageSet,
+    spec: PretrainSpec,
+    *,
+    checkpoint: Path | None = None,
+    fingerprint: str = "",
+    progress: Progress = silent,
+) -> list[float]:
+    """Train ``model`` in place on public images, leave the averaged weights in it, return the loss of each step.
+
+    With ``checkpoint`` the work can be interrupted at any time: the next call with the same ``fingerprint`` goes
+    on from the file and ends with the same weights. Raises CheckpointError if the file belongs to other settings.
+    """
+    device = next(model.parameters()).device
+    training = _Training(model.train(), spec)
+    if checkpoint is not None and checkpoint.exists():
+        training.load(checkpoints.load(checkpoint, kind=_KIND, fingerprint=fingerprint))
+    with torch.random.fork_rng(devices=[]):
+        while len(training.losses) < spec.steps:
+            torch.manual_seed(spec.seed + len(training.losses))  # dropout, the only global randomness
+            training.step(objective, dataset, device)
+            done = len(training.losses)
+            if checkpoint is not None and (done % spec.checkpoint_every == 0 or done == spec.steps):
+                checkpoints.save(checkpoint, training.state(), kind=_KIND, fingerprint=fingerprint)
+            progress(done, spec.steps, "pre-training on public images")
+    model.load_state_dict(training.ema.module.state_dict())
+    model.eval()
+    return training.losses

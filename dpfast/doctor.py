@@ -1,0 +1,61 @@
+"""What a person needs to know when something does not work: versions, devices, threads, disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("dpfast", "torch", "diffusers", "dp-accounting", "torchmetrics", "scikit-learn", "matplotlib", "numpy")
+
+
+def examine(folder: Path) -> list[tuple[str, str]]:
+    """(what, finding) for this installation; ``folder`` is where runs would be written."""
+    return [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((name, _version(name)) for name in PACKAGES),
+        ("native module", _native()),
+        ("device", _device()),
+        ("threads", _threads()),
+        ("free disk", _disk(folder)),
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _native() -> str:
+    from dpfast.kernels.dispatch import why_not_native
+
+    reason = why_not_native()
+    return "used" if reason is None else f"not used, PyTorch does its work: {reason}"
+
+
+def _device() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu (no CUDA device)"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"cpu, cuda ({', '.join(names)})"
+
+
+def _threads() -> str:
+    import torch
+
+    limit = os.environ.get("OMP_NUM_THREADS")
+    asked = f", OMP_NUM_THREADS={limit}" if limit else ""
+    return f"{torch.get_num_threads()} used by torch, {os.cpu_count()} cores{asked}"
+
+
+def _disk(folder: Path) -> str:
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return f"{shutil.disk_usage(place).free / 1e9:.1f} GB at {place}"

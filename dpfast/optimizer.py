@@ -1,0 +1,167 @@
+"""DPOptimizer: the one place where a private sum becomes an update."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dpfast.errors import BudgetExhausted, ConfigError, DPFastError, PrivacyError
+from dpfast.privacy.entropy import standard_normal
+from dpfast.privacy.ledger import Ledger
+from dpfast.privacy.plan import Plan
+
+
+class Clipper(Protocol):
+    """What ``DPOptimizer`` asks of a ``GhostClipper``."""
+
+    @property
+    def max_grad_norm(self) -> float: ...
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]: ...
+
+    def wrote(self, parameter: nn.Parameter, /) -> bool: ...
+
+    def zero_grad(self) -> None: ...
+
+
+class DPOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose every step adds the plan's noise and is charged to a ledger first.
+
+    optimizer: any torch optimizer that steps without a closure, over exactly the parameters of ``clipper``.
+    ledger: a ``Ledger`` of the same plan, on disk for anything that is released; by default one in memory.
+
+    The inner optimizer's param_groups, state, defaults, hooks and state_dict are this one's, so that
+    learning-rate schedulers and checkpoints work on it. The step number is the ledger's: loading a state dict
+    cannot move it.
+
+    Guarantee: a parameter is updated from private data only through ``step``, and the n-th step uses
+
+        grad = (sum of clipped gradients + noise_multiplier * max_grad_norm * N(0, I)) / expected_batch_size
+
+    for every trainable parameter, with fresh noise, after the ledger holds n, and for n <= plan.steps only.
+    The caller owes one thing: what the clipper summed since the last step is one fresh Poisson sample
+    (``poisson_sample``), each of its examples once.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, plan: Plan, clipper: Clipper, ledger: Ledger | None = None
+    ) -> None:
+        # Optimizer.__init__ is left out on purpose: it would make a second set of param_groups and state.
+        self.optimizer = optimizer
+        self.plan = plan
+        self.clipper = clipper
+        self.ledger = Ledger(None, plan) if ledger is None else ledger
+        if self.ledger.plan.fingerprint() != plan.fingerprint():
+            raise PrivacyError("DPOptimizer: the ledger was opened with another plan; open it with this one")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"DPOptimizer: {type(optimizer).__name__} evaluates the loss several times a step (a "
+                "closure), which the accounting does not cover; use SGD, Adam or another optimizer that "
+                "steps once"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        """param_groups, state, defaults and hooks are the inner optimizer's."""
+        if name == "optimizer":  # not set yet, while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        return f"DPOptimizer({self.optimizer!r}, step {self.steps_taken} of {self.plan.steps})"
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps charged to the ledger."""
+        return self.ledger.charged_steps
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Charge one step, add noise, update, clear the gradients. A ``p.grad`` of None is a sum of 0.
+
+        Raises PrivacyError, before anything is written or charged, with every reason at once (BudgetExhausted
+        when the plan's steps are spent). Whatever fails later leaves the step charged: nothing is retried
+        once noise is drawn.
+        """
+        self._refuse(closure)
+        self.ledger.charge(self.steps_taken + 1)
+        try:
+            for name, parameter in self._trainable().items():
+                parameter.grad = self._noised_mean(parameter)
+                if not torch.isfinite(parameter.grad).all():  # allowed to depend on the data: it is noised
+                    raise DPFastError(
+                        f"step {self.steps_taken}: the noised gradient of {name} ({parameter.dtype}) is not "
+                        "finite; use a wider dtype for the parameters, or a smaller max_grad_norm"
+                    )
+            self.optimizer.step()
+        finally:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def _noised_mean(self, parameter: nn.Parameter) -> torch.Tensor:
+        """(sum + noise) / expected batch size, in float64, then in the parameter's dtype."""
+        scale = self.plan.noise_multiplier * self.plan.max_grad_norm
+        total = torch.zeros_like(parameter, dtype=torch.float64)
+        if parameter.grad is not None:
+            total += parameter.grad
+        if scale > 0:
+            total += scale * standard_normal(parameter.shape).to(parameter.device)
+        return (total / self.plan.expected_batch_size).to(parameter.dtype)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  # torch's signature
+        """Clear every gradient, through the clipper, so that it knows. They are always set to None."""
+        self.clipper.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into the inner optimizer. The step number stays the ledger's."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """To the inner optimizer; its parameters must be the clipper's."""
+        self.optimizer.add_param_group(param_group)
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.clipper.parameters.items() if p.requires_grad}
+
+    def _refuse(self, closure: object) -> None:
+        problems = self._problems(closure)
+        spent = self.steps_taken >= self.plan.steps
+        if spent:
+            problems.append(f"all {self.plan.steps} planned steps are spent; a longer run needs another Plan")
+        if problems:
+            error = BudgetExhausted if spent else PrivacyError
+            raise error("this step is refused, nothing was updated:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def _problems(self, closure: object) -> list[str]:
+        found = []
+        if closure is not None:
+            found.append("step(closure): a closure would evaluate private data unaccounted; call step() without one")
+        if self.clipper.max_grad_norm != self.plan.max_grad_norm:
+            found.append(
+                f"the clipper clips to max_grad_norm={self.clipper.max_grad_norm!r}, the plan says "
+                f"{self.plan.max_grad_norm!r}; give both the same number"
+            )
+        return found + self._parameter_problems()
+
+    def _parameter_problems(self) -> list[str]:
+        found = []
+        covered = {id(p): name for name, p in self.clipper.parameters.items()}
+        optimized = {id(p): p for group in self.param_groups for p in group["params"]}
+        for key, p in optimized.items():
+            name = covered.get(key, f"a parameter of shape {tuple(p.shape)}")
+            if p.requires_grad and key not in covered:
+                found.append(f"{name} is optimized but not clipped; build the clipper on the model that has it")
+            elif not p.requires_grad and p.grad is not None:
+                found.append(f"{name} is frozen but has a gradient; set its grad to None, or unfreeze it")
+        for name, p in self._trainable().items():
+            if id(p) not in optimized:
+                found.append(f"{name} is clipped but not optimized; give it to the optimizer or freeze it")
+            if not self.clipper.wrote(p):
+                found.append(f"{name}.grad was not written by the clipper alone; call zero_grad() before it")
+        return found

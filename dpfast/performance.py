@@ -1,0 +1,34 @@
+"""How a private step is computed: settings that may change its speed and memory, never its result."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dpfast.errors import ConfigError
+
+Form = Literal["auto", "gram", "direct", "materialise", "example"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Performance:
+    """Settings that cannot move epsilon (those live in ``Plan``).
+
+    form: how per-example norms are found. ``gram``, ``direct`` and ``materialise`` are explained in
+        ``dpfast.kernels``; ``example`` runs one ordinary backward pass per example; ``auto`` chooses a form for
+        each use of a parameter.
+    microbatch: examples (each with its K augmentations) per physical batch in ``DPTrainer``; None lets it choose.
+    memory_budget: bytes that ``auto`` may spend on stored per-example gradients; None means no limit.
+    device: where ``DPTrainer`` runs the model.
+    """
+
+    form: Form = "auto"
+    microbatch: int | None = None
+    memory_budget: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.form not in get_args(Form):
+            raise ConfigError(f"Performance(form={self.form!r}): expected one of {', '.join(get_args(Form))}")
+        for name in ("microbatch", "memory_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"Performance({name}={value!r}): expected a positive number or None")

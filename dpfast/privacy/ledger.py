@@ -1,0 +1,269 @@
+"""The ledger: which steps have been spent, written down before each is taken.
+
+A JSON-lines file. First line: the plan, its fingerprint, the library version. Then one line a step. Each line
+ends in the SHA-256 of the line before it and itself, so that nothing can be changed, dropped or reordered
+unseen. Nothing in it depends on the data or on the clock.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dpfast.checkpoint import sync_folder
+from dpfast.errors import BudgetExhausted, LedgerError
+from dpfast.privacy import entropy
+from dpfast.privacy.plan import Plan
+
+_KIND = "dpfast ledger 1"
+
+
+def library_version() -> str:
+    """Version of the installed dpfast, for what is written down."""
+    try:
+        return version("dpfast")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerContents:
+    """What a ledger file says. ``test_entropy``: some of it was written under ``injected_entropy``."""
+
+    plan: Plan
+    charged_steps: int
+    test_entropy: bool
+
+
+class Ledger:
+    """The spent steps of one plan, on disk (``path``) or, with ``path=None``, for the life of the object.
+
+    Guarantee: when ``charge(n)`` returns, step n is on stable storage as spent; a crash at any moment loses
+    no spent step. A last line that was cut off by a crash counts as spent and is completed when the file is
+    opened again. No second process (or object) can open the file meanwhile. An old copy put back in its place
+    is not noticed.
+
+    Raises LedgerError, and leaves the file as it was, when the file belongs to another plan, has been
+    altered, is not a ledger, or is in use.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, plan: Plan) -> None:
+        self.plan = plan
+        self.path = None if path is None else Path(path)
+        self._fd: int | None = None
+        self._closed = False
+        self._state = _State()
+        header = _header(plan)
+        if self.path is None:
+            self._state.add(header)
+        else:
+            self._open(self.path, header)
+
+    @property
+    def charged_steps(self) -> int:
+        """Number of steps spent, whether or not their updates were ever applied."""
+        return self._state.steps
+
+    @property
+    def test_entropy(self) -> bool:
+        """True when any line was written under ``injected_entropy``."""
+        return self._state.test_entropy
+
+    def epsilon(self) -> float:
+        """Epsilon spent so far at the plan's delta, the plan's other releases included."""
+        return self.plan.epsilon(self.charged_steps)
+
+    def charge(self, step: int) -> None:
+        """Record that ``step`` is spent, before it is taken. ``step`` is ``charged_steps + 1``, or
+        LedgerError.
+
+        Raises BudgetExhausted beyond the plan's last step. A record that cannot be written (a full disk) is a
+        LedgerError: the step must not be taken, and the ledger must be opened again.
+        """
+        if self._closed:
+            raise LedgerError(f"ledger {self._name}: it is closed; open it again")
+        if step != self.charged_steps + 1:
+            raise LedgerError(f"ledger {self._name}: expected step {self.charged_steps + 1}, got {step}")
+        if step > self.plan.steps:
+            raise BudgetExhausted(
+                f"all {self.plan.steps} planned steps are spent; a longer run needs another Plan, with more noise"
+            )
+        self._append(_record(step))
+
+    def close(self) -> None:
+        """Release the file for other processes; what is written stays. May be called twice."""
+        self._closed = True
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _name(self) -> str:
+        return "in memory" if self.path is None else str(self.path)
+
+    def _open(self, path: Path, header: dict[str, Any]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise LedgerError(f"ledger {path}: cannot be opened ({error.strerror})") from error
+        try:
+            _lock(self._fd, path)
+            content = path.read_bytes()
+            if b"\n" not in content:
+                self._begin(path, header, content)
+            else:
+                self._resume(path, content)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, path: Path, header: dict[str, Any], content: bytes) -> None:
+        """An empty file, or one whose first line a crash cut off: no step was ever charged in it."""
+        if not self._state.line(header).startswith(content):
+            raise LedgerError(f"ledger {path}: this is not a ledger of this plan; choose another path")
+        self._append(header, over=len(content))
+        sync_folder(path.parent)
+
+    def _resume(self, path: Path, content: bytes) -> None:
+        found, torn = _parse(path, content)
+        if found.header["fingerprint"] != self.plan.fingerprint():
+            raise LedgerError(f"ledger {path}: it belongs to another plan ({_difference(found.header, self.plan)})")
+        if found.steps + bool(torn) > self.plan.steps:
+            raise LedgerError(f"ledger {path}: it holds more than the {self.plan.steps} planned steps; it is damaged")
+        self._state = found
+        if torn:
+            # Written over the torn bytes, never truncated first: the file never shows fewer spent steps.
+            self._append(_record(found.steps + 1), over=len(torn))
+
+    def _append(self, record: dict[str, Any], over: int = 0) -> None:
+        """Write one line after the last whole one (``over``: bytes of a torn line there), then count it."""
+        line = self._state.line(record)
+        if self._fd is not None:
+            try:
+                self._write(self._fd, line, self._state.size, over)
+            except OSError as error:
+                self.close()
+                raise LedgerError(
+                    f"ledger {self._name}: cannot record a step ({error.strerror}); nothing was trained on "
+                    "it. Make room, then run again: the step counts as spent if part of its line was written"
+                ) from error
+        self._state.add(record)
+
+    def _write(self, fd: int, line: bytes, offset: int, over: int) -> None:
+        status = os.fstat(fd)
+        if status.st_nlink == 0 or status.st_size != offset + over:
+            self.close()
+            raise LedgerError(f"ledger {self._name}: the file was changed or deleted by somebody else while in use")
+        written = 0
+        while written < len(line):
+            written += os.pwrite(fd, line[written:], offset + written)
+        if over > len(line):
+            os.ftruncate(fd, offset + len(line))
+        os.fsync(fd)
+
+
+def read_ledger(path: str | os.PathLike[str]) -> LedgerContents:
+    """What the ledger at ``path`` says, without lock or repair; a torn last line counts as spent."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LedgerError(f"ledger {path}: cannot be read ({error.strerror})") from error
+    state, torn = _parse(path, content)
+    try:
+        plan = Plan.from_dict(state.header["plan"])
+    except Exception as error:
+        raise LedgerError(f"ledger {path}: its plan cannot be read by this version of dpfast ({error})") from error
+    return LedgerContents(plan=plan, charged_steps=state.steps + bool(torn), test_entropy=state.test_entropy)
+
+
+class _State:
+    """The lines so far: their number, their bytes, the checksum that the next one continues."""
+
+    def __init__(self) -> None:
+        self.header: dict[str, Any] = {}
+        self.steps = 0
+        self.size = 0
+        self.test_entropy = False
+        self._checksum = ""
+
+    def line(self, record: dict[str, Any]) -> bytes:
+        return (json.dumps({**record, "checksum": self._chained(record)}) + "\n").encode()
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.size, self._checksum = self.size + len(self.line(record)), self._chained(record)
+        self.test_entropy |= "entropy" in record
+        if self.header:
+            self.steps = record["step"]
+        else:
+            self.header = record
+
+    def _chained(self, record: dict[str, Any]) -> str:
+        return hashlib.sha256((self._checksum + json.dumps(record)).encode()).hexdigest()
+
+
+def _header(plan: Plan) -> dict[str, Any]:
+    what = {"kind": _KIND, "dpfast": library_version()}
+    return {**what, "fingerprint": plan.fingerprint(), "plan": plan.to_dict(), **_mark()}
+
+
+def _record(step: int) -> dict[str, Any]:
+    return {"step": step, **_mark()}
+
+
+def _mark() -> dict[str, str]:
+    return {"entropy": entropy.TEST_ENTROPY} if entropy.is_injected() else {}
+
+
+def _parse(path: Path, content: bytes) -> tuple[_State, bytes]:
+    """Every whole line checked, and the bytes of a torn last line."""
+    *lines, torn = content.split(b"\n")
+    state = _State()
+    for number, line in enumerate(lines):
+        record = _decoded(line)
+        if number == 0 and record.get("kind") != _KIND:
+            raise LedgerError(f"ledger {path}: this is not a ledger; choose another path")
+        if number > 0 and record.get("step") != number:
+            raise LedgerError(f"ledger {path}, line {number + 1}: expected step {number}; the file was altered")
+        record.pop("checksum", None)
+        if state.line(record) != line + b"\n":
+            raise LedgerError(f"ledger {path}, line {number + 1}: wrong checksum; the file was altered")
+        state.add(record)
+    if not lines:
+        raise LedgerError(f"ledger {path}: this is not a ledger, or no step was ever taken with it")
+    return state, torn
+
+
+def _decoded(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _difference(header: dict[str, Any], plan: Plan) -> str:
+    theirs, ours = header.get("plan", {}), plan.to_dict()
+    names = [name for name in ours if theirs.get(name) != ours[name]]
+    return "; ".join(f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in names)
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise LedgerError(f"ledger {path}: it is in use by another process; wait for it or stop it") from error

@@ -1,0 +1,217 @@
+"""The privacy statement: what is promised, about whom, on what conditions, in words and as JSON."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dpfast.checkpoint import atomic_write
+from dpfast.privacy import accounting, entropy
+from dpfast.privacy.ledger import Ledger, LedgerContents, library_version
+from dpfast.privacy.releases import GaussianRelease
+
+_RELATION = {
+    "add_remove": "add/remove: two data sets are neighbours when one has one image more than the other",
+    "replace": "replace: two data sets are neighbours when one image of one is exchanged for another image",
+}
+
+_QUESTION = {
+    "add_remove": "whether one given image was used in training",
+    "replace": "which of two given images was used in training",
+}
+
+_UNIT = (
+    "one image. A patient (or anybody) with n images in the data has n times epsilon, and a delta that grows "
+    "faster than n: the promise to such a patient is weaker"
+)
+
+_OUT_OF_SCOPE = (
+    "How long the training took, how much memory it used, whether and when it crashed: do not publish these.",
+    "Who could watch the training: the promise is about what is released, not about the computer it ran on.",
+    "Whatever else is or was published from the same images, unless it is listed under other releases.",
+    (
+        "Floating-point arithmetic. The noise is drawn in float64 (Box-Muller, from the operating system's "
+        "entropy) and its mathematics assumes exact real numbers; attacks on the last bits of such noise "
+        "(Mironov 2012) are not excluded."
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyStatement:
+    """Every item of the promise. ``of`` fills it from a ledger: it says what was spent, not what was meant.
+
+    public: what is treated as known to everybody: data set size, class list, preprocessing, test split.
+    not_accounted: what was learned from private data outside the accounting: how hyperparameters were chosen.
+    membership_accuracy: upper bound on the rate of right guesses about one image; 0.5 is a coin toss.
+    """
+
+    subject: str
+    epsilon: float
+    delta: float
+    target_epsilon: float | None
+    neighboring: str
+    unit: str
+    membership_accuracy: float
+    accountant: str
+    sampling: str
+    dataset_size: int
+    expected_batch_size: float
+    sample_rate: float
+    steps_planned: int
+    steps_charged: int
+    noise_multiplier: float
+    max_grad_norm: float
+    augmult: int
+    other_releases: tuple[str, ...]
+    public: tuple[str, ...]
+    not_accounted: tuple[str, ...]
+    out_of_scope: tuple[str, ...]
+    plan_fingerprint: str
+    dpfast: str
+    test_entropy: bool
+
+    @classmethod
+    def of(
+        cls,
+        ledger: Ledger | LedgerContents,
+        *,
+        augmult: int,
+        public: Sequence[str],
+        not_accounted: Sequence[str],
+        subject: str = "the model and every image sampled from it",
+    ) -> "PrivacyStatement":
+        """The statement for what has been charged so far; ``public`` and ``not_accounted`` are sentences."""
+        plan, charged = ledger.plan, ledger.charged_steps
+        return cls(
+            subject=subject,
+            # A plan without noise promises nothing, not even before its first step.
+            epsilon=plan.epsilon(charged) if plan.is_private else math.inf,
+            delta=plan.target_delta,
+            target_epsilon=plan.target_epsilon,
+            neighboring=plan.neighboring,
+            unit=_UNIT,
+            membership_accuracy=plan.membership_accuracy(charged) if plan.is_private else 1.0,
+            accountant=accounting.accountant_name(),
+            sampling=f"Poisson: a step takes each image independently, with chance {plan.sample_rate:.6g}",
+            dataset_size=plan.dataset_size,
+            expected_batch_size=plan.expected_batch_size,
+            sample_rate=plan.sample_rate,
+            steps_planned=plan.steps,
+            steps_charged=charged,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm,
+            augmult=augmult,
+            other_releases=tuple(_described(release) for release in plan.other_releases),
+            public=tuple(public),
+            not_accounted=tuple(not_accounted),
+            out_of_scope=_OUT_OF_SCOPE,
+            plan_fingerprint=plan.fingerprint(),
+            dpfast=library_version(),
+            test_entropy=ledger.test_entropy or entropy.is_injected(),
+        )
+
+    @property
+    def is_private(self) -> bool:
+        """False without noise and under test entropy."""
+        return math.isfinite(self.epsilon) and not self.test_entropy
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: every field, infinite epsilons as "inf", and ``verdict``, the first thing to read."""
+        values = {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
+        return {"verdict": self._verdict(), **values}
+
+    def text(self) -> str:
+        """The statement for a person, as Markdown."""
+        sections = (
+            ("Privacy statement", self._summary()),
+            ("Whom it protects: the unit", f"The unit of protection is {self.unit}."),
+            ("The figures", self._figures()),
+            ("Treated as public, and so not protected", _bullets(self.public)),
+            ("Not accounted", _bullets(self.not_accounted)),
+            ("Outside the promise", _bullets(self.out_of_scope)),
+        )
+        return "\n".join(f"{'#' if i == 0 else '##'} {title}\n\n{body}\n" for i, (title, body) in enumerate(sections))
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``privacy.json`` and ``PRIVACY.md`` into ``folder``; CheckpointError when that fails."""
+        atomic_write(Path(folder) / "privacy.json", (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        atomic_write(Path(folder) / "PRIVACY.md", self.text().encode())
+
+    def _verdict(self) -> str:
+        if self.test_entropy:
+            return f"{entropy.TEST_ENTROPY}. NOT PRIVATE"
+        if math.isinf(self.epsilon):
+            return "NOT PRIVATE"
+        return f"differentially private with epsilon = {_up(self.epsilon)}, delta = {self.delta:g}, per image"
+
+    def _summary(self) -> str:
+        subject = f"{self.subject[0].upper()}{self.subject[1:]}"
+        if self.is_private:
+            return f"**{subject}: {self._verdict()}.**\n\n{self._meaning()}"
+        reason = (
+            "The random numbers behind it can be repeated by whoever knows the seed of a test."
+            if self.test_entropy
+            else "Gradients were clipped, but there was no noise, or too little to promise anything."
+        )
+        return (
+            f"**{self._verdict()}.** {reason} {subject} may reveal the training images. "
+            "Treat this release as you treat the private images themselves."
+        )
+
+    def _meaning(self) -> str:
+        return (
+            f"What this means: there is a limit to how well anybody can tell {_QUESTION[self.neighboring]}. "
+            f"{self._odds()} This holds whatever else somebody knows or computes, for every use made of what "
+            "was released, now and later. It does not mean that nothing can be learned about people in general: "
+            "what is true of the whole group, with or without any one image, is what a useful model learns.\n\n"
+            "Epsilon says how much one image can change what is released: 0 is not at all, and the larger it "
+            f"is, the weaker the promise. Delta ({self.delta:g}) is, roughly, the chance that it fails."
+        )
+
+    def _odds(self) -> str:
+        percent = math.ceil(100 * self.membership_accuracy)
+        if percent >= 100:
+            return "At an epsilon as large as this one, however, no limit on right guesses can be proven."
+        return (
+            f"Somebody who has to guess it, when both answers are equally likely, is right at most {percent} "
+            "times in 100, even if all other images are known; tossing a coin is right 50 times."
+        )
+
+    def _figures(self) -> str:
+        target = "" if self.target_epsilon is None else f"; the target was {self.target_epsilon:g}"
+        spent = f"an upper bound, for the {self.steps_charged} steps spent{target}"
+        rows = {
+            "epsilon": f"{_up(self.epsilon)} ({spent})",
+            "delta": f"{self.delta:g} (1 / number of images is {1 / self.dataset_size:.2g})",
+            "neighbouring relation": _RELATION[self.neighboring],
+            "accountant": self.accountant,
+            "sampling": self.sampling,
+            "batch": f"{self.expected_batch_size:g} of {self.dataset_size} images on average",
+            "steps": f"{self.steps_charged} spent of {self.steps_planned} planned",
+            "noise multiplier": f"{self.noise_multiplier:g} (noise standard deviation / clip norm)",
+            "clip norm": f"{self.max_grad_norm:g} (the most that one image can weigh in a step)",
+            "augmentations": f"{self.augmult} per image and step, averaged into one gradient before clipping",
+            "other releases": "; ".join(self.other_releases) or "none",
+            "plan": self.plan_fingerprint,
+            "made with": f"dpfast {self.dpfast}",
+        }
+        return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _bullets(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items) if items else "- nothing was named"
+
+
+def _described(release: Any) -> str:
+    if isinstance(release, GaussianRelease):
+        return f"{release.description} ({release.count} x, noise multiplier {release.noise_multiplier:g})"
+    return str(release)
+
+
+def _up(epsilon: float) -> str:
+    """Epsilon to three decimals, rounded up: a rounded promise must not be a better one."""
+    return "infinite" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1000) / 1000:g}"

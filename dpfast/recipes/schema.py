@@ -1,0 +1,177 @@
+"""What a recipe may say: one frozen dataclass per TOML table, each value with its type and range.
+
+Types and ranges are checked when a recipe is loaded (``dpfast.recipes.convert``). ``None`` stands for "left
+out of the file".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+
+def above(low: float, *, default: Any = MISSING) -> Any:
+    """A number greater than ``low``."""
+    return _ranged(lambda v: v > low, f"a number above {low:g}", default)
+
+
+def at_least(low: float, *, default: Any = MISSING) -> Any:
+    """A number of ``low`` or more."""
+    return _ranged(lambda v: v >= low, f"a number of at least {low:g}", default)
+
+
+def between(low: float, high: float, *, default: Any = MISSING) -> Any:
+    """A number above ``low`` and at most ``high``."""
+    return _ranged(lambda v: low < v <= high, f"a number above {low:g} and at most {high:g}", default)
+
+
+def within(low: float, high: float, *, default: Any = MISSING) -> Any:
+    """A number from ``low`` (included) to ``high`` (excluded)."""
+    return _ranged(lambda v: low <= v < high, f"a number from {low:g} to below {high:g}", default)
+
+
+def _ranged(accepts: Callable[[float], bool], expected: str, default: Any) -> Any:
+    return field(default=default, metadata={"accepts": accepts, "expected": expected})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """private: the data to protect. public: what the model is pre-trained on. fold: 0 to 4 to choose settings
+    on a fold of the private training part (the test images are then never read); left out for a real run.
+    """
+
+    private: Literal["digits"]
+    public: Literal["fonts"]
+    public_count: int = above(0)
+    fold: int | None = within(0, 5, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The class-conditional UNet.
+
+    widths: channels at each resolution, from the finest down. attention: at which of them (0 is the finest)
+    there is self-attention.
+    """
+
+    widths: tuple[int, ...]
+    layers_per_block: int = above(0)
+    norm_groups: int = above(0)
+    attention: tuple[int, ...]
+    mid_attention: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """The noising process, and the share of rows whose label is dropped (for classifier-free guidance)."""
+
+    num_train_timesteps: int = above(0)
+    schedule: Literal["linear", "squaredcos_cap_v2"]
+    prediction: Literal["epsilon", "v_prediction"]
+    label_drop: float = within(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Ordinary training on public images: AdamW with a one-cycle learning rate."""
+
+    steps: int = above(0)
+    batch_size: int = above(0)
+    learning_rate: float = above(0)
+    weight_decay: float = at_least(0)
+    ema_decay: float = within(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Private:
+    """DP-SGD fine-tuning of the whole model. timesteps: [] for uniform, else [weight, low, high] triples."""
+
+    target_epsilon: float = above(0)
+    target_delta: float = between(0, 0.5)
+    neighboring: Literal["add_remove", "replace"]
+    sample_rate: float = between(0, 1)
+    steps: int = above(0)
+    augmult: int = above(0)
+    max_grad_norm: float = above(0)
+    learning_rate: float = above(0)
+    warmup_steps: int = at_least(0)
+    ema_decay: float = within(0, 1)
+    timesteps: tuple[tuple[float, float, float], ...]
+    stratified: bool
+    flip: bool
+    shift: int = at_least(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Drawing synthetic images: post-processing, at no privacy cost."""
+
+    count: int = above(0)
+    sampler: Literal["ddim", "ddpm"]
+    steps: int = above(0)
+    guidance: float = at_least(0)
+    shard_size: int = above(0)
+    batch_size: int = above(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A plain DP-SGD classifier at the epsilon and delta of [private]: another way to spend the budget.
+
+    pretrained: it starts from a classifier of the public images, as the generator starts from its own.
+    """
+
+    pretrained: bool
+    sample_rate: float = between(0, 1)
+    steps: int = above(0)
+    augmult: int = above(0)
+    max_grad_norm: float = above(0)
+    learning_rate: float = above(0)
+    warmup_steps: int = at_least(0)
+    ema_decay: float = within(0, 1)
+    shift: int = at_least(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Classifiers trained on synthetic, public and real images.
+
+    seeds: how many of each are averaged. extractor_steps: of the classifier of public images, whose features the
+    Frechet distance uses.
+    """
+
+    seeds: int = above(0)
+    extractor_steps: int = above(0)
+    steps: int = above(0)
+    batch_size: int = above(0)
+    learning_rate: float = above(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How it is computed (``dpfast.Performance``): may move time and memory, not the result or epsilon."""
+
+    device: str
+    form: Literal["auto", "gram", "direct", "materialise", "example"]
+    microbatch: int | None = above(0, default=None)
+    memory_budget: int | None = above(0, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run depends on. ``seed`` reaches initial weights, augmentations and samples, but never the
+    privacy noise or the choice of batches, which come from the operating system.
+    """
+
+    name: str
+    seed: int = at_least(0)
+    data: Data
+    model: Model
+    diffusion: Diffusion
+    pretrain: Pretrain
+    private: Private
+    sample: Sample
+    baseline: Baseline
+    evaluate: Evaluate
+    performance: Speed

@@ -1,0 +1,1 @@
+"""Reports for people: one that may be released, one that must not."""

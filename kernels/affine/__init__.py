@@ -1,0 +1,52 @@
+"""Per-example gradients of a norm's affine parameters, ``y = weight * x_hat + bias``.
+
+    weight[b, c] = sum_{m,s} a[b, m, c, s] * g[b, m, c, s]
+    bias[b, c]   = sum_{m,s} g[b, m, c, s]
+
+Shapes: a (the normalised input x-hat) and g (the output gradient) are [B, M, C, S]: B examples, M rows of an
+example, C channels, S positions of a channel. GroupNorm over [B*K, C, H, W] views as [B, K, C, H*W];
+LayerNorm over [B*K, T, C] as [B, K*T, C, 1]. Strides are free: neither NCHW nor channels_last is copied.
+Cost: 3 B M C S FLOPs, and one read of a and g by the native backend.
+"""
+
+from torch import Tensor
+
+from dpfast.kernels.affine import native, reference
+from dpfast.kernels.dispatch import Backend, KernelError, choose
+
+__all__ = ["affine_grads", "affine_sq_norms"]
+
+
+def affine_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients ``(weight, bias)`` of every example, each [B, C]; not averaged over rows.
+
+    a, g: [B, M, C, S], of one floating dtype and device, any strides.
+    backend: None takes native for float32 on the CPU (values only, no autograd), else the reference.
+    Results are float64 for float64 inputs and float32 otherwise; float16 and bfloat16 are summed in float32.
+
+    Raises:
+        KernelError: other shapes, dtypes or devices, or ``backend="native"`` where it cannot be used.
+    """
+    _check(a, g)
+    if choose(backend, a, g) == "native":
+        return native.affine_grads(a, g)
+    return reference.affine_grads(a, g)
+
+
+def affine_sq_norms(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """Squared norm of each example's (weight, bias) gradient together, [B]; arguments as ``affine_grads``."""
+    weight, bias = affine_grads(a, g, backend=backend)
+    return weight.square().sum(1) + bias.square().sum(1)
+
+
+def _check(a: Tensor, g: Tensor) -> None:
+    problems = []
+    if a.ndim != 4 or a.shape != g.shape:
+        problems.append("expected a and g of one shape [B, M, C, S]")
+    if a.dtype != g.dtype or not a.is_floating_point():
+        problems.append("expected one floating dtype (cast one of them)")
+    if a.device != g.device:
+        problems.append("expected one device (move one of them)")
+    if problems:
+        came = [f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in (("a", a), ("g", g))]
+        raise KernelError(f"affine_grads: {'; '.join(problems)}; got {' and '.join(came)}")

@@ -1,0 +1,105 @@
+"""Which implementation of an op runs: the compiled module ``dpfast._native``, or PyTorch (``reference``).
+
+The native module is looked for at the first op, not at import. ``DPFAST_BACKEND=reference`` leaves it aside,
+``DPFAST_BACKEND=native`` makes its absence an error, ``auto`` (or nothing) takes it when it is there.
+"""
+
+import functools
+import importlib
+import os
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dpfast.errors import ConfigError, DPFastError
+
+Backend = Literal["native", "reference"]
+
+_ABI = 1  # kAbi of csrc/dpfast.h
+_VARIABLE = "DPFAST_BACKEND"
+
+
+class KernelError(DPFastError, ValueError):
+    """An op was called with shapes, dtypes or a backend it cannot compute with."""
+
+
+def backend() -> Backend:
+    """The backend that ops choose by themselves in this process.
+
+    Raises:
+        ConfigError: ``DPFAST_BACKEND`` is none of native, reference, auto, or native and missing.
+    """
+    wanted = os.environ.get(_VARIABLE) or "auto"
+    if wanted not in ("native", "reference", "auto"):
+        raise ConfigError(f"{_VARIABLE}={wanted!r}: expected native, reference or auto")
+    if wanted == "reference":
+        return "reference"
+    module, reason = _find_native()
+    if module is None and wanted == "native":
+        raise ConfigError(f"{_VARIABLE}=native, but {reason}")
+    return "reference" if module is None else "native"
+
+
+def why_not_native() -> str | None:
+    """Why the native module is not used, in words for a person; None when it is used."""
+    if os.environ.get(_VARIABLE) == "reference":
+        return f"{_VARIABLE}=reference asks for PyTorch"
+    return _find_native()[1]
+
+
+def native_module() -> ModuleType:
+    """The module ``dpfast._native``.
+
+    Raises:
+        KernelError: it is missing or was built from other sources; the message says which.
+    """
+    module, reason = _find_native()
+    if module is None:
+        raise KernelError(f"backend 'native' was asked for, but {reason}")
+    return module
+
+
+def choose(requested: Backend | None, *tensors: Tensor) -> Backend:
+    """The backend for these tensors: ``requested``, or native when the native module can read them all."""
+    if requested is not None:
+        if requested not in ("native", "reference"):
+            raise KernelError(f"backend={requested!r}: expected 'native', 'reference' or None")
+        return requested
+    if backend() == "native" and all(map(native_can_read, tensors)):
+        return "native"
+    return "reference"
+
+
+def native_can_read(tensor: Tensor) -> bool:
+    """Whether a tensor is plain float32 memory on the CPU that autograd and transforms need not follow."""
+    return (
+        tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)  # no FakeTensor or other subclass
+        and tensor.layout == torch.strided
+        and not tensor.is_neg()
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001 (no public way to ask)
+    )
+
+
+@functools.cache
+def _find_native() -> tuple[ModuleType | None, str | None]:
+    try:
+        module = importlib.import_module("dpfast._native")
+    except ModuleNotFoundError:
+        return None, (
+            "the native module was not built: dpfast was installed without a C++ compiler or the C headers "
+            "of Python. Install both (Debian, Ubuntu: apt install g++ python3-dev), then reinstall dpfast"
+        )
+    except ImportError as error:
+        return None, f"the native module cannot be loaded ({error}). Reinstall dpfast on this machine"
+    abi = getattr(module, "abi", None)
+    if abi != _ABI:
+        return None, (
+            f"the native module is of version {abi}, this dpfast expects {_ABI}. "
+            "Build it again: pip install -e . (in the checkout), or reinstall dpfast"
+        )
+    return module, None

@@ -1,0 +1,45 @@
+"""The formulas for a linear map, in any dtype; low precision is computed in float32."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dpfast.kernels.precision import accumulation_dtype
+
+
+def per_example_grads(a: Tensor, g: Tensor) -> Tensor:
+    """``G [B, ..., P, D]``."""
+    dtype = accumulation_dtype(a, g)
+    return g.to(dtype).mT @ a.to(dtype)
+
+
+def direct_sq_norms(a: Tensor, g: Tensor) -> Tensor:
+    """``|G_i|^2 [B]`` with one G_i alive at a time: a sum of squares, never negative."""
+    norms = [per_example_grads(a_i, g_i).square().sum() for a_i, g_i in zip(a, g, strict=True)]
+    return torch.stack(norms) if norms else a.new_zeros(0, dtype=accumulation_dtype(a, g))
+
+
+def gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """``|G_i|^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>`` and a bound on its rounding error, both ``[B]``.
+
+    The sum cancels where positions cancel, so the result can be far too small, even negative. The bound is
+    ``c eps (sum_t |a_t| |g_t|)^2``: inner products of length n err by about ``2 sqrt(n) eps/2`` of the product of
+    the norms (probabilistic rounding, Higham and Mary 2019, lambda = 4), the pairwise sum over M^2 terms by log2.
+    """
+    dtype = accumulation_dtype(a, g)
+    a, g = a.to(dtype), g.to(dtype)
+    sq = ((a @ a.mT) * (g @ g.mT)).flatten(1).sum(1)
+    magnitude = (a.norm(dim=-1) * g.norm(dim=-1)).sum(-1).square().unsqueeze(-1).flatten(1).sum(1)
+    c = 2 * (math.sqrt(a.shape[-1]) + math.sqrt(g.shape[-1])) + 2 * math.log2(max(a.shape[-2], 2))
+    return sq, c * torch.finfo(dtype).eps * magnitude
+
+
+def clipped_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
+    """``sum_i w_i G_i [..., P, D]`` in one matrix product; an example with ``w_i = 0`` contributes exactly 0."""
+    dtype = accumulation_dtype(a, g)
+    weight = w.to(dtype).view(-1, *[1] * (a.ndim - 1))
+    kept = weight > 0
+    a = torch.where(kept, a.to(dtype), 0)
+    g = torch.where(kept, weight * g.to(dtype), 0)
+    return g.movedim(0, -3).flatten(-3, -2).mT @ a.movedim(0, -3).flatten(-3, -2)

@@ -1,0 +1,247 @@
+"""The affine op against float64: layouts, dtypes, odd sizes, poisoned memory; native and reference alike."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpfast.errors import ConfigError, DPFastError
+from dpfast.kernels import dispatch
+from dpfast.kernels.affine import affine_grads, affine_sq_norms, native
+
+NATIVE = dispatch.why_not_native() is None
+needs_native = pytest.mark.skipif(not NATIVE, reason=str(dispatch.why_not_native()))
+BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=_GENERATOR).float()
+
+
+_GENERATOR = torch.Generator().manual_seed(5)
+
+
+def _sliced(b: int, m: int, c: int, s: int) -> Tensor:
+    return _randn(b + 1, m + 2, c + 3, 2 * s)[1:, 1:-1, 2:-1, ::2]
+
+
+LAYOUTS: dict[str, Callable[[int, int, int, int], Tensor]] = {
+    "contiguous": _randn,
+    "channels_last": lambda b, m, c, s: _randn(b, m, s, c).transpose(2, 3),
+    "transposed": lambda b, m, c, s: _randn(s, c, m, b).permute(3, 2, 1, 0),
+    "sliced": _sliced,
+    "sliced_channels": lambda b, m, c, s: _randn(b, m, s, c + 5).transpose(2, 3)[:, :, 3:-2],
+    "unaligned": lambda b, m, c, s: _randn(b * m * c * s + 1)[1:].view(b, m, c, s),
+    "expanded_rows": lambda b, m, c, s: _randn(b, 1, c, s).expand(b, m, c, s),
+    "expanded_positions": lambda b, m, c, s: _randn(b, m, c, 1).expand(b, m, c, s),
+    "one_number": lambda b, m, c, s: _randn(1, 1, 1, 1).expand(b, m, c, s),
+}
+SIZES = [
+    (3, 4, 64, 64),
+    (2, 3, 17, 70),
+    (2, 2, 300, 19),
+    (3, 2, 24, 1),
+    (2, 5, 1, 33),
+    (1, 1, 1, 1),
+    (2, 1, 3, 7),
+    (1, 2, 5, 1000),
+    (0, 3, 8, 16),
+    (2, 0, 8, 16),
+    (2, 3, 0, 16),
+    (2, 3, 8, 0),
+]
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN: an output that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def _exact(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    a, g = a.double(), g.double()
+    return torch.einsum("bmcs,bmcs->bc", a, g), torch.einsum("bmcs->bc", g)
+
+
+def _assert_2x(ours: tuple[Tensor, ...], a: Tensor, g: Tensor) -> None:
+    """Error at most twice that of plain torch in the dtype of the sums, plus one rounding of the result."""
+    dtype = ours[0].dtype
+    x, y = a.to(dtype), g.to(dtype)
+    plain = (x * y).sum((1, 3)), y.sum((1, 3))
+    for mine, torchs, exact in zip(ours, plain, _exact(a, g), strict=True):
+        assert mine.shape == exact.shape
+        if exact.numel() == 0:
+            continue
+        error, allowed = (mine - exact).abs().max(), 2 * (torchs - exact).abs().max()
+        assert error <= allowed + torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("g_layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_float64_in_every_layout(backend: dispatch.Backend, g_layout: str, size: tuple) -> None:
+    g = LAYOUTS[g_layout](*size)
+    for make in LAYOUTS.values():
+        a = make(*size)
+        _assert_2x(affine_grads(a, g, backend=backend), a, g)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    a, g = _randn(3, 2, 20, 40).to(dtype), _randn(3, 2, 20, 40).to(dtype)
+    ours = affine_grads(a, g)
+    assert {t.dtype for t in ours} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    _assert_2x(ours, a, g)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@needs_native
+def test_native_error_does_not_grow_with_positions(layout: str) -> None:
+    a, g = LAYOUTS[layout](1, 2, 16, 200_000), LAYOUTS[layout](1, 2, 16, 200_000) + 1
+    weight, bias = affine_grads(a, g, backend="native")
+    exact_weight, exact_bias = _exact(a, g)
+    eps = torch.finfo(torch.float32).eps
+    scale = (a.double() * g.double()).abs().sum((1, 3))
+    assert ((weight - exact_weight).abs() <= 8 * eps * scale).all()
+    assert ((bias - exact_bias).abs() <= 8 * eps * g.double().abs().sum((1, 3))).all()
+
+
+@needs_native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_native_is_the_same_for_any_number_of_threads(layout: str) -> None:
+    a, g = LAYOUTS[layout](5, 3, 70, 90), LAYOUTS[layout](5, 3, 70, 90)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(affine_grads(a, g, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_examples_nan_stays_its_own(backend: dispatch.Backend) -> None:
+    a, g = _randn(3, 2, 20, 40), _randn(3, 2, 20, 40)
+    clean = affine_grads(a, g, backend=backend)
+    a[1, 0, 4, 5], g[1, 1, 7, 8] = torch.inf, torch.nan
+    weight, bias = affine_grads(a, g, backend=backend)
+    assert not weight[1, [4, 7]].isfinite().any()
+    assert bias[1, 7].isnan()
+    for mine, theirs in zip((weight, bias), clean, strict=True):
+        assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_autograd_through_group_norm(backend: dispatch.Backend) -> None:
+    """GroupNorm on [B*K, C, H, W], channels_last: the gradients of each example's own loss, in float64."""
+    examples, augmult, channels = 3, 2, 8
+    x = _randn(examples * augmult, channels, 5, 4).double()
+    norm = torch.nn.GroupNorm(2, channels).double()
+    g = _randn(*x.shape).double()
+    x_hat = torch.nn.functional.group_norm(x, 2).to(memory_format=torch.channels_last)
+    view = (examples, augmult, channels, 20)
+    weight, bias = affine_grads(
+        x_hat.float().view(examples, augmult, channels, 5, 4).flatten(3),
+        g.float().to(memory_format=torch.channels_last).view(examples, augmult, channels, 5, 4).flatten(3),
+        backend=backend,
+    )
+    _assert_2x((weight, bias), x_hat.float().reshape(view), g.float().reshape(view))
+    for i in range(examples):
+        rows = slice(i * augmult, (i + 1) * augmult)
+        grads = torch.autograd.grad((norm(x[rows]) * g[rows]).sum(), [norm.weight, norm.bias])
+        torch.testing.assert_close(weight[i].double(), grads[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(bias[i].double(), grads[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sq_norms(backend: dispatch.Backend) -> None:
+    a, g = _randn(3, 2, 20, 40), _randn(3, 2, 20, 40)
+    weight, bias = _exact(a, g)
+    expected = weight.square().sum(1) + bias.square().sum(1)
+    torch.testing.assert_close(affine_sq_norms(a, g, backend=backend).double(), expected, rtol=1e-5, atol=0.0)
+
+
+def test_autograd_and_vmap_take_the_reference() -> None:
+    a, g = _randn(2, 2, 3, 4).requires_grad_(), _randn(2, 2, 3, 4)
+    weight, _ = affine_grads(a, g)
+    assert torch.equal(torch.autograd.grad(weight.sum(), a)[0], g)
+    stacked = _randn(5, 2, 2, 3, 4)
+    mapped = torch.func.vmap(lambda t: affine_grads(t, g)[0])(stacked)
+    assert torch.equal(mapped[3], affine_grads(stacked[3], g, backend="reference")[0])
+
+
+def test_default_dtype_does_not_reach_the_result() -> None:
+    a, g = _randn(2, 2, 16, 20), _randn(2, 2, 16, 20)
+    expected = affine_grads(a, g)
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = affine_grads(a, g)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(result, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("a", "g", "words"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 3), r"one shape \[B, M, C, S\]; got a \[2, 3\]"),
+        (torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 5), r"g \[2, 1, 3, 5\]"),
+        (torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4).double(), "one floating dtype"),
+        (torch.zeros(2, 1, 3, 4).int(), torch.zeros(2, 1, 3, 4).int(), "one floating dtype"),
+        (torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4, device="meta"), "one device"),
+    ],
+)
+def test_wrong_inputs_are_named(a: Tensor, g: Tensor, words: str) -> None:
+    with pytest.raises(DPFastError, match=words):
+        affine_grads(a, g)
+
+
+def test_native_refuses_what_it_cannot_read() -> None:
+    t = torch.zeros(2, 1, 3, 4, dtype=torch.float64)
+    with pytest.raises(DPFastError, match="plain float32 CPU tensors"):
+        native.affine_grads(t, t)
+    with pytest.raises(DPFastError, match="expected 'native', 'reference' or None"):
+        affine_grads(t, t, backend="cuda")  # type: ignore[arg-type]
+
+
+def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPFAST_BACKEND", "reference")
+    assert dispatch.backend() == "reference"
+    assert "DPFAST_BACKEND=reference" in str(dispatch.why_not_native())
+    monkeypatch.setenv("DPFAST_BACKEND", "natve")
+    with pytest.raises(ConfigError, match="expected native, reference or auto"):
+        dispatch.backend()
+
+
+def test_missing_or_old_native_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = torch.zeros(2, 1, 3, 4)
+    monkeypatch.delenv("DPFAST_BACKEND", raising=False)
+    try:
+        for patch, words in [("dpfast.no_such_module", "not built"), ("dpfast.errors", "version None")]:
+            dispatch._find_native.cache_clear()
+            find = dispatch.importlib.import_module
+            monkeypatch.setattr(dispatch.importlib, "import_module", lambda _, f=find, p=patch: f(p))
+            assert dispatch.backend() == "reference"
+            assert words in str(dispatch.why_not_native())
+            affine_grads(t, t)
+            with pytest.raises(DPFastError, match=words):
+                affine_grads(t, t, backend="native")
+            with monkeypatch.context() as context:
+                context.setenv("DPFAST_BACKEND", "native")
+                with pytest.raises(ConfigError, match=words):
+                    dispatch.backend()
+            monkeypatch.undo()
+            monkeypatch.delenv("DPFAST_BACKEND", raising=False)
+    finally:
+        dispatch._find_native.cache_clear()

@@ -1,0 +1,98 @@
+"""GhostClipper against the float64 oracle: every layer, form, layout and number of augmentations."""
+
+import warnings
+
+import pytest
+import torch
+from cases import CONVOLUTIONS, EVERY, LAYERS, LAYOUTS, Case, losses, relayout, unet, unet_inputs
+from oracle import Clipped, assert_as_good_as_torch, per_example
+
+from dpfast import GhostClipper, Performance
+
+FORMS = ["auto", "gram", "direct", "materialise", "example"]
+
+
+def clip(model, inputs, *, augmult, max_grad_norm, form="auto", losses=losses) -> Clipped:
+    clipper = GhostClipper(
+        model, max_grad_norm=max_grad_norm, augmult=augmult, performance=Performance(form=form)
+    )
+    clipper.zero_grad()
+    with clipper:
+        result = clipper.backward(losses(model, inputs))
+    sums = {name: p.grad.clone() for name, p in clipper.parameters.items()}
+    clipper.zero_grad()
+    return Clipped(result.norms, sums)
+
+
+def check(model, inputs, *, augmult: int, forms=FORMS) -> None:
+    """Half of the examples are clipped: C is the median of the exact norms."""
+    norms = per_example(model, losses, inputs, augmult=augmult, max_grad_norm=1.0).norms
+    settings = {"augmult": augmult, "max_grad_norm": norms.median().item()}
+    exact = per_example(model, losses, inputs, **settings)
+    plain = per_example(model, losses, inputs, **settings, dtype=torch.float32)
+    for form in forms:
+        assert_as_good_as_torch(clip(model, inputs, **settings, form=form), plain, exact)
+
+
+@pytest.mark.parametrize("augmult", [1, 3, 8])
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+def test_every_layer_and_form(case: Case, augmult: int) -> None:
+    model, inputs = case.build(rows=3 * augmult)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        check(model, inputs, augmult=augmult)
+    assert any("correct and slow" in str(w.message) for w in said) == case.slow_rule
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [*LAYERS, *CONVOLUTIONS], ids=lambda case: case.name)
+def test_every_layout(case: Case, layout: str) -> None:
+    model, inputs = case.build(rows=6)
+    check(model, tuple(relayout(x, layout) if x.is_floating_point() else x for x in inputs), augmult=2)
+
+
+@pytest.mark.parametrize("augmult", [1, 3, 8])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_unet_of_diffusers(augmult: int, format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model = unet().to(memory_format=format)
+    images, *rest = unet_inputs(3 * augmult)
+    check(model, (images.contiguous(memory_format=format), *rest), augmult=augmult)
+
+
+def test_several_backward_passes_add_up() -> None:
+    torch.manual_seed(0)
+    model = unet()
+    inputs = unet_inputs(8)
+    whole = clip(model, inputs, augmult=2, max_grad_norm=0.1)
+    clipper = GhostClipper(model, max_grad_norm=0.1, augmult=2)
+    for rows in (slice(0, 2), slice(2, 8)):
+        with clipper:
+            clipper.backward(losses(model, tuple(x[rows] for x in inputs)))
+    for name, p in clipper.parameters.items():
+        torch.testing.assert_close(p.grad, whole.sums[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_double_precision_model(form: str) -> None:
+    model, inputs = CONVOLUTIONS[1].build(rows=6)
+    model, inputs = model.double(), tuple(x.double() for x in inputs)
+    exact = per_example(model, losses, inputs, augmult=2, max_grad_norm=0.1)
+    got = clip(model, inputs, augmult=2, max_grad_norm=0.1, form=form)
+    torch.testing.assert_close(got.norms, exact.norms, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sequence_first(form: str) -> None:
+    """Rows along dimension 1, as sequence-first transformers have them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 4))
+
+    def transposed(m, rows):
+        return m(rows[0].transpose(0, 1)).transpose(0, 1).square().flatten(1).mean(1)
+
+    inputs = (torch.randn(6, 6, 5),)
+    settings = {"augmult": 2, "max_grad_norm": 0.2, "losses": transposed}
+    exact = per_example(model, transposed, inputs, augmult=2, max_grad_norm=0.2)
+    plain = per_example(model, transposed, inputs, augmult=2, max_grad_norm=0.2, dtype=torch.float32)
+    assert_as_good_as_torch(clip(model, inputs, form=form, **settings), plain, exact)

@@ -1,0 +1,130 @@
+"""Keyed randomness: the published Philox vectors, and independence from the batch."""
+
+import pytest
+import torch
+
+from dpfast.diffusion.augment import Augment
+from dpfast.diffusion.keyed import RowKeys, philox4x32
+from dpfast.diffusion.timesteps import MixtureOfUniforms, Uniform, draw_timesteps
+from dpfast.errors import ConfigError
+
+# Random123 1.09, tests/kat_vectors, "philox4x32 10".
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def keys(ids: list[int], *, seed: int = 3, step: int = 5, augmult: int = 2) -> RowKeys:
+    return RowKeys(seed, torch.tensor(ids, dtype=torch.int64), step, augmult)
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, expected):
+    words = philox4x32(tuple(torch.tensor([word]) for word in counter), key)
+    assert tuple(int(word) for word in words) == expected
+
+
+@pytest.mark.parametrize("draw", ["uniform", "normal"])
+def test_rows_belong_to_the_example(draw):
+    full = getattr(keys([7, 2, 11]), draw)(3, 5, stream="a")
+    part = getattr(keys([11, 7]), draw)(3, 5, stream="a")
+    assert full.shape == (6, 3, 5) and full.dtype == torch.float32
+    assert torch.equal(part, full[[4, 5, 0, 1]])
+
+
+def test_every_part_of_the_key_matters():
+    base = keys([1]).uniform(8, stream="a")
+    assert torch.equal(base, keys([1]).uniform(8, stream="a"))
+    others = [
+        keys([2]).uniform(8, stream="a"),
+        keys([1], seed=4).uniform(8, stream="a"),
+        keys([1], step=6).uniform(8, stream="a"),
+        keys([1]).uniform(8, stream="b"),
+        base.flip(0),  # the other augmentation
+    ]
+    assert all(not torch.equal(base, other) for other in others)
+    assert torch.equal(keys([1]).uniform(3, stream="a"), base[:, :3])
+
+
+def test_distributions():
+    many = keys(list(range(2000)), augmult=3)
+    u, z = many.uniform(9, stream="u"), many.normal(9, stream="z")
+    assert 0.0 <= float(u.min()) and float(u.max()) < 1.0
+    # Four standard errors of 54,000 draws.
+    assert abs(float(u.mean()) - 0.5) < 4 * (1 / 12 / u.numel()) ** 0.5
+    assert abs(float(z.mean())) < 4 * z.numel() ** -0.5
+    assert abs(float(z.var()) - 1.0) < 4 * (2 / z.numel()) ** 0.5
+    assert abs(float((z[:, 0] * z[:, 1]).mean())) < 4 * len(z) ** -0.5
+    assert abs(float((z.abs() < 1.959964).float().mean()) - 0.95) < 0.004
+
+
+def test_empty_batch_and_bad_keys():
+    empty = RowKeys(0, torch.empty(0, dtype=torch.int64), 0, 4)
+    assert empty.uniform(2, stream="a").shape == (0, 2)
+    assert empty.normal(2, 3, stream="a").shape == (0, 2, 3)
+    with pytest.raises(ValueError, match="int64"):
+        RowKeys(0, torch.zeros(2), 0, 1)
+    with pytest.raises(ValueError, match="augmult"):
+        RowKeys(0, torch.zeros(2, dtype=torch.int64), 0, 0)
+
+
+def test_uniform_timesteps_and_stratification():
+    t = draw_timesteps(Uniform(), keys([4, 9], augmult=10), 1000)
+    assert torch.equal(t.view(2, 10) // 100, torch.arange(10).expand(2, 10))
+    loose = draw_timesteps(Uniform(), keys(list(range(500))), 1000, stratified=False)
+    assert loose.min() >= 0 and loose.max() <= 999 and loose.float().mean().sub(500).abs() < 40
+
+
+def test_mixture_shares_and_bounds():
+    mixture = MixtureOfUniforms([(0.6, 30, 600), (0.1, 0, 30), (0.3, 600, 1000)])
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    t = mixture.icdf(u, 1000)
+    assert bool((t.diff() >= 0).all()) and int(t.min()) == 0 and int(t.max()) == 999
+    shares = [float(((t >= low) & (t < high)).float().mean()) for low, high in [(0, 30), (30, 600), (600, 1000)]]
+    assert shares == pytest.approx([0.1, 0.6, 0.3], abs=2e-5)
+    inside = t[(t >= 30) & (t < 600)]
+    assert inside.bincount(minlength=600)[30:].float().std() < 2
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        ([(0.5, 0, 10)], "sum to 1"),
+        ([], "sum to 1"),
+        ([(1.0, 5, 5)], "low < high"),
+        ([(0.5, 0, 10), (0.5, 9, 20)], "overlap"),
+    ],
+)
+def test_bad_mixtures(components, message):
+    with pytest.raises(ConfigError, match=message):
+        MixtureOfUniforms(components)
+
+
+def test_mixture_beyond_the_scheduler():
+    with pytest.raises(ConfigError, match="ends at 2000"):
+        MixtureOfUniforms([(1.0, 0, 2000)]).icdf(torch.rand(3), 1000)
+
+
+def test_shifts_and_flips_are_crops_of_the_own_image():
+    images = torch.arange(3 * 16, dtype=torch.float32).view(3, 1, 4, 4)
+    rows = Augment(flip=True, shift=1, fill=-1.0)(images, keys([5, 6, 7], augmult=8))
+    assert rows.shape == (24, 1, 4, 4)
+    padded = torch.nn.functional.pad(images, [1] * 4, value=-1.0)
+    crops = [[padded[i, :, y : y + 4, x : x + 4] for y in range(3) for x in range(3)] for i in range(3)]
+    for row, value in enumerate(rows):
+        candidates = crops[row // 8] + [crop.flip(2) for crop in crops[row // 8]]
+        assert any(torch.equal(value, crop) for crop in candidates)
+    assert len({tuple(row.flatten().tolist()) for row in rows[:8]}) > 1
+
+
+def test_augment_none_repeats():
+    images = torch.rand(2, 1, 4, 4)
+    assert torch.equal(Augment()(images, keys([1, 2])), images[[0, 0, 1, 1]])
+    with pytest.raises(ConfigError, match="shift"):
+        Augment(shift=-1)

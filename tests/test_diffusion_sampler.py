@@ -1,0 +1,143 @@
+"""Samplers: exact on a model whose answer is known, resumable by shard."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dpfast.diffusion import NoiseSpec, UNetSpec, build_scheduler, build_unet
+from dpfast.diffusion.sampler import generate, generate_shards, load_shards, sampling_scheduler
+from dpfast.errors import ConfigError, DataError
+
+SHAPE = (1, 4, 4)
+CLASSES = ("a", "b")
+
+
+class PointModel(nn.Module):
+    """The exact v for data that are one constant image per class: ``level[label]`` in every pixel."""
+
+    def __init__(self, scheduler, levels):
+        super().__init__()
+        self.levels = nn.Parameter(torch.tensor(levels))
+        self.alphas = scheduler.alphas_cumprod
+        self.calls: list[int] = []
+
+    def forward(self, noisy, t, labels):
+        self.calls.append(len(noisy))
+        signal = self.alphas[t].sqrt()[:, None, None, None]
+        sigma = (1 - signal**2).sqrt()
+        clean = self.levels[labels][:, None, None, None].expand_as(noisy)
+        noise = (noisy - signal * clean) / sigma
+        return signal * noise - sigma * clean
+
+
+@pytest.fixture
+def scheduler():
+    return build_scheduler(NoiseSpec())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samples_are_the_images_the_model_knows(scheduler, sampler):
+    model = PointModel(scheduler, [-0.5, 0.5, 0.0])
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    state = torch.get_rng_state()
+    images = generate(
+        model, scheduler, labels, image_shape=SHAPE, num_classes=2, sampler=sampler, steps=30, batch_size=2
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = torch.where(labels == 0, 64, 191)[:, None, None, None].expand(-1, *SHAPE)
+    assert images.dtype == torch.uint8
+    assert (images.int() - expected).abs().max() <= 1
+
+
+def test_guidance_doubles_the_batch_only_when_it_acts(scheduler):
+    labels = torch.tensor([0, 1, 0])
+    for guidance, rows in [(1.0, 3), (1.5, 6)]:
+        model = PointModel(scheduler, [-0.5, 0.5, 0.0])
+        images = generate(model, scheduler, labels, image_shape=SHAPE, num_classes=2, steps=5, guidance=guidance)
+        assert model.calls == [rows] * 5
+        # Guided prediction of the clean image: null + guidance * (level - null), null = 0.
+        expected = round((guidance * 0.5 + 1) * 127.5)
+        assert abs(int(images[1].max()) - expected) <= 1
+
+
+def test_seeds_and_empty_requests(scheduler):
+    model = build_unet(UNetSpec(image_size=4, widths=(8,), norm_groups=4), seed=0)
+    labels = torch.arange(6) % 2
+
+    def sample(**options):
+        return generate(model, scheduler, labels, image_shape=SHAPE, num_classes=10, steps=3, **options)
+
+    assert torch.equal(sample(seed=1), sample(seed=1))
+    assert not torch.equal(sample(seed=1), sample(seed=2))
+    assert generate(model, scheduler, labels[:0], image_shape=SHAPE, num_classes=10).shape == (0, *SHAPE)
+
+
+def test_first_step_is_the_noisiest(scheduler):
+    for sampler in ("ddim", "ddpm"):
+        derived = sampling_scheduler(scheduler, sampler, 25)
+        assert int(derived.timesteps[0]) == 999 and len(derived.timesteps) == 25
+        assert derived.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(("sampler", "steps", "message"), [("euler", 5, "ddim"), ("ddim", 0, "1000")])
+def test_bad_sampler(scheduler, sampler, steps, message):
+    with pytest.raises(ConfigError, match=message):
+        sampling_scheduler(scheduler, sampler, steps)
+
+
+def shards(scheduler, folder, *, levels=(-0.5, 0.5, 0.0), progress=lambda *_: None, **options):
+    settings = {"count": 10, "shard_size": 4, "image_shape": SHAPE, "classes": CLASSES, "steps": 3, "seed": 1}
+    model = PointModel(scheduler, list(levels))
+    result = generate_shards(model, scheduler, folder, **(settings | options), progress=progress)
+    return model, result
+
+
+def test_shards_are_balanced_and_resumable(scheduler, tmp_path):
+    first, whole = shards(scheduler, tmp_path / "a")
+    assert whole.labels.bincount().tolist() == [5, 5] and whole.classes == CLASSES
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "manifest.json", "shard-00000.npz", "shard-00001.npz", "shard-00002.npz",
+    ]  # fmt: skip
+    again, same = shards(scheduler, tmp_path / "a")
+    assert first.calls and not again.calls
+    assert same.fingerprint() == whole.fingerprint() == load_shards(tmp_path / "a").fingerprint()
+
+
+def test_damaged_shard_is_made_again(scheduler, tmp_path):
+    _, whole = shards(scheduler, tmp_path)
+    shard = tmp_path / "shard-00001.npz"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(DataError, match="shard-00001"):
+        load_shards(tmp_path)
+    model, repaired = shards(scheduler, tmp_path)
+    assert model.calls == [4, 4, 4]
+    assert repaired.fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"count": 12}, {"levels": (0.1, 0.2, 0.3)}, {"guidance": 2.0}])
+def test_other_settings_are_refused(scheduler, tmp_path, change):
+    _, whole = shards(scheduler, tmp_path)
+    with pytest.raises(DataError, match=r"other settings \((seed|count|model|guidance)\)"):
+        shards(scheduler, tmp_path, **change)
+    assert load_shards(tmp_path).fingerprint() == whole.fingerprint()
+
+
+def test_bad_counts_and_folders(scheduler, tmp_path):
+    with pytest.raises(ConfigError, match="multiple of the 2 classes"):
+        shards(scheduler, tmp_path, count=5)
+    with pytest.raises(DataError, match="generate_shards"):
+        load_shards(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        shards(scheduler, tmp_path)
+
+
+def test_files_are_plain_numpy(scheduler, tmp_path):
+    shards(scheduler, tmp_path)
+    with np.load(tmp_path / "shard-00000.npz", allow_pickle=False) as shard:
+        assert shard["images"].dtype == np.uint8 and shard["images"].shape == (4, *SHAPE)
+        assert shard["labels"].tolist() == [0, 1, 0, 1]
+    assert json.loads((tmp_path / "manifest.json").read_text())["count"] == 10

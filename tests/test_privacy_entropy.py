@@ -1,0 +1,111 @@
+"""The operating system's entropy, and the noise and samples made of it."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dpfast.errors import ConfigError
+from dpfast.privacy import entropy, poisson_sample, standard_normal, uniform
+from dpfast.testing import injected_entropy
+
+
+def test_uniform_is_53_bits_and_its_complement_is_never_zero(monkeypatch):
+    monkeypatch.setattr(entropy, "source", lambda n: b"\xff" * n)
+    assert uniform(3).tolist() == [1 - 2.0**-53] * 3
+    monkeypatch.setattr(entropy, "source", lambda n: b"\x00" * n)
+    assert uniform(3).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
+def test_normal_is_finite_at_both_ends_of_the_uniform(monkeypatch, byte):
+    monkeypatch.setattr(entropy, "source", lambda n: byte * n)
+    draws = standard_normal([5])
+    assert draws.isfinite().all()
+    assert draws.abs().max() <= math.sqrt(2 * 53 * math.log(2))
+
+
+def test_normal_has_the_normal_distribution():
+    with injected_entropy(1):
+        draws = standard_normal([500, 801]).numpy().ravel()
+    assert stats.kstest(draws, "norm").pvalue > 0.01
+    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
+        error = math.sqrt(stats.norm.moment(2 * power) / draws.size)
+        assert abs((draws**power).mean() - moment) < 4 * error
+
+
+def test_the_two_halves_of_box_muller_are_independent():
+    with injected_entropy(2):
+        cosine, sine = standard_normal([2, 200_000]).numpy()
+    assert abs(np.corrcoef(cosine, sine)[0, 1]) < 4 / math.sqrt(cosine.size)
+    assert abs(np.corrcoef(cosine**2, sine**2)[0, 1]) < 4 / math.sqrt(cosine.size)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 7), (2, 3, 5)])
+def test_shapes_and_chunks(monkeypatch, shape):
+    monkeypatch.setattr(entropy, "_CHUNK", 4)
+    draws = standard_normal(shape)
+    assert draws.shape == shape
+    assert draws.dtype == torch.float64
+    assert draws.unique().numel() == draws.numel()
+
+
+def test_no_seed_reaches_the_noise():
+    def draw():
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        return standard_normal([8]), poisson_sample(1000, 0.5)
+
+    (noise, sample), (other_noise, other_sample) = draw(), draw()
+    assert not torch.equal(noise, other_noise)
+    assert not torch.equal(sample, other_sample)
+
+
+def test_every_byte_comes_from_the_operating_system(monkeypatch):
+    asked = []
+    monkeypatch.setattr(entropy, "source", lambda n: asked.append(n) or os.urandom(n))
+    standard_normal([10])
+    poisson_sample(7, 0.5)
+    assert sum(asked) == 8 * (10 + 7)
+
+
+def test_injected_entropy_repeats_and_always_ends():
+    with injected_entropy(3):
+        first = standard_normal([4])
+        assert entropy.is_injected()
+    with injected_entropy(3):
+        assert torch.equal(standard_normal([4]), first)
+        assert not torch.equal(standard_normal([4]), first)
+    with pytest.raises(ZeroDivisionError), injected_entropy(3):
+        1 / 0  # noqa: B018
+    assert not entropy.is_injected()
+    assert entropy.source is os.urandom
+
+
+def test_poisson_sample_is_a_binomial_number_of_distinct_indices():
+    n, q, rounds = 400, 0.25, 500
+    with injected_entropy(4):
+        samples = [poisson_sample(n, q) for _ in range(rounds)]
+    assert samples[0].dtype == torch.int64
+    assert all((s.diff() > 0).all() and s.min() >= 0 and s.max() < n for s in samples)
+    sizes = np.array([len(s) for s in samples])
+    assert abs(sizes.mean() - n * q) < 4 * math.sqrt(n * q * (1 - q) / rounds)
+    # The size varies as a binomial does: a fixed batch size would have variance 0.
+    assert 0.8 < sizes.var() / (n * q * (1 - q)) < 1.2
+    counts = np.bincount(torch.cat(samples).numpy(), minlength=n)
+    assert stats.chisquare(counts).pvalue > 0.01
+
+
+def test_poisson_sample_at_its_ends():
+    assert torch.equal(poisson_sample(9, 1.0), torch.arange(9))
+    with injected_entropy(5):
+        assert len(poisson_sample(3, 1e-6)) == 0
+
+
+@pytest.mark.parametrize(("size", "rate"), [(0, 0.5), (10, 0.0), (10, 1.1), (10, -0.1), (10, math.nan)])
+def test_poisson_sample_refuses(size, rate):
+    with pytest.raises(ConfigError, match=r"plan\.sample_rate"):
+        poisson_sample(size, rate)
