@@ -8,7 +8,9 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
+# Compiling all 10,000 files costs a minute or more; Python compiles what is imported, and keeps it unless told not to.
+export PYTHONDONTWRITEBYTECODE :=
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp)
 
@@ -52,9 +54,10 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.demo
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	$(PIP) $(BUILD_TOOLS)
 	$(PIP) --no-build-isolation -e '.[test]'
-	@touch $@
+	@touch $(VENV)/.demo $@
 
 clean:
 	rm -rf $(VENV) .typecheck build dist .mypy_cache .pytest_cache .ruff_cache

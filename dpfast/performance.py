@@ -13,8 +13,9 @@ class Performance:
     """Settings that cannot move epsilon (those live in ``Plan``).
 
     form: how per-example norms are found. ``gram``, ``direct`` and ``materialise`` are explained in
-        ``dpfast.kernels``; ``example`` runs one ordinary backward pass per example; ``auto`` chooses a form for
-        each use of a parameter.
+        ``dpfast.kernels.linear``; ``example`` runs an ordinary backward pass for a batch of one example (``DPTrainer``
+        then makes such batches; a larger batch is computed as ``direct``); ``auto`` chooses a form for each use of a
+        parameter.
     microbatch: examples (each with its K augmentations) per physical batch in ``DPTrainer``; None lets it choose.
     memory_budget: bytes that ``auto`` may spend on stored per-example gradients; None means no limit.
     device: where ``DPTrainer`` runs the model.

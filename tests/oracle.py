@@ -21,7 +21,7 @@ def per_example(
 ) -> Clipped:
     """The definition, example by example: gradient of the mean loss of the rows, its norm, its clipped share."""
     model = copy.deepcopy(model).to(dtype)
-    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    inputs = tuple(x.detach().contiguous().to(dtype) if x.is_floating_point() else x for x in inputs)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p) for name, p in trainable.items()}
     norms = []

@@ -34,7 +34,8 @@ def test_philox_known_answers(counter, key, expected):
 def test_rows_belong_to_the_example(draw):
     full = getattr(keys([7, 2, 11]), draw)(3, 5, stream="a")
     part = getattr(keys([11, 7]), draw)(3, 5, stream="a")
-    assert full.shape == (6, 3, 5) and full.dtype == torch.float32
+    assert full.shape == (6, 3, 5)
+    assert full.dtype == torch.float32
     assert torch.equal(part, full[[4, 5, 0, 1]])
 
 
@@ -55,7 +56,8 @@ def test_every_part_of_the_key_matters():
 def test_distributions():
     many = keys(list(range(2000)), augmult=3)
     u, z = many.uniform(9, stream="u"), many.normal(9, stream="z")
-    assert 0.0 <= float(u.min()) and float(u.max()) < 1.0
+    assert float(u.min()) >= 0.0
+    assert float(u.max()) < 1.0
     # Four standard errors of 54,000 draws.
     assert abs(float(u.mean()) - 0.5) < 4 * (1 / 12 / u.numel()) ** 0.5
     assert abs(float(z.mean())) < 4 * z.numel() ** -0.5
@@ -78,14 +80,18 @@ def test_uniform_timesteps_and_stratification():
     t = draw_timesteps(Uniform(), keys([4, 9], augmult=10), 1000)
     assert torch.equal(t.view(2, 10) // 100, torch.arange(10).expand(2, 10))
     loose = draw_timesteps(Uniform(), keys(list(range(500))), 1000, stratified=False)
-    assert loose.min() >= 0 and loose.max() <= 999 and loose.float().mean().sub(500).abs() < 40
+    assert loose.min() >= 0
+    assert loose.max() <= 999
+    assert loose.float().mean().sub(500).abs() < 40
 
 
 def test_mixture_shares_and_bounds():
     mixture = MixtureOfUniforms([(0.6, 30, 600), (0.1, 0, 30), (0.3, 600, 1000)])
     u = (torch.arange(100_000) + 0.5) / 100_000
     t = mixture.icdf(u, 1000)
-    assert bool((t.diff() >= 0).all()) and int(t.min()) == 0 and int(t.max()) == 999
+    assert bool((t.diff() >= 0).all())
+    assert int(t.min()) == 0
+    assert int(t.max()) == 999
     shares = [float(((t >= low) & (t < high)).float().mean()) for low, high in [(0, 30), (30, 600), (600, 1000)]]
     assert shares == pytest.approx([0.1, 0.6, 0.3], abs=2e-5)
     inside = t[(t >= 30) & (t < 600)]

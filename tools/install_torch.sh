@@ -4,7 +4,7 @@
 set -euo pipefail
 python=$1
 version=$(sed -n 's/^torch==//p' "$(dirname "$0")/../constraints.txt")
-pip=("$python" -m pip install --disable-pip-version-check --quiet)
+pip=("$python" -m pip install --disable-pip-version-check --quiet --no-compile)
 
 if "$python" -c "import sys, torch; sys.exit(torch.__version__.split('+')[0] != '$version')" 2>/dev/null; then
     echo "torch $version is installed"

@@ -59,22 +59,20 @@ class Tracked:
 class Capture(TorchFunctionMode):
     """Active inside ``with clipper``; writes uses and problems to its ``tape``.
 
-    detach: run uses with detached parameters (False for one backward pass per example, where autograd computes the
-        parameters' gradients itself and taps only watch which rows a gradient touches).
+    detach: run uses with detached parameters. False for a batch of one example, whose clipped gradient is the ordinary
+        one: autograd computes it, and the capture only looks for what is refused.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], constants: Iterable[Tensor], *, detach: bool
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], constants: Iterable[Tensor]) -> None:
         super().__init__()
         self.parameters = dict(parameters)
         self.constants = WeakTensorKeyDictionary(dict.fromkeys(constants, True))
-        self.detach = detach
         self.restart()
 
     def restart(self) -> None:
         """Forget the last forward pass: a tape serves one backward pass."""
         self.tape = Tape(torch.zeros((), requires_grad=True))
+        self.started, self.detach = False, True
         self.tracked = {id(p): Tracked(p, (name,)) for name, p in self.parameters.items()}
         self.derived: list[Tracked] = []
 
@@ -133,6 +131,8 @@ class Capture(TorchFunctionMode):
             return output
         if random_state is not None:
             self._check_fallback(func, names, random_state)
+        if not self.detach:
+            return output
         site = self.tape.site(_name(func), names)
         targets = tuple({id(source.tensor): source.tensor for source in tracked}.values())
         return self.tape.attach(output, TapedUse(use, site, targets))
@@ -166,7 +166,11 @@ class Capture(TorchFunctionMode):
         """Let the forward pass go on after a problem, so that all problems are found, without touching any state."""
         if func in MIXES_ROWS:
             return args[0].clone()
-        return self._run(func, args, kwargs)
+
+        def copied(t: Tensor) -> Tensor:
+            return t.detach().clone() if id(t) in self.tracked else t
+
+        return func(*replace_tensors(args, copied), **replace_tensors(kwargs, copied))
 
     def _note_constants(self, func: Any, tensors: list[Tensor], output: Any) -> None:
         made_from_constants = all(t in self.constants for t in tensors) if tensors else func in FACTORIES

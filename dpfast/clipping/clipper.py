@@ -13,6 +13,7 @@ from dpfast.clipping.capture import Capture
 from dpfast.clipping.ownership import Ownership, forward_problems
 from dpfast.clipping.passes import Pass
 from dpfast.clipping.problems import Problem, listed, refuse
+from dpfast.clipping.trees import tensors_in
 from dpfast.errors import CaptureError, ConfigError
 from dpfast.performance import Performance
 
@@ -107,9 +108,9 @@ class GhostClipper:
             )
         parameters = self.parameters
         constants = [*self.model.buffers(), *(p for p in self.model.parameters() if not p.requires_grad)]
-        self._capture = Capture(parameters, constants, detach=self.performance.form != "example")
+        self._capture = Capture(parameters, constants)
         self._versions = self._current_versions()
-        self._hook = self.model.register_forward_pre_hook(self._remember_call, with_kwargs=True)
+        self._hook = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         self._capture.__enter__()
         return self
 
@@ -141,6 +142,8 @@ class GhostClipper:
         with torch._C.DisableTorchFunction():
             examples = self._check_losses(losses, example_mask)
             refuse(capture.tape.problems + self._state_problems())
+            if examples and not losses.requires_grad:
+                raise CaptureError("losses do not depend on any trainable parameter: compute them inside `with clipper`")
             self._show_forward(len(losses))
             clipped = self._clip(losses, examples, example_mask)
             self._write(clipped.sums)
@@ -179,11 +182,12 @@ class GhostClipper:
             raise CaptureError(
                 f"{len(losses)} losses cannot be {self.augmult} augmentations of whole examples: expected {rows}"
             )
-        if len(losses) and not losses.requires_grad:
-            raise CaptureError(
-                "losses do not depend on any trainable parameter: compute them inside `with clipper`"
-            )
         examples = len(losses) // self.augmult
+        if examples != 1 and self._capture is not None and not self._capture.detach:
+            raise CaptureError(
+                f"{len(losses)} losses from {self.augmult} rows: the form 'example' took the batch for one example;"
+                " give the model all rows of the losses at once"
+            )
         if mask is not None and (mask.shape != (examples,) or mask.dtype != torch.bool):
             raise CaptureError(
                 f"example_mask {tuple(mask.shape)} of {mask.dtype}: expected [{examples}] of torch.bool, one per example"
@@ -193,9 +197,9 @@ class GhostClipper:
     # What must hold before and after
 
     def _current_versions(self) -> dict[str, tuple[int, int]]:
-        """Identity and version of every parameter and buffer: a change in place shows."""
+        """Identity and version of every parameter and buffer (a count of batches aside): a change in place shows."""
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return {name: (id(t), t._version) for name, t in named}
+        return {name: (id(t), t._version) for name, t in named if not name.endswith("num_batches_tracked")}
 
     def _state_problems(self) -> list[Problem]:
         buffers = {name for name, _ in self.model.named_buffers()}
@@ -223,7 +227,16 @@ class GhostClipper:
             )
         return problems
 
-    def _remember_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model runs: what must not change, what the forward probe needs, how many rows there are."""
+        capture = self._capture
+        assert capture is not None
+        if not capture.started:
+            capture.started = True
+            self._versions = self._current_versions()
+            first = next((t for t in tensors_in((args, kwargs)) if t.ndim), None)
+            alone = first is not None and first.shape[0] == self.augmult
+            capture.detach = not (alone and self.performance.form == "example")
         if not self._forward_shown and self._model_call is None:
             self._model_call = (args, kwargs)
 

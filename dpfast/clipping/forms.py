@@ -11,18 +11,14 @@ Chosen = Literal["gram", "direct", "materialise"]
 def choose(term: FactoredTerm, examples: int, performance: Performance, stored_bytes: int) -> Chosen:
     """The form for ``term``, with ``stored_bytes`` of per-example gradients stored already in this step.
 
-    Gram costs ``M^2 (D + P)`` per example where materialising computes ``2 M D P`` and writes ``D P`` numbers; a
-    number written and read costs about as much as 16 FLOPs on a CPU core. Direct computes what materialising does and
+    Gram costs ``M^2 (D + P)`` per example and pays where that is less than writing and reading the ``D P`` numbers
+    of a gradient, each about as dear as 16 FLOPs on a CPU core; mostly for M of a few rows. Direct computes what materialising does and
     stores nothing, but has to compute the clipped sum anew: it is taken when the memory budget is spent.
     """
-    if performance.form in ("gram", "direct", "materialise"):
-        return performance.form
+    if performance.form != "auto":
+        return "direct" if performance.form == "example" else performance.form
     m, d, p = term.sizes()
-    if m * m * (d + p) < 2 * m * d * p + 16 * d * p:
-        gram_is_cheaper = m * m * (d + p) < 16 * d * p
-    else:
-        gram_is_cheaper = False
-    if gram_is_cheaper:
+    if m * m * (d + p) < 16 * d * p:
         return "gram"
     budget = performance.memory_budget
     if budget is None or stored_bytes + stored_size(term, examples) <= budget:

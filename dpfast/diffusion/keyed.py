@@ -69,7 +69,8 @@ class RowKeys:
     def normal(self, *shape: int, stream: str) -> Tensor:
         """float32 ``[N, *shape]``, standard normal (Box-Muller in float64; at most 6.7 in magnitude)."""
         count = math.prod(shape)
-        pairs = self._words(2 * ((count + 1) // 2), stream).view(self.rows, -1, 2).double()
+        half = (count + 1) // 2
+        pairs = self._words(2 * half, stream).view(self.rows, half, 2).double()
         radius = (-2.0 * ((pairs[..., 0] + 1) * 2.0**-32).log()).sqrt()
         angle = pairs[..., 1] * (2 * math.pi * 2.0**-32)
         values = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)

@@ -40,12 +40,10 @@ class DiffusionObjective:
             raise ConfigError(f"prediction_type {prediction!r}: expected 'epsilon', 'v_prediction' or 'sample'")
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, keys: RowKeys) -> Tensor:
-        """images uint8 ``[B, C, H, W]``, labels int64 ``[B]`` -> squared error per row, mean over pixels, ``[N]``."""
+        """Images uint8 ``[B, C, H, W]``, labels int64 ``[B]`` -> squared error per row, mean over pixels, ``[N]``."""
         clean = self.augment(to_signed(images), keys)
         noise = keys.normal(*clean.shape[1:], stream="noise")
-        t = draw_timesteps(
-            self.timesteps, keys, self.scheduler.config.num_train_timesteps, stratified=self.stratified
-        )
+        t = draw_timesteps(self.timesteps, keys, self.scheduler.config.num_train_timesteps, stratified=self.stratified)
         noisy = self.scheduler.add_noise(clean, noise, t)
         prediction = predict(model, noisy, t, self.drop_labels(labels, keys))
         return (prediction - self.target(clean, noise, t)).square().flatten(1).mean(1)
@@ -73,7 +71,7 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float -1..1 (clamped) -> uint8 0..255, rounded to nearest."""
+    """Float -1..1 (clamped) -> uint8 0..255, rounded to nearest."""
     return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 

@@ -53,9 +53,7 @@ class _Training:
     def __init__(self, model: nn.Module, spec: PretrainSpec) -> None:
         self.model, self.spec = model, spec
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.ema_decay))
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, max_lr=spec.learning_rate, total_steps=spec.steps
         )
@@ -67,20 +65,21 @@ class _Training:
         images, labels = dataset.images[ids].to(device), dataset.labels[ids].to(device)
         loss = objective(self.model, images, labels, RowKeys(self.spec.seed, ids.to(device), step)).mean()
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.ema.update_parameters(self.model)
         self.losses.append(float(loss.detach()))
 
+    def parts(self) -> tuple[Any, ...]:
+        return self.model, self.ema, self.optimizer, self.schedule
+
     def state(self) -> dict[str, Any]:
-        parts = (self.model, self.ema, self.optimizer, self.schedule)
-        return {"parts": [part.state_dict() for part in parts], "losses": list(self.losses)}
+        return {"parts": [part.state_dict() for part in self.parts()], "losses": list(self.losses)}
 
     def load(self, state: dict[str, Any]) -> None:
-        parts = (self.model, self.ema, self.optimizer, self.schedule)
-        for part, saved in zip(parts, state["parts"], strict=True):
+        for part, saved in zip(self.parts(), state["parts"], strict=True):
             part.load_state_dict(saved)
         self.losses = list(state["losses"])
 

@@ -135,7 +135,7 @@ def generate_shards(
     labels = torch.arange(count) % len(classes)
     for number, shard in enumerate(labels.split(shard_size)):
         path = folder / f"shard-{number:05d}.npz"
-        if not _complete(path, shard):
+        if _read_shard(path, shard) is None:
             images = generate(
                 model, scheduler, shard, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
                 steps=steps, guidance=guidance, seed=_shard_seed(seed, number), batch_size=batch_size,
@@ -155,9 +155,10 @@ def load_shards(folder: Path) -> ImageSet:
     images = []
     for number, shard in enumerate(labels.split(manifest["shard_size"])):
         path = folder / f"shard-{number:05d}.npz"
-        if not _complete(path, shard):
+        part = _read_shard(path, shard)
+        if part is None:
             raise DataError(f"{path} is missing or damaged; run the same sampling again to complete the folder")
-        images.append(torch.from_numpy(np.load(path)["images"]))
+        images.append(part)
     return ImageSet(torch.cat(images), labels, classes)
 
 
@@ -200,13 +201,15 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _complete(path: Path, labels: Tensor) -> bool:
-    """Whether the shard is there, readable and holds these labels."""
+def _read_shard(path: Path, labels: Tensor) -> Tensor | None:
+    """The images of a shard that is there, readable and holds these labels; None otherwise."""
     try:
-        with np.load(path) as shard:
-            return bool(len(shard["images"]) == len(labels) and np.array_equal(shard["labels"], labels.numpy()))
+        # From memory: numpy leaves the file open when it is torn.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as shard:
+            images, found = torch.from_numpy(shard["images"]), shard["labels"]
     except Exception:  # a torn or foreign file raises anything from OSError to zlib.error: made again all the same
-        return False
+        return None
+    return images if len(images) == len(labels) and np.array_equal(found, labels.numpy()) else None
 
 
 def _write_shard(path: Path, images: Tensor, labels: Tensor) -> None:

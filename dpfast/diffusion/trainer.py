@@ -130,7 +130,8 @@ class DPTrainer:
 
     def _microbatches(self, sample: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids ``[m]`` and mask ``[m]`` of physical batches of few sizes; padding has ids beyond the data set."""
-        largest = self.performance.microbatch or max(1, ROWS // self.augmult)
+        alone = self.performance.form == "example"
+        largest = 1 if alone else self.performance.microbatch or max(1, ROWS // self.augmult)
         for ids in sample.split(largest):
             size = largest
             while size // 2 >= max(len(ids), largest // 8, 1):

@@ -28,14 +28,16 @@ class FeatureExtractor(nn.Module):
 
 @torch.no_grad()
 def frechet_distance(classifier: SmallCNN, first: ImageSet, second: ImageSet, *, batch_size: int = 2000) -> float:
-    """torchmetrics' FrechetInceptionDistance of two sets, features from ``classifier`` (trained on public fonts).
+    """Torchmetrics' FrechetInceptionDistance of two sets, features from ``classifier`` (trained on public fonts).
 
     Symmetric, 0 for equal sets, in squared feature units. Raises DataError for sets of fewer than two images.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     if min(len(first), len(second)) < 2:
-        raise DataError(f"the Frechet distance needs two images or more in each set, got {len(first)} and {len(second)}")
+        raise DataError(
+            f"the Frechet distance needs two images or more in each set, got {len(first)} and {len(second)}"
+        )
     metric = FrechetInceptionDistance(feature=FeatureExtractor(classifier), input_img_size=first.image_shape)
     for images, real in ((first.images, True), (second.images, False)):
         for chunk in images.split(batch_size):

@@ -47,7 +47,7 @@ table { width: 100%; max-width: 46rem; border-collapse: collapse; margin: .6rem 
 th, td { padding: .5rem .9rem .5rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; }
 th { color: var(--muted); font-size: .82rem; font-weight: 600; }
-td.number, th.number { text-align: right; white-space: nowrap; padding-right: 0; }
+td.number, th.number { padding: .5rem 0 .5rem 1rem; text-align: right; white-space: nowrap; }
 tr.main td { font-weight: 650; background: var(--soft); }
 tr.main td:first-child { box-shadow: inset 3px 0 var(--accent); padding-left: .7rem; }
 td small { display: block; color: var(--muted); font-size: .84rem; font-weight: 400; }

@@ -28,7 +28,7 @@ class ReleaseReport:
     """What ``release/report.html`` shows.
 
     samples, public_samples: of the private model, and of the model before it saw a private image.
-    losses: of the public pre-training, one a step. epsilon_curve: (step, epsilon). recipe: TOML.
+    losses: of the public pre-training, one a step. epsilon_curve: (step, epsilon), empty without noise. recipe: TOML.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ReleaseReport:
         lead = (
             f"{len(self.samples):,} synthetic images and the model that drew them. The model was trained on"
             f" {self.statement.dataset_size:,} private images under differential privacy, so that"
-            " this folder can be passed on."
+            " this folder can be passed on, with the promise below."
             if private
             else "This run was made without protection, to compare with. Treat it like the private images."
         )
@@ -105,7 +105,7 @@ class ReleaseReport:
             smooth=max(1, len(self.losses) // 40),
         )
         figures = [html.figure(loss, "Public pre-training: loss at each step, and its running mean.")]
-        if all(math.isfinite(epsilon) for _, epsilon in self.epsilon_curve):
+        if self.epsilon_curve:
             steps, epsilons = zip(*self.epsilon_curve, strict=True)
             spent = curve(
                 steps,

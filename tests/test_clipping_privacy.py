@@ -1,0 +1,174 @@
+"""What the guarantee says, measured: neighbours, padding, broken examples, empty batches."""
+
+import pytest
+import torch
+from cases import losses, unet, unet_inputs
+from torch import nn
+
+from dpfast import GhostClipper, Performance
+from dpfast.errors import CaptureError
+
+FORMS = ["auto", "gram", "direct", "materialise", "example"]
+C, K = 0.05, 2
+
+
+def flat_sum(model, inputs, *, form="auto", mask=None) -> torch.Tensor:
+    clipper = GhostClipper(model, max_grad_norm=C, augmult=K, performance=Performance(form=form))
+    clipper.zero_grad()
+    with clipper:
+        clipper.backward(losses(model, inputs), example_mask=mask)
+    total = torch.cat([p.grad.flatten() for p in clipper.parameters.values()])
+    clipper.zero_grad()
+    return total
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return unet()
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(1)
+    return unet_inputs(5 * K)
+
+
+def without(inputs, example):
+    keep = [r for r in range(len(inputs[0])) if r // K != example]
+    return tuple(x[keep] for x in inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_neighbours(model, inputs, form) -> None:
+    """Every norm exceeds C: dropping one example moves the sum by C exactly, replacing one by at most 2C."""
+    whole = flat_sum(model, inputs, form=form)
+    for example in range(5):
+        moved = (whole - flat_sum(model, without(inputs, example), form=form)).norm()
+        assert moved <= C * (1 + 1e-5)
+        assert moved >= C * 0.999
+    replaced = tuple(x.clone() for x in inputs)
+    replaced[0][:K] = 1e3
+    assert (whole - flat_sum(model, replaced, form=form)).norm() <= 2 * C * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("broken", ["nan image", "infinite image", "huge image"])
+def test_an_example_that_is_not_finite_contributes_nothing(model, inputs, form, broken) -> None:
+    expected = flat_sum(model, without(inputs, 2), form=form)
+    value = {"nan image": float("nan"), "infinite image": float("inf"), "huge image": 3e38}[broken]
+    spoiled = (inputs[0].clone(), *inputs[1:])
+    spoiled[0][2 * K + 1, 0, 3, 3] = value
+    torch.testing.assert_close(flat_sum(model, spoiled, form=form), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_nan_loss(model, inputs, form) -> None:
+    """The loss alone is NaN; activations are fine."""
+
+    def spoiled(m, rows):
+        row = torch.arange(len(rows[0]))
+        return losses(m, rows) * torch.where(row == 2 * K, float("nan"), 1.0)
+
+    clipper = GhostClipper(model, max_grad_norm=C, augmult=K, performance=Performance(form=form))
+    with clipper:
+        result = clipper.backward(spoiled(model, inputs))
+    total = torch.cat([p.grad.flatten() for p in clipper.parameters.values()])
+    clipper.zero_grad()
+    assert result.clip_factors[2] == 0
+    torch.testing.assert_close(total, flat_sum(model, without(inputs, 2), form=form), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_infinite_activations_in_one_example(form) -> None:
+    """exp overflows inside the network for one example only."""
+    torch.manual_seed(0)
+
+    class Overflow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x).exp()).tanh()
+
+    net = Overflow()
+    x = torch.randn(4 * K, 4)
+    spoiled = x.clone()
+    spoiled[K] = 1e6 * net.first.weight.detach().sum(0).sign()
+    assert not net.first(spoiled[K]).exp().isfinite().all()
+    expected = flat_sum(net, without((x,), 1), form=form)
+    torch.testing.assert_close(flat_sum(net, (spoiled,), form=form), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_contributes_nothing(model, inputs, form) -> None:
+    padded = tuple(torch.cat([x, torch.zeros_like(x[: 2 * K])]) for x in inputs)
+    mask = torch.arange(7) < 5
+    torch.testing.assert_close(
+        flat_sum(model, padded, form=form, mask=mask), flat_sum(model, inputs, form=form), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_masks_of_the_wrong_shape(model, inputs) -> None:
+    with pytest.raises(CaptureError, match="example_mask"):
+        flat_sum(model, inputs, mask=torch.ones(5 * K, dtype=torch.bool))
+    with pytest.raises(CaptureError, match=r"torch.bool"):
+        flat_sum(model, inputs, mask=torch.ones(5))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_empty_batch(form) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(72, 3))
+    clipper = GhostClipper(net, max_grad_norm=C, augmult=K, performance=Performance(form=form))
+    with clipper:
+        result = clipper.backward(net(torch.randn(0, 1, 8, 8)).square().mean(1))
+    assert result.norms.shape == result.clip_factors.shape == (0,)
+    assert all(p.grad.abs().sum() == 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_example(model, inputs, form) -> None:
+    one = tuple(x[:K] for x in inputs)
+    torch.testing.assert_close(flat_sum(model, one, form=form).norm(), torch.tensor(C), rtol=1e-5, atol=0)
+
+
+def test_norms_are_not_printed(model, inputs) -> None:
+    clipper = GhostClipper(model, max_grad_norm=C, augmult=K)
+    with clipper:
+        result = clipper.backward(losses(model, inputs))
+    clipper.zero_grad()
+    assert repr(result) == "ClipResult(5 examples; values are private and not shown)"
+    assert "tensor" not in str(result)
+
+
+@pytest.mark.parametrize("form", ["gram", "auto"])
+def test_a_gram_never_understates(form) -> None:
+    """Positions that nearly cancel: the exact norm is 1e-4 of the Gram's terms, yet the sum stays within C."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+
+    def cancelling(m, rows):
+        out = m(rows[0])
+        sign = torch.tensor([1.0, -1.0]).repeat(8).view(1, 16, 1)
+        return (out * sign).flatten(1).sum(1) * 100
+
+    base = torch.randn(4, 1, 64).expand(4, 16, 64)
+    x = base + 1e-5 * torch.randn(4, 16, 64)
+    exact = torch.stack([torch.autograd.grad(cancelling(layer, (x[i : i + 1],)).sum(), layer.weight)[0] for i in range(4)])
+    clipper = GhostClipper(layer, max_grad_norm=1e-3, performance=Performance(form=form))
+    with clipper:
+        result = clipper.backward(cancelling(layer, (x,)))
+    assert (result.norms >= exact.double().flatten(1).norm(dim=1) * (1 - 1e-3)).all()
+    assert layer.weight.grad.norm() <= 4e-3 * (1 + 1e-3)
+
+
+def test_frozen_parameters_cost_nothing_and_stay(inputs) -> None:
+    torch.manual_seed(0)
+    partly = unet()
+    for name, p in partly.named_parameters():
+        p.requires_grad_("attentions" in name)
+    clipper = GhostClipper(partly, max_grad_norm=C, augmult=K)
+    with clipper:
+        clipper.backward(losses(partly, inputs))
+    assert set(clipper.parameters) == {name for name, p in partly.named_parameters() if p.grad is not None}

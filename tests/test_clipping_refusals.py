@@ -1,0 +1,274 @@
+"""What cannot be clipped per example is refused, with names and cures, before any p.grad is written."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Raw, losses, unet, unet_inputs
+from torch import nn
+
+from dpfast import GhostClipper, Performance
+from dpfast.errors import CaptureError, ConfigError
+
+
+def refusal(model, inputs, *, augmult=1, form="auto", loss=losses) -> str:
+    """The message; afterwards no parameter has a gradient."""
+    clipper = GhostClipper(model, max_grad_norm=1.0, augmult=augmult, performance=Performance(form=form))
+    with pytest.raises(CaptureError) as caught, clipper:
+        clipper.backward(loss(model, inputs))
+    assert all(p.grad is None for p in model.parameters())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["auto", "example"])
+def test_batch_norm_is_refused_and_its_statistics_stay(form) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = {name: b.clone() for name, b in model.named_buffers() if "running" in name}
+    message = refusal(model, (torch.randn(4, 3, 5, 5),), form=form)
+    assert "1.weight, 1.bias" in message
+    assert "mixes the rows" in message
+    assert "GroupNorm" in message
+    for name, value in before.items():
+        assert torch.equal(dict(model.named_buffers())[name], value)
+
+
+def test_batch_norm_without_parameters_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False, track_running_stats=False))
+    assert "mixes the rows" in refusal(model, (torch.randn(4, 3),))
+
+
+def test_every_problem_in_one_message() -> None:
+    class Bad(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.table = nn.Embedding(5, 4, max_norm=1.0)
+            self.fill = nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            h = self.norm(self.conv(x)).mean((2, 3)) + self.table(torch.zeros(len(x), dtype=torch.long) + x.shape[2])
+            h[:, 0] = self.fill[0]
+            return h
+
+    message = refusal(Bad(), (torch.randn(4, 3, 4, 4),))
+    assert "3 problems" in message
+    for part in ("norm.weight", "table.weight", "fill", "GroupNorm", "torch.where"):
+        assert part in message
+    assert message.count("cure:") == 3
+
+
+MIXERS = {
+    "mean over the batch": lambda m, x: F.linear(x - x.mean(0), m.weight),
+    "attention over the batch": lambda m, x: F.scaled_dot_product_attention(
+        *[F.linear(x, m.weight)[None]] * 3
+    )[0],
+    "a flipped batch": lambda m, x: F.linear(x, m.weight) + F.linear(x, m.weight).flip(0),
+    "cumulative sum": lambda m, x: F.linear(x, m.weight).cumsum(0),
+}
+
+
+@pytest.mark.parametrize("form", ["auto", "example"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_layers_that_mix_rows(name, form) -> None:
+    message = refusal(Raw(MIXERS[name], weight=(5, 5)), (torch.randn(6, 5),), augmult=2, form=form)
+    assert "example" in message
+    assert "cure:" in message
+
+
+@pytest.mark.parametrize("form", ["auto", "example"])
+def test_a_loss_that_mixes_rows(form) -> None:
+    def centered(model, inputs):
+        out = losses(model, inputs)
+        return out - 0.5 * out.mean()
+
+    message = refusal(nn.Linear(5, 5), (torch.randn(6, 5),), augmult=2, loss=centered, form=form)
+    assert "weight, bias: linear: the gradient of one example's loss reaches rows of other examples" in message
+
+
+@pytest.mark.parametrize("form", ["auto", "example"])
+def test_statistics_of_the_batch_behind_a_detach(form) -> None:
+    """No gradient shows it: only the forward probe does."""
+    model = Raw(lambda m, x: F.linear(x - x.mean(0).detach(), m.weight), weight=(5, 5))
+    assert "changing one example's input changes" in refusal(model, (torch.randn(6, 5),), augmult=2, form=form)
+
+
+def test_mixing_is_found_once_gradients_appear() -> None:
+    """A zero-initialised last layer hides the rows of the first step; the second step must still be refused."""
+    model = Raw(lambda m, x: F.linear(F.linear(x, m.first).cumsum(0), m.last), first=(5, 5), last=(5, 5))
+    nn.init.zeros_(model.last)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper._forward_shown = True  # this test is about the backward probe alone
+    x = torch.randn(6, 5)
+    with pytest.raises(CaptureError, match="first"), clipper:
+        for _ in range(2):
+            clipper.backward(losses(model, (x,)))
+            clipper.zero_grad()
+            nn.init.normal_(model.last)  # stands for an optimizer's step
+
+
+def test_zero_initialised_layers_are_learned_all_the_same() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    nn.init.zeros_(model[2].weight)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    for _ in range(2):
+        clipper.zero_grad()
+        with clipper:
+            clipper.backward(losses(model, (torch.randn(6, 5),)))
+        nn.init.normal_(model[2].weight)
+    assert model[0].weight.grad.norm() > 0
+
+
+def test_a_changing_buffer() -> None:
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+            return self.linear(x)
+
+    message = refusal(Counts(), (torch.randn(4, 3),))
+    assert "mean: changed during a private step" in message
+    assert "running statistics" in message
+
+
+def test_a_parameter_changed_in_the_step() -> None:
+    def forward(m, x):
+        with torch.no_grad():
+            m.weight.clamp_(-1, 1)
+        return F.linear(x, m.weight)
+
+    assert "weight: changed during a private step" in refusal(Raw(forward, weight=(3, 3)), (torch.randn(4, 3),))
+
+
+def test_losses_of_the_wrong_shape() -> None:
+    model, x = nn.Linear(3, 3), (torch.randn(6, 3),)
+    assert "reduced already" in refusal(model, x, loss=lambda m, r: losses(m, r).mean())
+    assert "(6, 3)" in refusal(model, x, loss=lambda m, r: m(*r))
+    assert "4 augmentations of whole examples" in refusal(model, x, augmult=4)
+    assert "do not depend on any trainable parameter" in refusal(model, x, loss=lambda m, r: r[0].sum(1))
+
+
+def test_a_mean_dressed_as_one_loss_per_row() -> None:
+    message = refusal(nn.Linear(3, 3), (torch.randn(6, 3),), loss=lambda m, r: losses(m, r).mean().expand(6))
+    assert "reaches rows of other examples" in message
+
+
+def test_forward_outside_the_block() -> None:
+    model = nn.Linear(3, 3)
+    outside = losses(model, (torch.randn(4, 3),))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match="weight: the losses depend on this parameter along a path"), clipper:
+        clipper.backward(outside)
+    with pytest.raises(CaptureError, match="outside `with clipper`"):
+        clipper.backward(outside)
+    assert model.weight.grad is None
+
+
+def test_losses_backward_writes_nothing() -> None:
+    model = nn.Linear(3, 3)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.warns(UserWarning, match=r"without clipper.backward"), clipper:
+        losses(model, (torch.randn(4, 3),)).mean().backward()
+    assert model.weight.grad is None
+
+
+def test_gradient_penalty() -> None:
+    def penalised(model, inputs):
+        x = inputs[0].requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return losses(model, (x,)) + slope.square().sum(1)
+
+    message = refusal(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), (torch.randn(4, 3),), loss=penalised)
+    assert "outside clipper.backward" in message
+
+
+def test_a_foreign_gradient() -> None:
+    model = nn.Linear(3, 3)
+    model(torch.randn(4, 3)).sum().backward()
+    mine = model.weight.grad.clone()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match=r"weight, bias: p.grad holds what this clipper did not write"), clipper:
+        clipper.backward(losses(model, (torch.randn(4, 3),)))
+    assert torch.equal(model.weight.grad, mine)
+
+
+def test_a_gradient_changed_between_two_passes() -> None:
+    model, x = nn.Linear(3, 3), (torch.randn(4, 3),)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with clipper:
+        clipper.backward(losses(model, x))
+    assert clipper.wrote(model.weight)
+    model.weight.grad += 1
+    assert not clipper.wrote(model.weight)
+    with pytest.raises(CaptureError, match="weight: p.grad"), clipper:
+        clipper.backward(losses(model, x))
+
+
+def test_a_saved_input_changed_in_place() -> None:
+    def forward(m, x):
+        h = x.sin()
+        y = F.linear(h, m.weight)
+        h.zero_()
+        return y
+
+    clipper = GhostClipper(Raw(forward, weight=(3, 3)), max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"), clipper:
+        clipper.backward(losses(clipper.model, (torch.randn(4, 3),)))
+
+
+def test_random_calls_without_a_rule() -> None:
+    model = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+    def attended(m, rows):
+        return m(*rows * 3, need_weights=False)[0].square().flatten(1).mean(1)
+
+    assert "multi_head_attention_forward" in refusal(model, (torch.randn(4, 3, 4),), loss=attended)
+
+
+def test_half_precision_parameters() -> None:
+    with pytest.raises(CaptureError, match="autocast"):
+        GhostClipper(nn.Linear(3, 3).half(), max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_clip_norms_out_of_range(value) -> None:
+    with pytest.raises(ConfigError, match="max_grad_norm"):
+        GhostClipper(nn.Linear(3, 3), max_grad_norm=value)
+
+
+def test_entered_twice() -> None:
+    clipper = GhostClipper(nn.Linear(3, 3), max_grad_norm=1.0)
+    with clipper, pytest.raises(CaptureError, match="already active"):
+        clipper.__enter__()
+
+
+def test_unused_parameters_are_named_once() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(3, 3), "idle": nn.Linear(2, 2)})
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.warns(UserWarning, match=r"no loss depends on idle.weight, idle.bias: noise is added"), clipper:
+        clipper.backward(losses(model["used"], (torch.randn(4, 3),)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with clipper:
+            clipper.backward(losses(model["used"], (torch.randn(4, 3),)))
+    assert model["idle"].weight.grad.abs().sum() == 0
+
+
+def test_the_model_is_untouched_outside() -> None:
+    torch.manual_seed(0)
+    model, inputs = unet(), unet_inputs(4)
+    before = {name: value for name, value in vars(model).items() if not name.startswith("_")}
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with clipper:
+        clipper.backward(losses(model, inputs))
+    clipper.zero_grad()
+    assert vars(model).keys() >= before.keys()
+    assert not model._forward_pre_hooks
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    losses(model, inputs).mean().backward()
+    assert all(p.grad is not None for p in model.parameters())

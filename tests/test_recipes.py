@@ -1,0 +1,119 @@
+"""Recipes: what a file may say, and what is said when it says something else."""
+
+import math
+import re
+
+import pytest
+
+from dpfast.errors import ConfigError
+from dpfast.recipes import all_keys, fingerprint, flatten, load, names, parts, to_toml
+from dpfast.recipes.loader import _FOLDER
+
+
+@pytest.mark.parametrize("name", names())
+def test_bundled_recipes_load_and_survive_being_written(name, tmp_path):
+    recipe = load(name, ["fold=2", "target_epsilon=inf", "timesteps=[[0.5, 0, 300], [0.5, 300, 1000]]"])
+    path = tmp_path / "copy.toml"
+    path.write_text(to_toml(recipe))
+    assert load(path) == recipe
+    assert load(name) != recipe
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_value_of_a_bundled_recipe_says_where_it_comes_from(name):
+    lines = (_FOLDER / f"{name}.toml").read_text().splitlines()
+    values = [line for line in lines if re.match(r"\w+ = ", line) and not line.startswith(("name", "device", "form"))]
+    assert [line for line in values if "#" not in line] == []
+
+
+def test_digits_holds_the_headline_setting():
+    recipe = load("digits")
+    assert recipe.private.target_epsilon == 10
+    assert recipe.private.target_delta == 1e-4
+    assert recipe.data.fold is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("private.stps=3", ["private.stps", "private.steps"]),
+        ("tarepsilon=3", ["tarepsilon", "private.target_epsilon"]),
+        ("steps=3", ["pretrain.steps", "private.steps", "sample.steps"]),
+        ("private.steps=3.5", ["private.steps", "a whole number", "3.5"]),
+        ("private.steps=true", ["private.steps", "a whole number", "True"]),
+        ("private.steps=0", ["private.steps", "above 0"]),
+        ("attention=3", ["model.attention", "a list"]),
+        ("widths=[16, 'x']", ["model.widths[1]", "a whole number", "'x'"]),
+        ("timesteps=[[1, 2]]", ["private.timesteps[0]", "3 values"]),
+        ("target_epsilon=abc", ["private.target_epsilon", "a number", "'abc'"]),
+        ("target_epsilon=-1", ["private.target_epsilon", "above 0", "-1"]),
+        ("target_epsilon=nan", ["private.target_epsilon", "above 0", "nan"]),
+        ("flip=1", ["private.flip", "true or false", "1"]),
+        ("sampler=dimm", ["sample.sampler", "'ddim'", "nearest"]),
+        ("fold=5", ["data.fold", "below 5", "5"]),
+        ("name=../up", ["name", "../up"]),
+        ("private=3", ["data.private"]),
+        ("nothing", ["key=value"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_cure(override, said):
+    with pytest.raises(ConfigError) as caught:
+        load("digits", [override])
+    assert [part for part in said if part not in str(caught.value)] == []
+
+
+def test_a_bare_key_an_int_for_a_float_and_infinity_are_taken():
+    recipe = load("digits", ["target_epsilon=1", "fold = 3"])
+    assert recipe.private.target_epsilon == 1.0
+    assert isinstance(recipe.private.target_epsilon, float)
+    assert recipe.data.fold == 3
+    assert load("digits", ["target_epsilon=inf"]).private.target_epsilon == math.inf
+    assert load("digits", ["fold=3", "fold=none"]).data.fold is None
+
+
+def test_a_file_may_state_only_what_differs(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "digits"\nname = "mine"\n[private]\nsteps = 7\n')
+    recipe = load(path)
+    assert (recipe.name, recipe.private.steps) == ("mine", 7)
+    assert recipe.private.augmult == load("digits").private.augmult
+
+
+def test_a_file_without_base_must_be_complete(tmp_path):
+    path = tmp_path / "short.toml"
+    path.write_text('name = "short"\nseed = 0\n')
+    with pytest.raises(ConfigError, match=r"lacks data, model.*base = \"digits\""):
+        load(path)
+
+
+def test_unknown_keys_in_a_file_name_the_nearest(tmp_path):
+    path = tmp_path / "typo.toml"
+    path.write_text('base = "digits"\n[private]\naugmlut = 2\n')
+    with pytest.raises(ConfigError, match=r"private\.augmlut.*private\.augmult"):
+        load(path)
+
+
+@pytest.mark.parametrize("content", ["steps =", 'base = "loop.toml"', "base = 3"])
+def test_files_that_are_no_recipe(tmp_path, content):
+    path = tmp_path / "loop.toml"
+    path.write_text(content)
+    with pytest.raises(ConfigError):
+        load(path)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"digitz.*'digits'"):
+        load("digitz")
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        load("nowhere.toml")
+
+
+def test_parts_and_fingerprint_follow_the_values():
+    first, second = load("digits"), load("digits", ["private.steps=7"])
+    assert parts(first, "pretrain", "seed") == parts(second, "pretrain", "seed")
+    assert fingerprint(parts(first, "private")) != fingerprint(parts(second, "private"))
+    assert fingerprint(parts(first, "private")) == fingerprint(parts(load("digits"), "private"))
+
+
+def test_all_keys_are_those_of_a_recipe():
+    assert all_keys() == list(flatten(load("digits")))

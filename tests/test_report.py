@@ -1,0 +1,174 @@
+"""Reports: whole in themselves, honest, and the released one unable to hold what is private."""
+
+import dataclasses
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpfast.data import ImageSet
+from dpfast.privacy import Ledger, Plan, PrivacyStatement
+from dpfast.report import page
+from dpfast.report.figures import contact_sheet, curve, strip
+from dpfast.report.internal import WARNING, InternalReport, standard_error
+from dpfast.report.markdown import first_section, to_html
+from dpfast.report.release import ReleaseReport, rounded_duration, shown_epsilon
+
+
+def images(value, count=20):
+    pixels = torch.full((count, 1, 8, 8), value, dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(count) % 10, tuple("0123456789"))
+
+
+def statement(**changes):
+    plan = Plan(
+        dataset_size=100,
+        expected_batch_size=10,
+        max_grad_norm=1.0,
+        steps=2,
+        target_delta=1e-3,
+        **(changes or {"noise_multiplier": 2.0}),
+    )
+    ledger = Ledger(None, plan)
+    ledger.charge(1)
+    return PrivacyStatement.of(
+        ledger, augmult=4, public=["The <number> of images."], not_accounted=["How settings were chosen."]
+    )
+
+
+def release(said):
+    return ReleaseReport(
+        name="test",
+        statement=said,
+        samples=images(200),
+        public_samples=images(100),
+        losses=[1.0, 0.5, 0.4, 0.3],
+        epsilon_curve=[(0, 0.0), (1, 0.5), (2, 0.7)],
+        recipe='name = "test"',
+        seconds={"pretrain": 61.0, "train": 5.0, "sample": 1.0},
+    )
+
+
+METRICS = {
+    "epsilon_spent": 9.9991,
+    "epsilon_baseline": 9.98,
+    "epsilon_composed": 14.07,
+    "delta": 1e-4,
+    "accuracy": {"synthetic": 0.93, "public_only": 0.55, "real": 0.99, "dp_classifier": 0.97},
+    "classifier_seeds": 3,
+    "test_images": 360,
+    "frechet": {"synthetic": 3.2, "public_only": 9.1, "extractor": "digits-cnn-fonts"},
+}
+
+
+def internal():
+    return InternalReport(
+        name="test",
+        metrics=METRICS,
+        private=images(50),
+        samples=images(200),
+        public_samples=images(100),
+        seconds={"pretrain": 61.0, "evaluate": 5.0},
+        recipe='name = "test"',
+    )
+
+
+@pytest.fixture(scope="module")
+def released():
+    return release(statement()).html()
+
+
+def visible(html):
+    body = html[html.index("<body>") :]
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)).strip()
+
+
+@pytest.mark.parametrize("which", ["release", "internal"])
+def test_pages_ask_for_nothing_from_elsewhere(which, released):
+    html = released if which == "release" else internal().html()
+    sources = re.findall(r'(?:src|href)="([^"]{0,22})', html)
+    assert [source for source in sources if not source.startswith(("data:image/png;base64,", "#"))] == []
+    assert "<script" not in html
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+    assert 'name="viewport"' in html
+
+
+def test_the_internal_page_begins_with_the_warning():
+    assert WARNING == "contains private data, do not release"
+    assert visible(internal().html()).startswith(WARNING)
+
+
+def test_the_internal_page_holds_figures_baselines_and_extractor():
+    text = visible(internal().html())
+    for said in ("93.0%", "55.0%", "97.0%", "99.0%", "digits-cnn-fonts", "ε = 14.07", "+38.0", "1.3 points"):
+        assert said in text
+
+
+def test_the_released_page_says_what_is_promised_and_what_is_not(released):
+    text = visible(released)
+    for said in ("What is promised", "not accounted", "one image", "private training", "test", "δ = 0.001"):
+        assert said.lower() in text.lower()
+    assert "NOT PRIVATE" not in text
+    assert "accuracy of" not in text.lower()
+    assert "The &lt;number&gt; of images." in released
+
+
+def test_the_released_page_has_no_place_for_what_is_private():
+    assert {field.name for field in dataclasses.fields(ReleaseReport)} == {
+        "name", "statement", "samples", "public_samples", "losses", "epsilon_curve", "recipe", "seconds",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["no noise", "test entropy"])
+def test_a_run_without_protection_is_marked_in_the_first_line(case):
+    said = statement(target_epsilon=math.inf) if case == "no noise" else statement()
+    if case == "test entropy":
+        said = dataclasses.replace(said, test_entropy=True)
+    html = release(said).html()
+    assert visible(html).startswith("NOT PRIVATE")
+    assert "can be passed on" not in html
+
+
+def test_epsilon_and_times_are_rounded_to_the_safe_side():
+    assert shown_epsilon(9.9991) == "10"
+    assert shown_epsilon(1.001) == "1.01"
+    assert shown_epsilon(math.inf) == "∞"
+    assert rounded_duration(3) == "1 min"
+    assert rounded_duration(61) == "2 min"
+    assert standard_error(0.5, 100) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_contact_sheet_lays_out_rows(channels):
+    rows = [torch.zeros(n, channels, 4, 6, dtype=torch.uint8) for n in (3, 2)]
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(rows, scale=2))).convert("RGB"))
+    assert sheet.shape == (2 * (4 + 1 + 4), 2 * (3 * 6 + 2), 3)
+    assert (sheet[:8, :12] == 0).all()
+    assert (sheet[10:, 26:] == 255).all()
+    assert Image.open(io.BytesIO(strip(rows[0]))).size == (20, 4)
+
+
+def test_curves_are_labeled_and_bare_of_metadata():
+    svg = curve([1, 2, 3], [3.0, 2.0, 1.0], xlabel="step", ylabel="loss", label="Loss by step", smooth=1)
+    assert svg.startswith("<svg viewBox=")
+    assert 'aria-label="Loss by step"' in svg
+    assert "<metadata" not in svg
+    assert "width=" not in svg[: svg.index(">")]
+
+
+def test_markdown_shows_html_instead_of_obeying_it():
+    text = "# Title\n\n**Bold** <b>x</b>\n\n- one\n- two `c`\n\n| | |\n|---|---|\n| a | b |\n"
+    html = to_html(text)
+    assert "<strong>Bold</strong> &lt;b&gt;" in html
+    assert "<li>two <code>c</code></li>" in html
+    assert html.count("<tr>") == 1
+    assert first_section(text + "\n## Next\n\nmore").startswith("**Bold**")
+
+
+def test_text_is_escaped():
+    assert "<i>" not in page.page("<i>", [page.paragraph("<i>"), page.code("<i>")])

@@ -1,0 +1,322 @@
+"""Runs: stages done once, resumed after any interruption, never paid for twice; two outputs."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dpfast.cli import app
+from dpfast.data import real_digits
+from dpfast.errors import ConfigError, RunLocked
+from dpfast.privacy import Ledger, Plan, read_ledger
+from dpfast.recipes import load
+from dpfast.runs.directory import RunDirectory, write_json
+from dpfast.runs.pipeline import execute, open_run
+from dpfast.runs.progress import Reporter, duration
+from dpfast.runs.stages import Stage
+from dpfast.runs.work import Results
+
+TINY = (
+    "name=tiny", "widths=[8, 8]", "norm_groups=4", "public_count=40", "pretrain.steps=3", "pretrain.batch_size=8",
+    "private.steps=4", "private.sample_rate=0.05", "private.augmult=2", "target_epsilon=1", "sample.count=20",
+    "sample.steps=2", "shard_size=10", "baseline.steps=2", "baseline.sample_rate=0.05", "baseline.augmult=1",
+    "extractor_steps=2", "evaluate.steps=2", "seeds=2",
+)  # fmt: skip
+PLAN = Plan(dataset_size=10, expected_batch_size=1, max_grad_norm=1.0, steps=5, target_delta=1e-3, noise_multiplier=1.0)
+
+
+def silent(step, total, message):
+    pass
+
+
+class Recorder(Reporter):
+    """Says nothing, remembers all, and raises when a stage reaches a step."""
+
+    def __init__(self, stop=None):
+        super().__init__()
+        self.said, self.steps, self._current, self._stop = [], [], "", stop
+
+    def stage(self, name):
+        self._current = name
+
+    def say(self, text):
+        self.said.append(text)
+
+    def __call__(self, step, total, message):
+        self.steps.append((self._current, step))
+        if (self._current, step) == self._stop:
+            raise KeyboardInterrupt
+
+
+# The parts
+
+
+def test_a_second_process_is_told_who_holds_the_run(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from dpfast.runs.directory import RunDirectory\n"
+        "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=tmp_path)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(RunLocked, match=rf"process {other.pid}.*--name"), RunDirectory(tmp_path).locked():
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with RunDirectory(tmp_path).locked():  # the lock of a killed process is gone
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def stage(folder, value=1, ledger=False):
+    path = folder / "train" / "ledger.jsonl" if ledger else None
+    return Stage("train", folder / "train", {"private.steps": value}, outputs=[folder / "out"], ledger=path)
+
+
+def finish(entry, output):
+    with entry.working(silent):
+        output.write_text("made")
+
+
+def test_a_stage_is_done_once_and_redone_when_its_recipe_changes(tmp_path):
+    finish(stage(tmp_path), tmp_path / "out")
+    assert stage(tmp_path).done()
+    assert not stage(tmp_path, value=2).done()
+    with stage(tmp_path, value=2).working(silent):
+        assert not (tmp_path / "out").exists()
+    assert not stage(tmp_path, value=2).done(), "its output is missing"
+
+
+def test_a_stage_whose_output_was_deleted_is_done_again(tmp_path):
+    finish(stage(tmp_path), tmp_path / "out")
+    (tmp_path / "out").unlink()
+    assert not stage(tmp_path).done()
+
+
+def fail(entry, error, before=lambda: None):
+    with entry.working(silent):
+        before()
+        raise error
+
+
+def test_seconds_add_up_over_interruptions(tmp_path):
+    for error in (KeyboardInterrupt, ValueError):
+        with pytest.raises(error):
+            fail(stage(tmp_path), error, lambda: time.sleep(0.03))
+    assert 0.06 <= stage(tmp_path).seconds < 5
+    assert not stage(tmp_path).done()
+
+
+@pytest.mark.parametrize("charged", [0, 1])
+def test_a_changed_recipe_is_refused_once_budget_is_spent(tmp_path, charged):
+    def spend():
+        with Ledger(tmp_path / "train" / "ledger.jsonl", PLAN) as ledger:
+            for step in range(charged):
+                ledger.charge(step + 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        fail(stage(tmp_path, ledger=True), KeyboardInterrupt, spend)
+    stage(tmp_path, ledger=True).check()
+    changed = stage(tmp_path, value=2, ledger=True)
+    if not charged:
+        changed.check()
+        return
+    with pytest.raises(ConfigError, match=r"private\.steps was 1, is now 2[\s\S]*--name"):
+        changed.check()
+    with pytest.raises(ConfigError), changed.working(silent):
+        pass
+    assert read_ledger(tmp_path / "train" / "ledger.jsonl").charged_steps == charged
+
+
+def test_a_damaged_ledger_counts_as_spent(tmp_path):
+    finish(stage(tmp_path, ledger=True), tmp_path / "out")
+    (tmp_path / "train" / "ledger.jsonl").write_text("nonsense\n")
+    with pytest.raises(ConfigError, match="already spent"):
+        stage(tmp_path, value=2, ledger=True).check()
+
+
+def test_json_is_strict(tmp_path):
+    write_json(tmp_path / "x.json", {"a": math.inf, "b": [1.5, {"c": (2, math.inf)}]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": "inf", "b": [1.5, {"c": [2, "inf"]}]}
+
+
+def test_results_are_kept_as_they_come(tmp_path):
+    Results(tmp_path / "r.json")["a"] = 1.0
+    assert "a" in Results(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (75, "1 min 15 s"), (7260, "2 h 1 min")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 11.0, 12.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    reporter = Reporter(sys.stdout)
+    reporter.stage("train")
+    for step in range(1, 5):
+        reporter(step, 4, "private training")
+    assert capsys.readouterr().out == "  private training 3/4, about 6 s left\n"
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished tiny run, interrupted once in each of its long stages."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    for stop in (("pretrain", 2), ("train", 2), ("baseline", 2)):
+        with pytest.raises(KeyboardInterrupt):
+            execute(load("digits", TINY), folder, Recorder(stop))
+    arguments = [part for setting in TINY for part in ("--set", setting)]
+    result = CliRunner().invoke(app, ["run", "digits", "--runs", str(folder), *arguments])
+    assert result.exit_code == 0, result.output
+    (folder / "output.txt").write_text(result.stdout)
+    return folder
+
+
+def test_the_command_ends_with_the_table_and_the_reports(runs):
+    text = (runs / "output.txt").read_text()
+    for said in ("360 real test images", "synthetic", "public only", "DP-SGD classifier", "real images", "epsilon 1 "):
+        assert said in text
+    for folder in ("release", "internal"):
+        assert str(runs / "tiny" / folder / "report.html") in text
+
+
+def test_an_interrupted_run_charges_every_step_once(runs):
+    ledger = read_ledger(runs / "tiny" / "state" / "train" / "ledger.jsonl")
+    assert ledger.charged_steps == ledger.plan.steps == 4
+    baseline = read_ledger(runs / "tiny" / "internal" / "baselines" / "dp_classifier" / "ledger.jsonl")
+    assert baseline.charged_steps == 2
+
+
+def test_metrics_hold_what_later_tools_read(runs):
+    metrics = json.loads((runs / "tiny" / "internal" / "metrics.json").read_text())
+    assert 0.99 < metrics["epsilon_spent"] <= 1
+    assert (metrics["delta"], metrics["steps"], metrics["augmult"]) == (1e-4, 4, 2)
+    assert metrics["noise_multiplier"] > 0
+    assert set(metrics["accuracy"]) >= {"synthetic", "public_only", "real", "dp_classifier"}
+    assert set(metrics["frechet"]) == {"synthetic", "public_only", "extractor"}
+    assert set(metrics["seconds"]) == {"pretrain", "train", "sample", "baseline", "evaluate", "report"}
+    assert all(value > 0 for value in metrics["seconds"].values())
+    assert metrics["epsilon_composed"] > metrics["epsilon_spent"]
+    assert len(metrics["accuracy_by_seed"]["synthetic"]) == 2
+
+
+def test_the_release_is_complete_and_every_part_carries_its_statement(runs):
+    release = runs / "tiny" / "release"
+    for folder in (release, release / "model", release / "samples"):
+        statement = json.loads((folder / "privacy.json").read_text())
+        assert statement["steps_charged"] == 4
+        assert (folder / "PRIVACY.md").read_text().startswith("# Privacy statement")
+    assert {path.name for path in release.iterdir()} == {
+        "model", "samples", "privacy.json", "PRIVACY.md", "report.html",
+    }  # fmt: skip
+    shard = np.load(release / "samples" / "shard-00000.npz")
+    assert shard["images"].shape == (10, 1, 8, 8)
+    assert (release / "samples" / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_measured_on_private_images_is_released(runs):
+    release, metrics = runs / "tiny" / "release", json.loads((runs / "tiny/internal/metrics.json").read_text())
+    text = "".join(p.read_text() for p in release.rglob("*") if p.suffix in (".html", ".json", ".md"))
+    distances = [value for value in metrics["frechet"].values() if isinstance(value, float)]
+    assert [value for value in distances if str(value)[:7] in text] == []
+    assert not re.search(r"accurac(y|ies) (of|on)", text, re.IGNORECASE)
+    assert metrics["frechet"]["extractor"] not in text
+    assert real_digits("train").fingerprint() not in text
+    assert str(runs) not in text
+
+
+def test_the_released_model_loads_with_diffusers(runs):
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    folder = runs / "tiny" / "release" / "model"
+    model = UNet2DModel.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    scheduler = DDPMScheduler.from_pretrained(folder, local_files_only=True)
+    with torch.no_grad():
+        output = model(torch.zeros(1, 1, 8, 8), 5, torch.tensor([10])).sample
+    assert output.isfinite().all()
+    assert scheduler.config.prediction_type == load("digits").diffusion.prediction
+
+
+def test_changing_the_evaluation_trains_nothing_private_again(runs):
+    recorder = Recorder()
+    execute(load("digits", [*TINY, "seeds=1"]), runs, recorder)
+    assert {name for name, _ in recorder.steps} == {"evaluate", "report"}
+    assert [line for line in recorder.said if "done before" in line] == [
+        f"{name}: done before" for name in ("pretrain", "train", "sample", "baseline")
+    ]
+    assert len(json.loads((runs / "tiny/internal/metrics.json").read_text())["accuracy_by_seed"]["real"]) == 1
+
+
+def test_more_samples_cost_no_privacy(runs):
+    recorder = Recorder()
+    execute(load("digits", [*TINY, "sample.count=30"]), runs, recorder, until="sample")
+    assert {name for name, _ in recorder.steps} == {"sample"}
+    assert len(list((runs / "tiny" / "release" / "samples").glob("shard-*.npz"))) == 3
+    assert (runs / "tiny" / "release" / "samples" / "PRIVACY.md").exists()
+
+
+@pytest.mark.parametrize(
+    "change", ["target_epsilon=2", "pretrain.steps=4", "seed=1", "private.learning_rate=1e-3", "fold=1"]
+)
+def test_what_a_spent_budget_depends_on_cannot_change(runs, change):
+    key = change.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{key} was .*, is now [\s\S]*--name"):
+        execute(load("digits", [*TINY, change]), runs, Recorder())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("sample.count=25", "multiple of the 10 classes"),
+        ("sample.steps=2000", "sampling steps"),
+        ("timesteps=[[1.0, 500, 2000]]", "timestep mixture"),
+        ("norm_groups=3", "norm_groups"),
+    ],
+)
+def test_what_would_fail_late_is_refused_before_anything_is_spent(tmp_path, change, said):
+    with pytest.raises(ConfigError, match=said):
+        open_run(load("digits", [*TINY, change]), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_noise_does_not_call_itself_a_release(tmp_path):
+    execute(load("digits", [*TINY, "target_epsilon=inf", "baseline.steps=1", "private.steps=1", "seeds=1"]),
+            tmp_path, Recorder())  # fmt: skip
+    assert not (tmp_path / "tiny" / "release").exists()
+    page = (tmp_path / "tiny" / "not-private" / "report.html").read_text()
+    assert "NOT PRIVATE" in page
+    assert json.loads((tmp_path / "tiny/internal/metrics.json").read_text())["epsilon_spent"] == "inf"
+
+
+def test_a_killed_run_goes_on_with_the_same_command(tmp_path):
+    settings = [*TINY, "private.steps=12"]
+    command = [sys.executable, "-m", "dpfast.cli", "train", "digits", "--runs", str(tmp_path)]
+    command += [part for setting in settings for part in ("--set", setting)]
+    ledger = tmp_path / "tiny" / "state" / "train" / "ledger.jsonl"
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    while process.poll() is None and not (ledger.exists() and ledger.read_bytes().count(b"\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = read_ledger(ledger).charged_steps
+    assert 3 <= before < 12
+    recorder = Recorder()
+    execute(load("digits", settings), tmp_path, recorder, until="train")
+    assert read_ledger(ledger).charged_steps == 12
+    assert ("train", before + 1) in recorder.steps
+    assert ("train", before - 1) not in recorder.steps
