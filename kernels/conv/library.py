@@ -33,9 +33,9 @@ def weight_grad(a: Tensor, g: Tensor, spec: ConvSpec) -> Tensor:
 
 def each_grad(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Iterator[Tensor]:
     """``G_i`` of one example after the other."""
-    rows = a.shape[0] // max(examples, 1)
-    for start in range(0, examples * rows, rows):
-        yield weight_grad(a[start : start + rows], g[start : start + rows], spec)
+    for a_i, g_i in zip(a.tensor_split(max(examples, 1)), g.tensor_split(max(examples, 1)), strict=True):
+        if examples:
+            yield weight_grad(a_i, g_i, spec)
 
 
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor) -> Tensor:

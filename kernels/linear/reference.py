@@ -26,6 +26,7 @@ def gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     The sum cancels where positions cancel, so the result can be far too small, even negative. The bound is
     ``c eps (sum_t |a_t| |g_t|)^2``: inner products of length n err by about ``2 sqrt(n) eps/2`` of the product of
     the norms (probabilistic rounding, Higham and Mary 2019, lambda = 4), the pairwise sum over M^2 terms by log2.
+    Squares below the smallest normal number vanish: no clip norm is as small as that.
     """
     dtype = accumulation_dtype(a, g)
     a, g = a.to(dtype), g.to(dtype)

@@ -1,0 +1,242 @@
+"""DPTrainer: what it computes, what it refuses, how it goes on after an interruption."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dpfast import DPTrainer, Performance, Plan
+from dpfast.data import ImageSet
+from dpfast.errors import CheckpointError, ConfigError, PrivacyError
+from dpfast.privacy import read_ledger
+from dpfast.testing import injected_entropy
+
+EXAMPLES, K = 12, 3
+
+
+def images(count: int = EXAMPLES) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 1, 6, 6), dtype=torch.uint8, generator=generator)
+    return ImageSet(pixels, torch.arange(count) % 3, ("a", "b", "c"))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+def objective(model, pixels, labels, keys):
+    """Rows differ by keyed noise, so that K matters."""
+    rows = pixels.float().div(255).repeat_interleave(keys.augmult, 0) + 0.1 * keys.normal(1, 6, 6, stream="noise")
+    return nn.functional.cross_entropy(model(rows), labels.repeat_interleave(keys.augmult), reduction="none")
+
+
+def plan(**changes) -> Plan:
+    settings = {
+        "dataset_size": EXAMPLES,
+        "expected_batch_size": 6,
+        "max_grad_norm": 0.5,
+        "steps": 6,
+        "noise_multiplier": 1.0,
+        "target_delta": 1e-3,
+    }
+    return Plan(**{**settings, **changes})
+
+
+def trainer(model=None, *, plan=plan(), state_dir=None, **options) -> DPTrainer:
+    settings = {"objective": objective, "augmult": K, "ema_decay": 0.5}
+    return DPTrainer(
+        model or network(),
+        images(plan.dataset_size),
+        plan,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        state_dir=state_dir,
+        **{**settings, **options},
+    )
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+NO_NOISE = {"expected_batch_size": EXAMPLES, "noise_multiplier": None, "target_epsilon": math.inf, "max_grad_norm": 1e6}
+
+
+@pytest.mark.parametrize("microbatch", [None, 1, 5])
+@pytest.mark.parametrize("form", ["auto", "example"])
+def test_without_noise_and_clipping_it_is_ordinary_training(form, microbatch) -> None:
+    """Full batches, no noise, a huge clip norm: plain gradient descent on the mean over images and augmentations."""
+    from dpfast.diffusion.keyed import RowKeys
+
+    private = network()
+    ordinary = copy.deepcopy(private)
+    performance = Performance(form=form, microbatch=microbatch)
+    trainer(private, plan=plan(**NO_NOISE), performance=performance, seed=7).fit()
+    data, optimizer = images(), torch.optim.SGD(ordinary.parameters(), lr=0.1)
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        objective(ordinary, data.images, data.labels, RowKeys(7, torch.arange(EXAMPLES), step, K)).mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(weights(private), weights(ordinary), rtol=1e-4, atol=1e-6)
+
+
+def test_physical_batches_have_few_sizes_and_each_example_once() -> None:
+    t = trainer(plan=plan(dataset_size=100), performance=Performance(microbatch=16))
+    for count in range(101):
+        sample = torch.randperm(100)[:count].sort().values
+        batches = list(t._microbatches(sample))
+        assert {len(ids) for ids, _ in batches} <= {16, 8, 4, 2}
+        assert torch.equal(torch.cat([ids[mask] for ids, mask in batches] or [sample]), sample)
+        assert all((ids[~mask] >= 100).all() for ids, mask in batches)
+
+
+def test_a_plain_list_of_tensors_is_a_data_set() -> None:
+    class Pairs(list):
+        pass
+
+    data = images()
+    pairs = Pairs((x, y) for x, y in zip(data.images, data.labels, strict=True))
+    t = DPTrainer(network(), pairs, plan(), objective=objective, optimizer=lambda p: torch.optim.Adam(p), augmult=K)
+    before = weights(t.model)
+    t.fit()
+    assert not torch.equal(before, weights(t.model))
+
+
+def test_noise_comes_from_the_system_and_not_from_the_seed() -> None:
+    first, second = trainer(seed=0), trainer(seed=0)
+    first.fit()
+    second.fit()
+    assert not torch.equal(weights(first.model), weights(second.model))
+
+
+def test_empty_batches_are_ordinary_steps(monkeypatch) -> None:
+    monkeypatch.setattr("dpfast.diffusion.trainer.poisson_sample", lambda *_: torch.empty(0, dtype=torch.int64))
+    t = trainer()
+    before = weights(t.model)
+    t.fit()
+    assert (weights(t.model) != before).all()  # every parameter got noise
+
+
+def test_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    t = trainer(network())
+    torch.manual_seed(3)
+    t.fit()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_learning_rate_warms_up() -> None:
+    rates = []
+    t = trainer(warmup_steps=4)
+    t.progress = lambda *_: rates.append(t.inner_optimizer.param_groups[0]["lr"])
+    t.fit()
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+class Cut(Exception):
+    """Stands for a kill."""
+
+
+def cut_at(step: int):
+    def progress(done: int, total: int, message: str) -> None:
+        if done == step:
+            raise Cut
+
+    return progress
+
+
+def test_a_resumed_run_takes_each_step_once(tmp_path) -> None:
+    for step in (2, 3, 5):
+        with pytest.raises(Cut):
+            trainer(state_dir=tmp_path, progress=cut_at(step)).fit()
+        assert read_ledger(tmp_path / "ledger.jsonl").charged_steps == step
+    last = trainer(state_dir=tmp_path)
+    last.fit()
+    assert last.lost_steps == 0
+    assert read_ledger(tmp_path / "ledger.jsonl").charged_steps == 6
+    again = trainer(state_dir=tmp_path)
+    again.fit()
+    assert torch.equal(weights(again.model), weights(last.model))
+    assert torch.equal(weights(again.ema_model), weights(last.ema_model))
+
+
+def test_a_resumed_run_computes_what_an_uninterrupted_one_does(tmp_path) -> None:
+    """Without noise and with full batches nothing is random but what is keyed."""
+    whole = trainer(plan=plan(**NO_NOISE))
+    whole.fit()
+    with pytest.raises(Cut):
+        trainer(plan=plan(**NO_NOISE), state_dir=tmp_path, progress=cut_at(3)).fit()
+    rest = trainer(plan=plan(**NO_NOISE), state_dir=tmp_path)
+    rest.fit()
+    torch.testing.assert_close(weights(rest.ema_model), weights(whole.ema_model), rtol=0, atol=0)
+
+
+def test_a_charged_step_that_was_not_saved_is_lost_and_not_repeated(tmp_path, monkeypatch) -> None:
+    t = trainer(state_dir=tmp_path)
+    steps = []
+
+    def failing(self, *args) -> None:
+        steps.append(self.clipper)
+        if len(steps) == 3:
+            raise Cut
+
+    monkeypatch.setattr(DPTrainer, "_save", failing)
+    with pytest.raises(Cut):
+        t.fit()
+    monkeypatch.undo()
+    messages = []
+    rest = trainer(state_dir=tmp_path, progress=lambda *said: messages.append(said))
+    rest.fit()
+    assert rest.lost_steps == 3
+    assert [step for step, _, _ in messages] == [3, 4, 5, 6]
+    assert "3 charged steps lost" in messages[0][2]
+    assert read_ledger(tmp_path / "ledger.jsonl").charged_steps == 6
+
+
+def test_a_kill_loses_at_most_two_percent(tmp_path) -> None:
+    long = plan(steps=200, dataset_size=2, expected_batch_size=1)
+    saved = []
+    t = trainer(plan=long, state_dir=tmp_path)
+    t._take = lambda step, optimizer: optimizer.ledger.charge(step)
+    t._save = saved.append
+    t.fit()
+    assert max(b - a for a, b in zip([0, *saved], saved, strict=False)) <= 0.02 * 200
+    assert saved[-1] == 200
+
+
+def test_a_ledger_that_lies_behind_its_checkpoint(tmp_path) -> None:
+    with pytest.raises(Cut):
+        trainer(state_dir=tmp_path, progress=cut_at(3)).fit()
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(PrivacyError, match="checkpoint is at step 3, the ledger at 1"):
+        trainer(state_dir=tmp_path).fit()
+
+
+def test_a_checkpoint_of_another_plan(tmp_path) -> None:
+    trainer(state_dir=tmp_path).fit()
+    (tmp_path / "ledger.jsonl").unlink()
+    with pytest.raises(CheckpointError, match="another run"):
+        trainer(state_dir=tmp_path, plan=plan(noise_multiplier=2.0)).fit()
+
+
+def test_refused_before_anything_is_written(tmp_path) -> None:
+    with pytest.raises(PrivacyError, match="12 examples, the plan was made for 13"):
+        DPTrainer(network(), images(), plan(dataset_size=13), objective=objective, optimizer=torch.optim.Adam)
+    with pytest.raises(ConfigError, match="ema_decay"):
+        trainer(ema_decay=1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_injected_entropy_makes_a_run_repeatable_and_marks_its_ledger(tmp_path) -> None:
+    results = []
+    for name in ("a", "b"):
+        with injected_entropy(5):
+            t = trainer(state_dir=tmp_path / name)
+            t.fit()
+        results.append(weights(t.model))
+    assert torch.equal(*results)
+    assert read_ledger(tmp_path / "a" / "ledger.jsonl").test_entropy
