@@ -219,8 +219,12 @@ def unet_inputs(n: int) -> tuple[Tensor, ...]:
 def relayout(x: Tensor, layout: str) -> Tensor:
     """The same numbers in another memory layout."""
     if layout == "channels_last":
-        format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-        return x.contiguous(memory_format=format) if format else x.transpose(0, -1).contiguous().transpose(0, -1)
+        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+        return (
+            x.contiguous(memory_format=memory_format)
+            if memory_format
+            else x.transpose(0, -1).contiguous().transpose(0, -1)
+        )
     if layout == "transposed":
         return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 2 else x.t().contiguous().t()
     if layout == "sliced":

@@ -17,7 +17,13 @@ class Clipped:
 
 
 def per_example(
-    model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...], *, augmult: int, max_grad_norm: float, dtype=torch.float64
+    model: nn.Module,
+    losses: Losses,
+    inputs: tuple[Tensor, ...],
+    *,
+    augmult: int,
+    max_grad_norm: float,
+    dtype=torch.float64,
 ) -> Clipped:
     """The definition, example by example: gradient of the mean loss of the rows, its norm, its clipped share."""
     model = copy.deepcopy(model).to(dtype)

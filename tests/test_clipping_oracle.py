@@ -4,18 +4,16 @@ import warnings
 
 import pytest
 import torch
-from cases import CONVOLUTIONS, EVERY, LAYERS, LAYOUTS, Case, losses, relayout, unet, unet_inputs
-from oracle import Clipped, assert_as_good_as_torch, per_example
 
+from cases import CONVOLUTIONS, EVERY, LAYERS, LAYOUTS, Case, losses, relayout, unet, unet_inputs
 from dpfast import GhostClipper, Performance
+from oracle import Clipped, assert_as_good_as_torch, per_example
 
 FORMS = ["auto", "gram", "direct", "materialise", "example"]
 
 
 def clip(model, inputs, *, augmult, max_grad_norm, form="auto", losses=losses) -> Clipped:
-    clipper = GhostClipper(
-        model, max_grad_norm=max_grad_norm, augmult=augmult, performance=Performance(form=form)
-    )
+    clipper = GhostClipper(model, max_grad_norm=max_grad_norm, augmult=augmult, performance=Performance(form=form))
     clipper.zero_grad()
     size = augmult if form == "example" else len(inputs[0])
     norms = []
@@ -59,12 +57,14 @@ def test_every_layout(case: Case, layout: str) -> None:
 
 
 @pytest.mark.parametrize("augmult", [1, 3, 8])
-@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def test_unet_of_diffusers(augmult: int, format: torch.memory_format) -> None:
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
+def test_unet_of_diffusers(augmult: int, memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
-    model = unet().to(memory_format=format)
+    model = unet().to(memory_format=memory_format)
     images, *rest = unet_inputs(3 * augmult)
-    check(model, (images.contiguous(memory_format=format), *rest), augmult=augmult)
+    check(model, (images.contiguous(memory_format=memory_format), *rest), augmult=augmult)
 
 
 def test_several_backward_passes_add_up() -> None:

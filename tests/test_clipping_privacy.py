@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import losses, unet, unet_inputs
 from torch import nn
 
+from cases import losses, unet, unet_inputs
 from dpfast import GhostClipper, Performance
 from dpfast.errors import CaptureError
 
@@ -155,7 +155,9 @@ def test_a_gram_never_understates(form) -> None:
 
     base = torch.randn(4, 1, 64).expand(4, 16, 64)
     x = base + 1e-5 * torch.randn(4, 16, 64)
-    exact = torch.stack([torch.autograd.grad(cancelling(layer, (x[i : i + 1],)).sum(), layer.weight)[0] for i in range(4)])
+    exact = torch.stack(
+        [torch.autograd.grad(cancelling(layer, (x[i : i + 1],)).sum(), layer.weight)[0] for i in range(4)]
+    )
     clipper = GhostClipper(layer, max_grad_norm=1e-3, performance=Performance(form=form))
     with clipper:
         result = clipper.backward(cancelling(layer, (x,)))

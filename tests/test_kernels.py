@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import LAYOUTS, relayout
 
+from cases import LAYOUTS, relayout
 from dpfast.kernels import clip, conv, embedding, linear
 from dpfast.kernels.conv import ConvSpec, library, reference
 
@@ -156,7 +156,9 @@ def test_embedding(dtype) -> None:
     index, g, w = torch.randint(0, 7, (4, 9)), torch.randn(4, 9, 5, dtype=dtype), torch.rand(4, dtype=dtype)
     table = torch.zeros(7, 5, dtype=dtype, requires_grad=True)
     looked_up = [torch.nn.functional.embedding(i, table) for i in index]
-    exact = torch.stack([torch.autograd.grad(y, table, cotangent)[0] for y, cotangent in zip(looked_up, g, strict=True)])
+    exact = torch.stack(
+        [torch.autograd.grad(y, table, cotangent)[0] for y, cotangent in zip(looked_up, g, strict=True)]
+    )
     torch.testing.assert_close(embedding.per_example_grads(index, g, 7), exact)
     torch.testing.assert_close(embedding.gram_sq_norms(index, g)[0], exact.square().sum((1, 2)))
     torch.testing.assert_close(embedding.clipped_sum(index, g, 7, w), torch.tensordot(w, exact, 1))

@@ -98,7 +98,7 @@ def test_a_plain_list_of_tensors_is_a_data_set() -> None:
 
     data = images()
     pairs = Pairs((x, y) for x, y in zip(data.images, data.labels, strict=True))
-    t = DPTrainer(network(), pairs, plan(), objective=objective, optimizer=lambda p: torch.optim.Adam(p), augmult=K)
+    t = DPTrainer(network(), pairs, plan(), objective=objective, optimizer=torch.optim.Adam, augmult=K)
     before = weights(t.model)
     t.fit()
     assert not torch.equal(before, weights(t.model))

@@ -14,9 +14,7 @@ from dpfast.clipping.terms import ConvTerm, EmbeddingTerm, LinearTerm, Stored, T
 from dpfast.kernels.clip import clip_factors
 from dpfast.performance import Performance
 
-GRAM_TRUST = (
-    0.01  # a Gram whose error bound exceeds this share of the squared norm is replaced by its safe side
-)
+GRAM_TRUST = 0.01  # a Gram whose error bound exceeds this share of the squared norm is replaced by its safe side
 
 
 @dataclass(frozen=True)

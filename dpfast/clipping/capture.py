@@ -109,7 +109,7 @@ class Capture(TorchFunctionMode):
 
     def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
         names = tuple(dict.fromkeys(name for source in tracked for name in source.names))
-        use = self._rule(func, args, kwargs, names)
+        use = self._rule(func, args, kwargs)
         general = use is None
         if use is None:
             use = fallback_use(func, args, kwargs, self.is_tracked)
@@ -137,7 +137,7 @@ class Capture(TorchFunctionMode):
         targets = tuple({id(source.tensor): source.tensor for source in tracked}.values())
         return self.tape.attach(output, TapedUse(use, site, targets))
 
-    def _rule(self, func: Any, args: Any, kwargs: Any, names: tuple[str, ...]) -> Use | Problem | None:
+    def _rule(self, func: Any, args: Any, kwargs: Any) -> Use | Problem | None:
         rule = RULES.get(func)
         if rule is None:
             return None

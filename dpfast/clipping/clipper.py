@@ -91,9 +91,7 @@ class GhostClipper:
         """Whether ``parameter.grad`` is None or exactly what this clipper last wrote."""
         if parameter.grad is None:
             return True
-        return any(
-            parameter.grad is grad and grad._version == version for grad, version in self._written.values()
-        )
+        return any(parameter.grad is grad and grad._version == version for grad, version in self._written.values())
 
     def zero_grad(self) -> None:
         """Forget the accumulated sum: ``p.grad = None``."""
@@ -103,27 +101,22 @@ class GhostClipper:
 
     def __enter__(self) -> Self:
         if self._capture is not None:
-            raise CaptureError(
-                "this clipper is already active: leave its `with` block before entering it again"
-            )
+            raise CaptureError("this clipper is already active: leave its `with` block before entering it again")
         parameters = self.parameters
         constants = [*self.model.buffers(), *(p for p in self.model.parameters() if not p.requires_grad)]
         self._capture = Capture(parameters, constants)
         self._versions = self._current_versions()
         self._hook = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        self._capture.__enter__()
+        self._capture.__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        assert self._capture is not None and self._hook is not None
-        self._capture.__exit__(kind, value, tb)
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        assert self._capture is not None
+        assert self._hook is not None
+        self._capture.__exit__(kind, value, tb)  # type: ignore[no-untyped-call]
         self._hook.remove()
         if kind is None and self._capture.tape.uses:
-            warnings.warn(
-                "left `with clipper` without clipper.backward(losses): nothing was learned", stacklevel=2
-            )
+            warnings.warn("left `with clipper` without clipper.backward(losses): nothing was learned", stacklevel=2)
         self._capture = self._model_call = self._hook = None
 
     def backward(self, losses: Tensor, *, example_mask: Tensor | None = None) -> ClipResult:
@@ -136,14 +129,14 @@ class GhostClipper:
         """
         capture = self._capture
         if capture is None:
-            raise CaptureError(
-                "clipper.backward was called outside `with clipper`: compute the losses inside, too"
-            )
+            raise CaptureError("clipper.backward was called outside `with clipper`: compute the losses inside, too")
         with torch._C.DisableTorchFunction():
             examples = self._check_losses(losses, example_mask)
             refuse(capture.tape.problems + self._state_problems())
             if examples and not losses.requires_grad:
-                raise CaptureError("losses do not depend on any trainable parameter: compute them inside `with clipper`")
+                raise CaptureError(
+                    "losses do not depend on any trainable parameter: compute them inside `with clipper`"
+                )
             self._show_forward(len(losses))
             clipped = self._clip(losses, examples, example_mask)
             self._write(clipped.sums)
@@ -155,7 +148,8 @@ class GhostClipper:
     def _clip(self, losses: Tensor, examples: int, mask: Tensor | None) -> Clipped:
         assert self._capture is not None
         if examples == 0:
-            return Clipped(*losses.detach().new_zeros(2, 0), sums={})
+            nothing = losses.detach().new_zeros(0)
+            return Clipped(nothing, nothing, sums={})
         return Pass(
             capture=self._capture,
             parameters=self.parameters,
@@ -173,9 +167,7 @@ class GhostClipper:
         rows = f"[B*{self.augmult}], one loss per row"
         if losses.ndim != 1:
             reduced = (
-                " (reduced already? use reduction='none' and average over pixels only)"
-                if losses.ndim == 0
-                else ""
+                " (reduced already? use reduction='none' and average over pixels only)" if losses.ndim == 0 else ""
             )
             raise CaptureError(f"losses of shape {tuple(losses.shape)}{reduced}: expected {rows}")
         if len(losses) % self.augmult:
@@ -189,9 +181,7 @@ class GhostClipper:
                 " give the model all rows of the losses at once"
             )
         if mask is not None and (mask.shape != (examples,) or mask.dtype != torch.bool):
-            raise CaptureError(
-                f"example_mask {tuple(mask.shape)} of {mask.dtype}: expected [{examples}] of torch.bool, one per example"
-            )
+            raise CaptureError(f"example_mask {tuple(mask.shape)} of {mask.dtype}: expected [{examples}] of torch.bool")
         return examples
 
     # What must hold before and after
@@ -204,14 +194,11 @@ class GhostClipper:
     def _state_problems(self) -> list[Problem]:
         buffers = {name for name, _ in self.model.named_buffers()}
         now = self._current_versions()
-        changed = [
-            name for name in now.keys() | self._versions.keys() if now.get(name) != self._versions.get(name)
-        ]
+        changed = [name for name in now.keys() | self._versions.keys() if now.get(name) != self._versions.get(name)]
         problems = [
             Problem(
                 (name,),
-                "changed during a private step"
-                + (": a buffer would carry private data" if name in buffers else ""),
+                "changed during a private step" + (": a buffer would carry private data" if name in buffers else ""),
                 "freeze it (eval mode, no running statistics), or update it from public data outside the step",
             )
             for name in sorted(changed)
@@ -227,7 +214,7 @@ class GhostClipper:
             )
         return problems
 
-    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model runs: what must not change, what the forward probe needs, how many rows there are."""
         capture = self._capture
         assert capture is not None
@@ -263,7 +250,7 @@ class GhostClipper:
         if unused:
             self._named_unused.update(unused)
             warnings.warn(
-                f"no loss depends on {listed(unused)}: noise is added to them all the same (freeze what is not trained)",
+                f"no loss depends on {listed(unused)}: noise is added to them all the same; freeze what is not trained",
                 stacklevel=3,
             )
 
@@ -273,6 +260,4 @@ def _parameter_problems(parameters: dict[str, nn.Parameter]) -> list[Problem]:
     if not half:
         return []
     what = "half-precision parameters: the sum of clipped gradients would be rounded after its sensitivity was bounded"
-    return [
-        Problem((listed(half),), what, "keep float32 parameters and compute in bfloat16 under torch.autocast")
-    ]
+    return [Problem((listed(half),), what, "keep float32 parameters and compute in bfloat16 under torch.autocast")]

@@ -18,11 +18,7 @@ CHUNK_ELEMENTS = 1 << 24  # masked copies of the output gradient that are alive 
 def fallback_use(func: Any, args: Any, kwargs: Any, is_tracked: Callable[[Any], bool]) -> Use | Problem:
     """A use whose terms come from ``torch.func.vjp`` of the call itself, one masked cotangent per example."""
     name = str(getattr(func, "__name__", func))
-    if (
-        kwargs.get("out") is not None
-        or name == "__setitem__"
-        or (name.endswith("_") and not name.endswith("__"))
-    ):
+    if kwargs.get("out") is not None or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
         return Problem(
             (),
             "a trainable parameter enters a change in place that dpfast has no rule for",
@@ -54,7 +50,7 @@ def per_example_vjp(
     call: Callable[..., Tensor], values: tuple[Tensor, ...], g: Tensor, rows: Rows
 ) -> tuple[Tensor, ...]:
     """Gradients ``[B, *value.shape]`` of ``call`` for the cotangent ``g`` restricted to each example's rows."""
-    _, vjp = torch.func.vjp(call, *values)
+    vjp = torch.func.vjp(call, *values)[1]
     owner = torch.arange(rows.examples, device=g.device).repeat_interleave(g.shape[rows.dim] // rows.examples)
     shape = [-1 if d == rows.dim else 1 for d in range(g.ndim)]
 

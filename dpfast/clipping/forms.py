@@ -12,8 +12,8 @@ def choose(term: FactoredTerm, examples: int, performance: Performance, stored_b
     """The form for ``term``, with ``stored_bytes`` of per-example gradients stored already in this step.
 
     Gram costs ``M^2 (D + P)`` per example and pays where that is less than writing and reading the ``D P`` numbers
-    of a gradient, each about as dear as 16 FLOPs on a CPU core; mostly for M of a few rows. Direct computes what materialising does and
-    stores nothing, but has to compute the clipped sum anew: it is taken when the memory budget is spent.
+    of a gradient, each about as dear as 16 FLOPs on a CPU core: with few rows. Direct computes what materialising does
+    and stores nothing, but has to compute the clipped sum anew: it is taken when the memory budget is spent.
     """
     if performance.form != "auto":
         return "direct" if performance.form == "example" else performance.form

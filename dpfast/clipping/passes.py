@@ -74,13 +74,11 @@ class Pass:
         With one example in the batch all rows are its own, and nothing is shown.
         """
         evidence = {
-            use.site: Evidence(possible_dims(use, g, self.examples))
-            for use, _, g in records
-            if bool((g != 0).any())
+            use.site: Evidence(possible_dims(use, g, self.examples)) for use, _, g in records if bool((g != 0).any())
         }
 
         def observe(example: int) -> None:
-            def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+            def receive(use: TapedUse, _saved: tuple[Tensor, ...], g: Tensor) -> None:
                 if use.site in evidence:
                     evidence[use.site] = weigh(evidence[use.site], g, example, self.examples)
 
@@ -107,9 +105,7 @@ class Pass:
                 factors = torch.where(self.mask, factors, 0)
             return Clipped(sq.sqrt(), factors, {name: term.clipped_sum(factors) for name, term in stored.items()})
 
-    def _backward(
-        self, example: int | None, receive: Receive, *, retain_graph: bool
-    ) -> dict[str, Tensor | None]:
+    def _backward(self, example: int | None, receive: Receive, *, retain_graph: bool) -> dict[str, Tensor | None]:
         """Back-propagate all losses, or one example's; what autograd itself gives each parameter."""
         cotangent = torch.full_like(self.losses, 1 / self.augmult)
         if example is not None:

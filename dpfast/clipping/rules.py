@@ -114,9 +114,7 @@ def conv_transpose(
     return _conv(is_tracked, input, weight, bias, spec)
 
 
-def _conv(
-    is_tracked: IsTracked, input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec
-) -> Use | None:
+def _conv(is_tracked: IsTracked, input: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Use | None:
     if is_tracked(input) or input.ndim != weight.ndim:  # an input without a row dimension
         return None
 
@@ -262,9 +260,7 @@ def embedding(
     sparse: bool = False,
 ) -> Use | Problem | None:
     if max_norm is not None:
-        return Problem(
-            (), "max_norm rewrites the table in the forward pass", "renormalise after the optimizer's step"
-        )
+        return Problem((), "max_norm rewrites the table in the forward pass", "renormalise after the optimizer's step")
     if scale_grad_by_freq:
         return Problem((), "scale_grad_by_freq counts over the whole batch", "use scale_grad_by_freq=False")
     table_rows = weight.shape[0]
@@ -282,12 +278,7 @@ def embedding(
 
 def getitem(is_tracked: IsTracked, input: Tensor, index: Any) -> Use | None:
     """``table[index]`` with a whole-number tensor is an embedding."""
-    if (
-        not is_tracked(input)
-        or input.ndim != 2
-        or not isinstance(index, Tensor)
-        or index.dtype != torch.int64
-    ):
+    if not is_tracked(input) or input.ndim != 2 or not isinstance(index, Tensor) or index.dtype != torch.int64:
         return None
     table_rows = input.shape[0]
 
@@ -302,13 +293,11 @@ def getitem(is_tracked: IsTracked, input: Tensor, index: Any) -> Use | None:
 
 
 def _reduce_to(rows: Rows, g: Tensor, target: Tensor) -> Tensor:
-    """Per-example sum of ``g`` (of the output's shape) over what ``target`` was broadcast along: ``[B, *target.shape]``."""
+    """``[B, *target.shape]``: per example, the sum of the output's gradient ``g`` over what ``target`` spans."""
     shape = (1,) * (g.ndim - target.ndim) + tuple(target.shape)
     spans_rows = shape[rows.dim] != 1
     if spans_rows:  # each row has its own entry: only the rows of the example itself are not zero
-        owner = torch.arange(rows.examples, device=g.device).repeat_interleave(
-            g.shape[rows.dim] // rows.examples
-        )
+        owner = torch.arange(rows.examples, device=g.device).repeat_interleave(g.shape[rows.dim] // rows.examples)
         own = owner == torch.arange(rows.examples, device=g.device).unsqueeze(1)
         blocks = own.view(rows.examples, *[-1 if d == rows.dim else 1 for d in range(g.ndim)])
         per_example = torch.where(blocks, g, 0)
@@ -436,15 +425,11 @@ RULES: dict[Any, Rule] = {
     F.embedding: embedding,
     torch.embedding: torch_embedding,
     Tensor.__getitem__: getitem,
-    **dict.fromkeys(
-        (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), add
-    ),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), add),
     **dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__), subtract),
     **dict.fromkeys((Tensor.__rsub__, torch.rsub), subtract_reflected),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), multiply),
     **dict.fromkeys((Tensor.mul_, Tensor.__imul__), multiply_in_place),
 }
 
-MIXES_ROWS = frozenset(
-    {F.batch_norm, torch.batch_norm}
-)  # looked at even when no trainable parameter takes part
+MIXES_ROWS = frozenset({F.batch_norm, torch.batch_norm})  # looked at even when no trainable parameter takes part

@@ -100,9 +100,7 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, anchor: Tensor, tape: Tape, use: TapedUse, *saved: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, _anchor: Tensor, tape: Tape, use: TapedUse, *saved: Tensor) -> Tensor:
         ctx.mark_dirty(output)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
@@ -110,7 +108,7 @@ class Tap(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is not None:
             ctx.tape.record(ctx.use, ctx.saved_tensors, g)
         return (g, *[None] * (3 + len(ctx.use.use.saved)))

@@ -16,6 +16,8 @@ FactoredForm = Literal["gram", "direct"]
 
 
 class Term(Protocol):
+    """Per-example gradients of one tensor, in some form."""
+
     def materialise(self) -> Tensor:
         """``G [B, *shape]``."""
 
@@ -24,6 +26,8 @@ class Term(Protocol):
 
 
 class FactoredTerm(Term, Protocol):
+    """A term held as the factors of a linear map."""
+
     def sizes(self) -> tuple[int, int, int]:
         """Rows per example M, inputs D and outputs P of the linear map behind the term."""
 
@@ -120,7 +124,8 @@ class EmbeddingTerm:
         if form == "gram":
             return embedding.gram_sq_norms(self.index, self.g)
         rows = [
-            embedding.per_example_grads(i[None], g[None], self.table_rows) for i, g in zip(self.index, self.g)
+            embedding.per_example_grads(i[None], g[None], self.table_rows)
+            for i, g in zip(self.index, self.g, strict=True)
         ]
         return _exact(torch.stack([r.square().sum() for r in rows]))
 

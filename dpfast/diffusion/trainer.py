@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,15 +92,13 @@ class DPTrainer:
         )
         self.inner_optimizer = optimizer(list(self.clipper.parameters.values()))
         self.learning_rates = [group["lr"] for group in self.inner_optimizer.param_groups]
-        self.ema = (
-            None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-        )
+        self.ema = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.lost_steps = 0
 
     @property
     def ema_model(self) -> nn.Module:
         """The averaged model, or the model itself without ``ema_decay``."""
-        return self.model if self.ema is None else cast(nn.Module, self.ema.module)
+        return self.model if self.ema is None else self.ema.module
 
     def fit(self) -> None:
         """Take every step of the plan that is not charged yet. Can be interrupted and called again at any time."""

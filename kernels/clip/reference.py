@@ -12,7 +12,7 @@ def clip_factors(sq: Tensor, max_grad_norm: float) -> Tensor:
 
 def clipped_sum(grads: Tensor, w: Tensor) -> Tensor:
     """``sum_i w_i G_i``; an example with ``w_i = 0`` contributes exactly 0, whatever its values."""
-    order = sorted(range(1, grads.ndim), key=lambda dim: -grads.stride(dim))  # as it lies in memory: no copy
+    order = sorted(range(1, grads.ndim), key=grads.stride, reverse=True)  # as it lies in memory: no copy
     in_memory = grads.permute(0, *order)
     flat = in_memory.unsqueeze(-1).flatten(1)
     weight = w.to(grads.dtype)

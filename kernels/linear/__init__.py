@@ -9,6 +9,6 @@ Shapes: ``a [B, ..., M, D]`` inputs and ``g [B, ..., M, P]`` output gradients of
     materialise  2 B M D P FLOPs          every G_i
 """
 
-from dpfast.kernels.linear.reference import clipped_sum, gram_sq_norms, per_example_grads, direct_sq_norms
+from dpfast.kernels.linear.reference import clipped_sum, direct_sq_norms, gram_sq_norms, per_example_grads
 
 __all__ = ["clipped_sum", "direct_sq_norms", "gram_sq_norms", "per_example_grads"]
