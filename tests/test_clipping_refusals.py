@@ -149,7 +149,7 @@ def test_losses_of_the_wrong_shape() -> None:
     assert "reduced already" in refusal(model, x, loss=lambda m, r: losses(m, r).mean())
     assert "(6, 3)" in refusal(model, x, loss=lambda m, r: m(*r))
     assert "4 augmentations of whole examples" in refusal(model, x, augmult=4)
-    assert "do not depend on any trainable parameter" in refusal(model, x, loss=lambda m, r: r[0].sum(1))
+    assert "depend on no trainable parameter" in refusal(model, x, loss=lambda m, r: r[0].sum(1))
 
 
 def test_a_mean_dressed_as_one_loss_per_row() -> None:

@@ -130,19 +130,19 @@ class GhostClipper:
         capture = self._capture
         if capture is None:
             raise CaptureError("clipper.backward was called outside `with clipper`: compute the losses inside, too")
-        with torch._C.DisableTorchFunction():
-            examples = self._check_losses(losses, example_mask)
-            refuse(capture.tape.problems + self._state_problems())
-            if examples and not losses.requires_grad:
-                raise CaptureError(
-                    "losses do not depend on any trainable parameter: compute them inside `with clipper`"
-                )
-            self._show_forward(len(losses))
-            clipped = self._clip(losses, examples, example_mask)
-            self._write(clipped.sums)
+        try:
+            with torch._C.DisableTorchFunction():
+                examples = self._check_losses(losses, example_mask)
+                refuse(capture.tape.problems + self._state_problems())
+                if examples and not losses.requires_grad:
+                    raise CaptureError("losses depend on no trainable parameter: compute them inside `with clipper`")
+                self._show_forward(len(losses))
+                clipped = self._clip(losses, examples, example_mask)
+                self._write(clipped.sums)
+        finally:
+            capture.restart()
         if examples:
             self._warn_unused(clipped.sums)
-        capture.restart()
         return ClipResult(clipped.norms, clipped.factors)
 
     def _clip(self, losses: Tensor, examples: int, mask: Tensor | None) -> Clipped:
