@@ -4,7 +4,9 @@
     Plan            everything that moves epsilon
     DPOptimizer     the one place where a private sum becomes an update
     DPTrainer       a model, a data set and a plan in; a privately trained model out
+    Ledger          the steps spent, on disk before they are taken
     Performance     how it is computed; cannot move epsilon
+    poisson_sample  which examples take part in a step
 
 Names are imported at first use: ``import dpfast`` costs nothing.
 """
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from dpfast.errors import DPFastError
     from dpfast.optimizer import DPOptimizer
     from dpfast.performance import Performance
-    from dpfast.privacy import Ledger, Plan
+    from dpfast.privacy import Ledger, Plan, poisson_sample
 
 __all__ = [
     "ClipResult",
@@ -31,6 +33,7 @@ __all__ = [
     "Ledger",
     "Performance",
     "Plan",
+    "poisson_sample",
 ]
 
 _HOME = {
@@ -42,6 +45,7 @@ _HOME = {
     "Ledger": "dpfast.privacy",
     "Performance": "dpfast.performance",
     "Plan": "dpfast.privacy",
+    "poisson_sample": "dpfast.privacy",
 }
 
 require_installed()

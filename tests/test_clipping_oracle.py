@@ -1,11 +1,12 @@
 """GhostClipper against the float64 oracle: every layer, form, layout and number of augmentations."""
 
+import gc
 import warnings
 
 import pytest
 import torch
 
-from cases import CONVOLUTIONS, EVERY, LAYERS, LAYOUTS, Case, losses, relayout, unet, unet_inputs
+from cases import CONVOLUTIONS, EVERY, LAYERS, LAYOUTS, PATTERNS, Case, losses, relayout, unet, unet_inputs
 from dpfast import GhostClipper, Performance
 from oracle import Clipped, assert_as_good_as_torch, per_example
 
@@ -65,6 +66,42 @@ def test_unet_of_diffusers(augmult: int, memory_format: torch.memory_format) -> 
     model = unet().to(memory_format=memory_format)
     images, *rest = unet_inputs(3 * augmult)
     check(model, (images.contiguous(memory_format=memory_format), *rest), augmult=augmult)
+
+
+@pytest.mark.filterwarnings("ignore:dpfast has no rule")
+@pytest.mark.parametrize("case", PATTERNS, ids=lambda case: case.name)
+def test_later_steps_take_the_path_without_probes(case: Case) -> None:
+    model, inputs = case.build(rows=6)
+    clipper = GhostClipper(model, max_grad_norm=0.1, augmult=2)
+    sums = []
+    for _ in range(3):
+        clipper.zero_grad()
+        with clipper:
+            clipper.backward(losses(model, inputs))
+        sums.append(torch.cat([p.grad.flatten() for p in clipper.parameters.values()]))
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-5, atol=1e-7)
+    assert torch.equal(sums[2], sums[1])
+
+
+def test_a_step_leaves_no_activations_behind() -> None:
+    """Without the garbage collector: no reference cycle keeps a graph alive."""
+    torch.manual_seed(0)
+    model, inputs = unet(), unet_inputs(8)
+    clipper = GhostClipper(model, max_grad_norm=0.1, augmult=2)
+
+    def tensors_after_a_step() -> int:
+        with clipper:
+            clipper.backward(losses(model, inputs))
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        tensors_after_a_step()
+        first = tensors_after_a_step()
+        assert tensors_after_a_step() == first
+    finally:
+        gc.enable()
 
 
 def test_several_backward_passes_add_up() -> None:

@@ -58,7 +58,7 @@ class Accumulation:
         self.shared |= {id(p) for name, p in parameters.items() if name in through_derived}
 
     def add(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> None:
-        for target, term in use.use.terms(saved, g, rows):
+        for target, term in use.terms(saved, g, rows):
             if id(target) in self.shared:
                 self._add_partial(id(target), term.materialise())
             else:

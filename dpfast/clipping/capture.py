@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dpfast.clipping.fallback import fallback_use
 from dpfast.clipping.problems import Problem, listed
 from dpfast.clipping.rules import MIXES_ROWS, RULES
-from dpfast.clipping.tape import Tape, TapedUse, Use
+from dpfast.clipping.tape import Tape, Use
 from dpfast.clipping.trees import replace_tensors, tensors_in
 
 FACTORIES = frozenset(
@@ -134,8 +134,7 @@ class Capture(TorchFunctionMode):
         if not self.detach:
             return output
         site = self.tape.site(_name(func), names)
-        targets = tuple({id(source.tensor): source.tensor for source in tracked}.values())
-        return self.tape.attach(output, TapedUse(use, site, targets))
+        return self.tape.attach(output, use, site, {id(source.tensor) for source in tracked})
 
     def _rule(self, func: Any, args: Any, kwargs: Any) -> Use | Problem | None:
         rule = RULES.get(func)

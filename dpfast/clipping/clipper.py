@@ -75,7 +75,7 @@ class GhostClipper:
         self.performance = performance or Performance()
         self._ownership = Ownership()
         self._forward_shown = False
-        self._written: dict[str, tuple[Tensor, int]] = {}
+        self._written: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: its p.grad and version
         self._named_unused: set[str] = set()
         self._capture: Capture | None = None
         self._model_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -91,7 +91,8 @@ class GhostClipper:
         """Whether ``parameter.grad`` is None or exactly what this clipper last wrote."""
         if parameter.grad is None:
             return True
-        return any(parameter.grad is grad and grad._version == version for grad, version in self._written.values())
+        grad, version = self._written.get(id(parameter), (None, 0))
+        return parameter.grad is grad and parameter.grad._version == version
 
     def zero_grad(self) -> None:
         """Forget the accumulated sum: ``p.grad = None``."""
@@ -243,7 +244,7 @@ class GhostClipper:
                     p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
                 if name in sums:
                     p.grad += sums[name].to(p.dtype)
-                self._written[name] = (p.grad, p.grad._version)
+                self._written[id(p)] = (p.grad, p.grad._version)
 
     def _warn_unused(self, sums: dict[str, Tensor]) -> None:
         unused = [name for name in self.parameters if name not in sums and name not in self._named_unused]

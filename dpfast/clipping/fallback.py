@@ -1,5 +1,6 @@
 """Per-example gradients of any torch call with trainable arguments, by vector-Jacobian products: correct and slow."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,7 +62,9 @@ def per_example_vjp(
     examples = torch.arange(rows.examples, device=g.device)
     try:
         chunk = max(1, CHUNK_ELEMENTS // max(1, g.numel()))
-        mapped: tuple[Tensor, ...] = torch.func.vmap(of, chunk_size=chunk)(examples)
+        with warnings.catch_warnings():  # torch says which operations it maps slowly; the user knows that it is slow
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            mapped: tuple[Tensor, ...] = torch.func.vmap(of, chunk_size=chunk)(examples)
         return mapped
     except RuntimeError:  # an operation without a batching rule: one example after the other
         each = [of(example) for example in examples]

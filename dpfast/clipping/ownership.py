@@ -65,7 +65,7 @@ class Ownership:
 
 def possible_dims(use: TapedUse, g: Tensor, examples: int) -> tuple[int, ...]:
     """Dimensions of the output that can be cut into one block per example."""
-    dims = use.use.row_dims if use.use.row_dims is not None else tuple(range(g.ndim))
+    dims = use.row_dims if use.row_dims is not None else tuple(range(g.ndim))
     return tuple(d for d in dims if d < g.ndim and g.shape[d] and g.shape[d] % examples == 0)
 
 

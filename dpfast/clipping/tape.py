@@ -1,7 +1,7 @@
 """The tape of one private step: which parameters were used, and what their uses contribute."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,11 +39,11 @@ class Use:
 
 @dataclass(frozen=True)
 class TapedUse:
-    """A use with its place in the program and the shape of its output."""
+    """A use with its place in the program. It holds no activations: those live in the graph, and die with it."""
 
-    use: Use
     site: Site
-    targets: tuple[Tensor, ...]
+    terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
+    row_dims: tuple[int, ...] | None
 
 
 @dataclass
@@ -71,12 +71,14 @@ class Tape:
         finally:
             self.receive = None
 
-    def attach(self, output: Tensor, use: TapedUse) -> Tensor:
-        """``output``, with a ``Tap`` as the last node of its graph."""
+    def attach(self, output: Tensor, use: Use, site: Site, targets: Iterable[int]) -> Tensor:
+        """``output``, with a ``Tap`` as the last node of its graph; ``targets`` are ids of the tensors used."""
+        taped = TapedUse(site, use.terms, use.row_dims)
         if self.receive is None:  # a forward recomputed during backward (checkpointing) is no new use
-            self.uses[use.site] = use
-            self.times_used.update(id(target) for target in use.targets)
-        tapped: Tensor = Tap.apply(output, self.anchor, self, use, *use.use.saved)  # type: ignore[no-untyped-call]
+            self.uses[site] = taped
+            self.times_used.update(targets)
+        saved = [t.detach() for t in use.saved]  # no edges into their graphs; the version counter is shared
+        tapped: Tensor = Tap.apply(output, self.anchor, self, taped, *saved)  # type: ignore[no-untyped-call]
         return tapped
 
     def record(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
@@ -111,4 +113,4 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is not None:
             ctx.tape.record(ctx.use, ctx.saved_tensors, g)
-        return (g, *[None] * (3 + len(ctx.use.use.saved)))
+        return (g, *[None] * (len(ctx.needs_input_grad) - 1))
