@@ -45,7 +45,7 @@ class Recorder(Reporter):
         super().__init__()
         self.said, self.steps, self._current, self._stop = [], [], "", stop
 
-    def stage(self, name):
+    def stage(self, name, *, resumed=False):
         self._current = name
 
     def say(self, text):
