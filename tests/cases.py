@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,27 @@ def frozen_half() -> nn.Module:
     return model
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(checkpoint(lambda h: self.inner(h.tanh()).sin(), h, use_reentrant=self.use_reentrant))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        out, weights = self.attention(x, x, x, average_attn_weights=False)
+        return out + weights.square().sum((1, 3)).unsqueeze(-1)
+
+
 def diffusers_attention() -> nn.Module:
     from diffusers.models.attention_processor import Attention
 
@@ -177,6 +199,9 @@ PATTERNS = [
     Case("divide", lambda: Raw(lambda m, x: x / (2 + m.scale.square()), scale=(6,)), floats(3, 6), True),
     Case("where", lambda: Raw(lambda m, x: torch.where(x > 0, x, m.fill), fill=(6,)), floats(3, 6), True),
     Case("bilinear", lambda: nn.Bilinear(4, 3, 5), lambda n: (torch.randn(n, 4), torch.randn(n, 3)), True),
+    Case("checkpointed", lambda: Checkpointed(use_reentrant=False), floats(4)),
+    Case("multi-head-attention", SelfAttention, floats(3, 4), True),
+    Case("transformer-layer", lambda: nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True), floats(3, 4), True),
     Case("prelu", lambda: nn.PReLU(3), floats(3, 4), True),
 ]
 

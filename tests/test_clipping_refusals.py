@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cases import Raw, losses, unet, unet_inputs
+from cases import Checkpointed, Raw, losses, unet, unet_inputs
 from dpfast import GhostClipper, Performance
 from dpfast.errors import CaptureError, ConfigError
 
@@ -220,6 +220,7 @@ def test_a_saved_input_changed_in_place() -> None:
         clipper.backward(losses(clipper.model, (torch.randn(4, 3),)))
 
 
+@pytest.mark.filterwarnings("ignore:dpfast has no rule")
 def test_random_calls_without_a_rule() -> None:
     model = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
 
@@ -227,6 +228,47 @@ def test_random_calls_without_a_rule() -> None:
         return m(*rows * 3, need_weights=False)[0].square().flatten(1).mean(1)
 
     assert "multi_head_attention_forward" in refusal(model, (torch.randn(4, 3, 4),), loss=attended)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpoints() -> None:
+    """They run a backward pass inside the backward pass, on uses that no forward pass has shown."""
+    inputs = (torch.randn(4, 4),)
+    assert "use_reentrant=False" in refusal(Checkpointed(use_reentrant=True), inputs)
+
+
+def test_a_backward_pass_inside_the_backward_pass() -> None:
+    """Whatever writes to p.grad behind the clipper's back is seen, and what was there before is kept."""
+
+    class Sneaky(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, model):
+            ctx.model = model
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            with torch.enable_grad(), torch._C.DisableTorchFunction():
+                ctx.model.weight.square().sum().backward()
+            return g, None
+
+    model = nn.Linear(3, 3)
+    message = refusal(model, (torch.randn(4, 3),), loss=lambda m, r: Sneaky.apply(losses(m, r), m))
+    assert "weight: the losses depend on this parameter along a path that was not captured" in message
+
+
+@pytest.mark.filterwarnings("ignore:dpfast has no rule")
+def test_calls_that_torch_cannot_differentiate_twice() -> None:
+    model = nn.LSTM(4, 3, batch_first=True)
+    message = refusal(model, (torch.randn(4, 5, 4),), loss=lambda m, r: m(*r)[0].square().flatten(1).mean(1))
+    assert "weight_ih_l0" in message
+    assert "lstm" in message
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_scripted_models() -> None:
+    with pytest.raises(CaptureError, match="scripted"):
+        GhostClipper(torch.jit.script(nn.Linear(3, 3)), max_grad_norm=1.0)
 
 
 def test_half_precision_parameters() -> None:

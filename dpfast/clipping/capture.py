@@ -16,7 +16,7 @@ computes input gradients as always but no weight gradient, and a ``Tap`` on its 
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,29 +112,37 @@ class Capture(TorchFunctionMode):
         use = self._rule(func, args, kwargs)
         general = use is None
         if use is None:
-            use = fallback_use(func, args, kwargs, self.is_tracked)
+            use = fallback_use(func, args, kwargs, self.is_tracked, names=names)
         if isinstance(use, Problem):
             self.tape.problems.append(Problem(names, f"{_name(func)}: {use.what}", use.cure))
             return self._harmless(func, args, kwargs)
         random_state = torch.get_rng_state() if general else None
         output = self._run(func, args, kwargs)
-        if output is None or not isinstance(output, Tensor):
+        if output is None:
             self.tape.problems.append(
                 Problem(
                     names,
-                    f"{_name(func)} with a trainable parameter returns {type(output).__name__}, not one tensor",
-                    "write it with operations that return a tensor (torch.where instead of indexed assignment)",
+                    f"{_name(func)} writes a trainable parameter into another tensor",
+                    "write it with an operation that returns a tensor (torch.where instead of indexed assignment)",
                 )
             )
-            return output
-        if not output.is_floating_point():
-            return output
         if random_state is not None:
             self._check_fallback(func, names, random_state)
-        if not self.detach:
+        targets = {id(source.tensor) for source in tracked}
+        if isinstance(output, Tensor):
+            return self._attach(output, use, func, names, targets)
+        if isinstance(output, tuple):  # each result is a use of its own: gradients add up
+            uses = [
+                fallback_use(func, args, kwargs, self.is_tracked, names=names, result=i) for i in range(len(output))
+            ]
+            results = zip(output, uses, strict=True)
+            return type(output)([self._attach(o, cast(Use, u), func, names, targets) for o, u in results])
+        return output
+
+    def _attach(self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: set[int]) -> Any:
+        if not self.detach or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        site = self.tape.site(_name(func), names)
-        return self.tape.attach(output, use, site, {id(source.tensor) for source in tracked})
+        return self.tape.attach(output, use, self.tape.site(_name(func), names), targets)
 
     def _rule(self, func: Any, args: Any, kwargs: Any) -> Use | Problem | None:
         rule = RULES.get(func)

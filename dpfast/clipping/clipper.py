@@ -67,6 +67,8 @@ class GhostClipper:
         """
         if not (max_grad_norm > 0 and max_grad_norm < float("inf")):
             raise ConfigError(f"max_grad_norm={max_grad_norm!r}: expected a positive, finite number")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise CaptureError("a scripted model hides its operations: give the Python module it was made from")
         if augmult < 1:
             raise ConfigError(f"augmult={augmult!r}: expected at least 1 row per example")
         self.model = model

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.clipping.problems import Problem
+from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Terms, Use
 from dpfast.clipping.terms import Stored
@@ -16,8 +16,19 @@ from dpfast.clipping.trees import replace_tensors, tensors_in
 CHUNK_ELEMENTS = 1 << 24  # masked copies of the output gradient that are alive at a time
 
 
-def fallback_use(func: Any, args: Any, kwargs: Any, is_tracked: Callable[[Any], bool]) -> Use | Problem:
-    """A use whose terms come from ``torch.func.vjp`` of the call itself, one masked cotangent per example."""
+def fallback_use(
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    is_tracked: Callable[[Any], bool],
+    *,
+    names: tuple[str, ...] = (),
+    result: int | None = None,
+) -> Use | Problem:
+    """A use whose terms come from ``torch.func.vjp`` of the call itself, one masked cotangent per example.
+
+    names: of the parameters, for messages; result: which one, when the call returns several.
+    """
     name = str(getattr(func, "__name__", func))
     if kwargs.get("out") is not None or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
         return Problem(
@@ -38,10 +49,18 @@ def fallback_use(func: Any, args: Any, kwargs: Any, is_tracked: Callable[[Any], 
                 return by_target.get(id(original), current)
 
             new_args, new_kwargs = replace_tensors((args, kwargs), substitute)
-            output: Tensor = func(*new_args, **new_kwargs)
-            return output
+            output = func(*new_args, **new_kwargs)
+            tensor: Tensor = output if result is None else output[result]
+            return tensor
 
-        grads = per_example_vjp(call, tuple(t.detach() for t in targets), g, rows)
+        try:
+            grads = per_example_vjp(call, tuple(t.detach() for t in targets), g, rows)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            what = f"{name}: torch has no vector-Jacobian product for it ({error})"
+            refuse([Problem(names, what, "write it with operations that torch.func can differentiate, or freeze it")])
+            raise  # not reached
         return [(t, Stored(grad)) for t, grad in zip(targets, grads, strict=True)]
 
     return Use(saved, terms)

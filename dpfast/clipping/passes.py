@@ -54,7 +54,9 @@ class Pass:
         )
 
         def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
-            if pending:
+            if use.site not in tape.uses:
+                tape.problems.append(_unseen(use))
+            elif pending:
                 records.append((use, saved, g))
             else:
                 accumulation.add(use, saved, g, self._rows(use, g))
@@ -106,20 +108,36 @@ class Pass:
             return Clipped(sq.sqrt(), factors, {name: term.clipped_sum(factors) for name, term in stored.items()})
 
     def _backward(self, example: int | None, receive: Receive, *, retain_graph: bool) -> dict[str, Tensor | None]:
-        """Back-propagate all losses, or one example's; what autograd itself gives each parameter."""
+        """Back-propagate all losses, or one example's; what autograd itself gives each parameter.
+
+        Meanwhile every ``p.grad`` is set aside, so that whatever reaches one (a path that was not captured, a backward
+        pass inside the backward pass) is seen and never added to what the clipper has written. The capture stays on:
+        activation checkpointing runs parts of the forward pass again.
+        """
         cotangent = torch.full_like(self.losses, 1 / self.augmult)
         if example is not None:
             rows = torch.arange(len(cotangent), device=cotangent.device) // self.augmult
             cotangent = torch.where(rows == example, cotangent, 0)
-        with torch._C.DisableTorchFunction(), self.capture.tape.receiving(receive):
-            grads = torch.autograd.grad(
-                self.losses,
-                [self.capture.tape.anchor, *self.parameters.values()],
-                cotangent,
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
-        return dict(zip(self.parameters, grads[1:], strict=True))
+        parameters = list(self.parameters.values())
+        set_aside = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        try:
+            with torch._C._EnableTorchFunction(), self.capture.tape.receiving(receive):
+                # torch.autograd.backward, less its own torch-function dispatch: that would leave the capture
+                torch.autograd.Variable._execution_engine.run_backward(
+                    (self.losses,),
+                    (cotangent,),
+                    retain_graph,
+                    False,  # create_graph
+                    (self.capture.tape.anchor, *parameters),
+                    allow_unreachable=True,
+                    accumulate_grad=True,
+                )
+            return {name: p.grad for name, p in self.parameters.items()}
+        finally:
+            for p, grad in zip(parameters, set_aside, strict=True):
+                p.grad = grad
 
     def _rows(self, use: TapedUse, g: Tensor) -> Rows:
         possible = possible_dims(use, g, self.examples)
@@ -143,9 +161,18 @@ def _spread(examples: int) -> list[int]:
     return [0, examples - 1, *range(1, examples - 1)]
 
 
+def _unseen(use: TapedUse) -> Problem:
+    return Problem(
+        use.site.names,
+        f"{use.site.function}: first run during the backward pass, so nothing is known of its rows",
+        "checkpoint activations with use_reentrant=False",
+    )
+
+
 def _leak(name: str) -> Problem:
     return Problem(
         (name,),
         "the losses depend on this parameter along a path that was not captured",
-        "run the whole forward pass inside `with clipper`, and outside scripted functions",
+        "run the whole forward pass inside `with clipper`, outside scripted functions, and checkpoint activations with"
+        " use_reentrant=False",
     )

@@ -91,7 +91,8 @@ class Tape:
                 )
             )
             return
-        self.receive(use, saved, g)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            self.receive(use, saved, g)
 
 
 class Tap(torch.autograd.Function):
