@@ -20,7 +20,7 @@ from dpfast.privacy import Ledger, Plan, poisson_sample
 from dpfast.progress import Progress, silent
 
 CHECKPOINTS = 50  # at least this many over a run: a kill loses at most 2% of the steps
-ROWS = 256  # rows of a physical batch unless Performance.microbatch says otherwise
+NUMBERS = 1 << 16  # of a physical batch: 1024 rows of 8x8 pixels cost 35% less each than 256 (2 cores)
 
 
 class Objective(Protocol):
@@ -94,6 +94,7 @@ class DPTrainer:
         self.learning_rates = [group["lr"] for group in self.inner_optimizer.param_groups]
         self.ema = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.lost_steps = 0
+        self._numbers_per_example = self._examples(torch.zeros(min(1, len(dataset)), dtype=torch.int64), 1)[0].numel()
 
     @property
     def ema_model(self) -> nn.Module:
@@ -128,14 +129,19 @@ class DPTrainer:
 
     def _microbatches(self, sample: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids ``[m]`` and mask ``[m]`` of physical batches of few sizes; padding has ids beyond the data set."""
-        alone = self.performance.form == "example"
-        largest = 1 if alone else self.performance.microbatch or max(1, ROWS // self.augmult)
+        largest = self._largest_microbatch()
         for ids in sample.split(largest):
             size = largest
             while size // 2 >= max(len(ids), largest // 8, 1):
                 size //= 2
             padding = torch.arange(size - len(ids)) + self.plan.dataset_size
             yield torch.cat([ids, padding]), torch.arange(size) < len(ids)
+
+    def _largest_microbatch(self) -> int:
+        """Examples of a full physical batch."""
+        if self.performance.form == "example":
+            return 1
+        return self.performance.microbatch or max(1, NUMBERS // (self.augmult * self._numbers_per_example))
 
     def _accumulate(self, step: int, ids: Tensor, mask: Tensor) -> None:
         device = self.performance.device
