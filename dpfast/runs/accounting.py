@@ -1,0 +1,113 @@
+"""What the commands ``account``, ``plan`` and ``--dry-run`` print."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, cast
+
+from dpfast.errors import ConfigError
+from dpfast.privacy.accounting import Neighboring, accountant_name
+from dpfast.privacy.plan import Plan
+from dpfast.recipes.schema import Recipe
+from dpfast.runs.progress import duration
+
+if TYPE_CHECKING:
+    from dpfast.runs.pipeline import Run
+
+Rows = list[tuple[str, str]]
+
+
+def account(
+    *,
+    steps: int,
+    delta: float,
+    sample_rate: float | None,
+    batch_size: float | None,
+    dataset_size: int | None,
+    noise_multiplier: float | None,
+    epsilon: float | None,
+    neighboring: str,
+) -> Rows:
+    """Epsilon from the noise multiplier, or the other way round.
+
+    Raises:
+        ConfigError: not exactly one of the two, or the sampling is not given one way or the other.
+    """
+    rate = _sample_rate(sample_rate, batch_size, dataset_size)
+    if (noise_multiplier is None) == (epsilon is None):
+        raise ConfigError("give exactly one of --noise-multiplier (to find epsilon) and --epsilon")
+    # The data set's size does not enter epsilon beyond the sampling rate; without one, one that delta allows.
+    size = dataset_size or max(1, math.ceil(1 / delta) - 1 if 0 < delta < 1 else 1)
+    plan = Plan(
+        dataset_size=size,
+        expected_batch_size=rate * size,
+        max_grad_norm=1.0,
+        steps=steps,
+        target_delta=delta,
+        target_epsilon=epsilon,
+        noise_multiplier=cast(float, noise_multiplier),
+        neighboring=cast(Neighboring, neighboring),
+    )
+    return [
+        ("epsilon", _figure(plan.epsilon())),
+        ("delta", f"{delta:g}"),
+        ("noise multiplier", f"{plan.noise_multiplier:g}"),
+        ("sampling rate", f"{rate:g} (Poisson)"),
+        ("steps", str(steps)),
+        ("neighbours", neighboring),
+        ("accountant", accountant_name()),
+    ]
+
+
+def _sample_rate(sample_rate: float | None, batch_size: float | None, dataset_size: int | None) -> float:
+    if sample_rate is not None and batch_size is None:
+        rate = sample_rate
+    elif sample_rate is None and batch_size is not None and dataset_size:
+        rate = batch_size / dataset_size
+    else:
+        raise ConfigError("give either --sample-rate, or both --batch-size and --dataset-size")
+    if not 0 < rate <= 1:
+        raise ConfigError(f"sampling rate {rate:g}: expected above 0 and at most 1")
+    return rate
+
+
+def describe_plan(recipe: Recipe) -> Rows:
+    """The plan of a recipe."""
+    from dpfast.runs import build
+
+    plan = build.plan(recipe, len(build.private_data(recipe)))
+    curve = plan.epsilon_curve(5) if plan.is_private else []
+    return [
+        ("private images", str(plan.dataset_size)),
+        ("expected batch", f"{plan.expected_batch_size:g} images, sampling rate {plan.sample_rate:g} (Poisson)"),
+        ("steps", str(plan.steps)),
+        ("augmentations", f"{recipe.private.augmult} of each image, averaged before clipping"),
+        ("clip norm", f"{plan.max_grad_norm:g}"),
+        ("noise multiplier", f"{plan.noise_multiplier:g}"),
+        ("epsilon", f"{_figure(plan.epsilon())} at delta {plan.target_delta:g}"),
+        ("neighbours", plan.neighboring),
+        ("by step", ", ".join(f"{step}: {value:.2f}" for step, value in curve) or "no noise: NOT PRIVATE"),
+        ("fingerprint", plan.fingerprint()),
+    ]
+
+
+def describe_cost(run: Run) -> Rows:
+    """What a run will cost: epsilon exactly, time and memory as measured on a few steps."""
+    from dpfast.runs.estimate import estimate
+
+    cost = estimate(run)
+    passes = ", ".join(f"{name} {count:,}" for name, count in cost.image_passes.items())
+    times = ", ".join(f"{name} {duration(value)}" for name, value in cost.seconds.items())
+    return [
+        ("epsilon", f"{_figure(run.plan.epsilon())} at delta {run.plan.target_delta:g}"),
+        ("noise multiplier", f"{run.plan.noise_multiplier:g}"),
+        ("image passes", passes),
+        ("time (estimate)", f"about {duration(sum(cost.seconds.values()))}: {times}"),
+        ("memory (estimate)", f"about {cost.memory / 1e6:,.0f} MB besides the libraries' own"),
+        ("baseline", "a DP-SGD classifier is trained besides, with a budget of its own; it is not released"),
+    ]
+
+
+def _figure(epsilon: float) -> str:
+    """Four digits, rounded up; without noise there is none."""
+    return "inf (NOT PRIVATE)" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1e4) / 1e4:g}"

@@ -1,0 +1,185 @@
+"""From the values of a recipe to the objects that do the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpfast.data import ImageSet, font_digits, real_digits
+from dpfast.diffusion.augment import Augment
+from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
+from dpfast.diffusion.objective import DiffusionObjective
+from dpfast.diffusion.pretrain import PretrainSpec
+from dpfast.diffusion.timesteps import MixtureOfUniforms, TimestepDistribution, Uniform
+from dpfast.evaluation import ClassifierSpec
+from dpfast.performance import Performance
+from dpfast.privacy.plan import Plan
+from dpfast.recipes.schema import Recipe
+
+# Parts of a run that draw at random from the recipe's seed do so from streams of their own.
+SEEDS = {
+    "model": 0,
+    "public data": 1,
+    "pretrain": 2,
+    "private": 3,
+    "sample": 4,
+    "classifier": 5,
+    "baseline": 6,
+}
+
+
+def seed_for(recipe: Recipe, part: str) -> int:
+    """The seed of one part of the run."""
+    return recipe.seed * 1000 + SEEDS[part]
+
+
+def private_data(recipe: Recipe) -> ImageSet:
+    """The images to protect."""
+    return real_digits("train", fold=recipe.data.fold)
+
+
+def test_data(recipe: Recipe) -> ImageSet:
+    """The images that accuracies are measured on: the test split, or with ``data.fold`` that fold."""
+    return real_digits("test", fold=recipe.data.fold)
+
+
+def public_data(recipe: Recipe) -> ImageSet:
+    """The images that the model is pre-trained on."""
+    size = private_data(recipe).image_shape[-1]
+    return font_digits(recipe.data.public_count, seed=seed_for(recipe, "public data"), size=size)
+
+
+def unet(recipe: Recipe, images: ImageSet) -> Any:
+    """An untrained UNet2DModel for images of this shape and these classes."""
+    channels, height, _ = images.image_shape
+    spec = UNetSpec(
+        image_size=height,
+        channels=channels,
+        num_classes=images.num_classes,
+        widths=recipe.model.widths,
+        layers_per_block=recipe.model.layers_per_block,
+        norm_groups=recipe.model.norm_groups,
+        attention=recipe.model.attention,
+        mid_attention=recipe.model.mid_attention,
+    )
+    return build_unet(spec, seed=seed_for(recipe, "model"))
+
+
+def scheduler(recipe: Recipe) -> Any:
+    """The noising process, a diffusers scheduler."""
+    return build_scheduler(
+        NoiseSpec(
+            num_train_timesteps=recipe.diffusion.num_train_timesteps,
+            beta_schedule=recipe.diffusion.schedule,
+            prediction_type=recipe.diffusion.prediction,
+        )
+    )
+
+
+def public_objective(recipe: Recipe, images: ImageSet) -> DiffusionObjective:
+    """The loss of pre-training: uniform timesteps, no augmentation."""
+    return DiffusionObjective(
+        scheduler=scheduler(recipe), num_classes=images.num_classes, label_drop=recipe.diffusion.label_drop
+    )
+
+
+def private_objective(recipe: Recipe, images: ImageSet) -> DiffusionObjective:
+    """The loss of private fine-tuning."""
+    return DiffusionObjective(
+        scheduler=scheduler(recipe),
+        num_classes=images.num_classes,
+        label_drop=recipe.diffusion.label_drop,
+        timesteps=timesteps(recipe),
+        stratified=recipe.private.stratified,
+        augment=Augment(flip=recipe.private.flip, shift=recipe.private.shift),
+    )
+
+
+def timesteps(recipe: Recipe) -> TimestepDistribution:
+    """The timestep distribution of private fine-tuning."""
+    mixture = recipe.private.timesteps
+    return MixtureOfUniforms([(w, int(low), int(high)) for w, low, high in mixture]) if mixture else Uniform()
+
+
+def pretrain_spec(recipe: Recipe) -> PretrainSpec:
+    """Steps, batch size and learning rate of pre-training."""
+    return PretrainSpec(
+        steps=recipe.pretrain.steps,
+        batch_size=recipe.pretrain.batch_size,
+        learning_rate=recipe.pretrain.learning_rate,
+        weight_decay=recipe.pretrain.weight_decay,
+        ema_decay=recipe.pretrain.ema_decay,
+        seed=seed_for(recipe, "pretrain"),
+    )
+
+
+def plan(recipe: Recipe, dataset_size: int) -> Plan:
+    """The privacy of the released model."""
+    return Plan(
+        dataset_size=dataset_size,
+        expected_batch_size=recipe.private.sample_rate * dataset_size,
+        max_grad_norm=recipe.private.max_grad_norm,
+        steps=recipe.private.steps,
+        target_epsilon=recipe.private.target_epsilon,
+        target_delta=recipe.private.target_delta,
+        neighboring=recipe.private.neighboring,
+    )
+
+
+def baseline_plan(recipe: Recipe, dataset_size: int) -> Plan:
+    """The privacy of the baseline classifier: another way to spend the same epsilon and delta."""
+    return Plan(
+        dataset_size=dataset_size,
+        expected_batch_size=recipe.baseline.sample_rate * dataset_size,
+        max_grad_norm=recipe.baseline.max_grad_norm,
+        steps=recipe.baseline.steps,
+        target_epsilon=recipe.private.target_epsilon,
+        target_delta=recipe.private.target_delta,
+        neighboring=recipe.private.neighboring,
+    )
+
+
+def classifier_spec(recipe: Recipe) -> ClassifierSpec:
+    """Training of every classifier that is not private."""
+    return ClassifierSpec(
+        steps=recipe.evaluate.steps,
+        batch_size=recipe.evaluate.batch_size,
+        learning_rate=recipe.evaluate.learning_rate,
+    )
+
+
+def public_classifier_spec(recipe: Recipe) -> ClassifierSpec:
+    """Training of the public images' classifier: feature extractor, and where the baseline starts."""
+    return ClassifierSpec(steps=recipe.evaluate.extractor_steps)
+
+
+def performance(recipe: Recipe) -> Performance:
+    """How a private step is computed."""
+    return Performance(
+        form=recipe.performance.form,
+        microbatch=recipe.performance.microbatch,
+        memory_budget=recipe.performance.memory_budget,
+        device=recipe.performance.device,
+    )
+
+
+def adam(learning_rate: float) -> Any:
+    """What ``DPTrainer`` makes its optimizer with."""
+    return lambda parameters: torch.optim.Adam(parameters, lr=learning_rate)
+
+
+def load_unet(folder: Path) -> Any:
+    """A UNet2DModel that ``save_pretrained`` wrote; nothing is looked up elsewhere."""
+    from diffusers import UNet2DModel
+
+    network: Any = UNet2DModel
+    model = network.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    model.register_to_config(_name_or_path="")  # else saving it would tell where it was loaded from
+    return model.eval()
+
+
+def classifier_augment(recipe: Recipe) -> Augment:
+    """Shifts of the baseline classifier; beyond the border lies background."""
+    return Augment(shift=recipe.baseline.shift, fill=-1.0)
