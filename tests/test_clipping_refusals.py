@@ -232,9 +232,33 @@ def test_random_calls_without_a_rule() -> None:
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_reentrant_checkpoints() -> None:
-    """They run a backward pass inside the backward pass, on uses that no forward pass has shown."""
-    inputs = (torch.randn(4, 4),)
-    assert "use_reentrant=False" in refusal(Checkpointed(use_reentrant=True), inputs)
+    """torch itself refuses them here, and names the cure."""
+    clipper = GhostClipper(Checkpointed(use_reentrant=True), max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), clipper:
+        clipper.backward(losses(clipper.model, (torch.randn(4, 4),)))
+    assert all(p.grad is None for p in clipper.model.parameters())
+
+
+def test_layers_that_first_run_in_the_backward_pass() -> None:
+    """A checkpoint written by hand: nothing was shown about the rows of a use that no forward pass has made."""
+
+    class Recompute(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, layer):
+            ctx.layer = layer
+            ctx.save_for_backward(x)
+            return layer(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            with torch.enable_grad():
+                x = ctx.saved_tensors[0].detach().requires_grad_()
+                torch.autograd.backward(ctx.layer(x).cumsum(0), g)
+            return x.grad, None
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    message = refusal(model, (torch.randn(4, 3),), loss=lambda m, r: Recompute.apply(m[0](*r), m[1]).square().mean(1))
+    assert "1.weight, 1.bias: linear: first run during the backward pass" in message
 
 
 def test_a_backward_pass_inside_the_backward_pass() -> None:
