@@ -1,0 +1,65 @@
+"""What the README shows works: its code, its commands, its table."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    .venv/bin/dpfast ")]
+
+
+def test_the_example_runs_and_has_fifteen_lines() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 15
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, "README.md", "exec"), {})
+    epsilon = float(said.getvalue().split()[1])
+    assert 7.9 < epsilon <= 8
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands(line, tmp_path) -> None:
+    from dpfast.cli import app
+
+    words = shlex.split(line)[1:]
+    if words[0] == "run":
+        words += ["--runs", str(tmp_path)]
+        words += ["--dry-run"] * ("--dry-run" not in words)  # tests/test_runs.py runs them for real, smaller
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+
+
+def test_the_table_is_generated() -> None:
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks import digits, results
+    finally:
+        sys.path.remove(str(ROOT))
+    (written,) = re.findall(r"<!-- digits: begin[^\n]*\n(.*?)\n<!-- digits: end", README, re.DOTALL)
+    assert written == digits.table(results.rows("digits"))
+
+
+def test_importing_dpfast_is_light() -> None:
+    code = "import sys, dpfast; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules); print(*dir(dpfast))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.sep)
+    for name in ("DPOptimizer", "DPTrainer", "GhostClipper", "Performance", "Plan"):
+        assert name in done.stdout.split()
+
+
+def test_public_names_exist() -> None:
+    import dpfast
+
+    for name in dpfast.__all__:
+        assert getattr(dpfast, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'GhostCliper'"):
+        dpfast.GhostCliper  # noqa: B018
