@@ -1,4 +1,4 @@
-"""dpfast: differentially private fine-tuning of diffusion models at the price of ordinary training.
+"""dpfast: differentially private fine-tuning of diffusion models.
 
     GhostClipper    per-example clipping for any model in any loop
     Plan            everything that moves epsilon

@@ -147,8 +147,8 @@ def test_a_parameter_changed_in_the_step() -> None:
 def test_losses_of_the_wrong_shape() -> None:
     model, x = nn.Linear(3, 3), (torch.randn(6, 3),)
     assert "reduced already" in refusal(model, x, loss=lambda m, r: losses(m, r).mean())
-    assert "(6, 3)" in refusal(model, x, loss=lambda m, r: m(*r))
-    assert "4 augmentations of whole examples" in refusal(model, x, augmult=4)
+    assert "2 dimensions" in refusal(model, x, loss=lambda m, r: m(*r))
+    assert "no multiple of augmult=4" in refusal(model, x, augmult=4)
     assert "depend on no trainable parameter" in refusal(model, x, loss=lambda m, r: r[0].sum(1))
 
 
@@ -327,13 +327,13 @@ def test_unused_parameters_are_named_once() -> None:
 def test_the_model_is_untouched_outside() -> None:
     torch.manual_seed(0)
     model, inputs = unet(), unet_inputs(4)
-    before = {name: value for name, value in vars(model).items() if not name.startswith("_")}
+    before = set(vars(model))
     state = {name: t.clone() for name, t in model.state_dict().items()}
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with clipper:
         clipper.backward(losses(model, inputs))
     clipper.zero_grad()
-    assert vars(model).keys() >= before.keys()
+    assert set(vars(model)) == before
     assert not model._forward_pre_hooks
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     losses(model, inputs).mean().backward()

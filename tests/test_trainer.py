@@ -119,6 +119,20 @@ def test_empty_batches_are_ordinary_steps(monkeypatch) -> None:
     assert (weights(t.model) != before).all()  # every parameter got noise
 
 
+def test_dropout_is_secret() -> None:
+    """A mask belongs to a place in the batch: drawn from a public seed, it would tie examples to their neighbours."""
+
+    def with_dropout() -> nn.Module:
+        model = network()
+        model[2] = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
+        return model
+
+    first, second = (trainer(with_dropout(), plan=plan(**NO_NOISE), seed=0) for _ in range(2))
+    first.fit()
+    second.fit()
+    assert not torch.equal(weights(first.model), weights(second.model))
+
+
 def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()

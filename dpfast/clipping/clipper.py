@@ -20,7 +20,7 @@ from dpfast.performance import Performance
 
 @dataclass(frozen=True)
 class ClipResult:
-    """Per-example gradient norms ``|G_i|`` and clip factors ``w_i``, both ``[B]``.
+    """Per-example gradient norms ``|G_i|`` and clip factors ``w_i``, both float64 ``[B]``.
 
     Both are computed from private data without noise: for debugging only, never to be logged or released.
     """
@@ -29,7 +29,7 @@ class ClipResult:
     clip_factors: Tensor
 
     def __repr__(self) -> str:
-        return f"ClipResult({len(self.norms)} examples; values are private and not shown)"
+        return "ClipResult(private values are not shown)"
 
 
 class GhostClipper:
@@ -44,9 +44,11 @@ class GhostClipper:
             clipper.backward(losses)
 
     Guarantee: adding or removing one example moves the sum by at most C = ``max_grad_norm`` in Euclidean norm (up to
-    float32 rounding), replacing one by at most 2C; an example whose loss, activations or gradients are not finite
-    contributes exactly 0. A model for which this cannot be shown is refused with ``CaptureError`` before any
-    ``p.grad`` is written. Nothing is stored on the model; outside the block it is untouched.
+    float32 rounding, and up to 0.5% where a Gram is used: ``accumulate.GRAM_TRUST``), replacing one by at most 2C; an
+    example whose loss, activations or gradients are not finite contributes exactly 0. A model for which this cannot be
+    shown is refused with ``CaptureError`` before any ``p.grad`` is written. Nothing is stored on the model; outside the
+    block it is untouched. The caller owes two things: each example is in a batch once, and dropout inside the model
+    reads a generator whose seed nobody knows (``DPTrainer`` sees to both).
     """
 
     def __init__(
@@ -151,7 +153,7 @@ class GhostClipper:
     def _clip(self, losses: Tensor, examples: int, mask: Tensor | None) -> Clipped:
         assert self._capture is not None
         if examples == 0:
-            nothing = losses.detach().new_zeros(0)
+            nothing = losses.detach().new_zeros(0, dtype=torch.float64)
             return Clipped(nothing, nothing, sums={})
         return Pass(
             capture=self._capture,
@@ -172,19 +174,22 @@ class GhostClipper:
             reduced = (
                 " (reduced already? use reduction='none' and average over pixels only)" if losses.ndim == 0 else ""
             )
-            raise CaptureError(f"losses of shape {tuple(losses.shape)}{reduced}: expected {rows}")
+            raise CaptureError(f"losses have {losses.ndim} dimensions{reduced}: expected {rows}")
         if len(losses) % self.augmult:
             raise CaptureError(
-                f"{len(losses)} losses cannot be {self.augmult} augmentations of whole examples: expected {rows}"
+                f"the number of losses is no multiple of augmult={self.augmult}: expected {rows}, all K rows of an"
+                " example together"
             )
         examples = len(losses) // self.augmult
         if examples != 1 and self._capture is not None and not self._capture.detach:
             raise CaptureError(
-                f"{len(losses)} losses from {self.augmult} rows: the form 'example' took the batch for one example;"
-                " give the model all rows of the losses at once"
+                "the form 'example' took the model's input for one example, but there are losses of more: give the"
+                " model all rows of the losses at once"
             )
         if mask is not None and (mask.shape != (examples,) or mask.dtype != torch.bool):
-            raise CaptureError(f"example_mask {tuple(mask.shape)} of {mask.dtype}: expected [{examples}] of torch.bool")
+            raise CaptureError(
+                f"example_mask of {mask.dtype} with {mask.ndim} dimensions: expected one torch.bool per example, [B]"
+            )
         return examples
 
     # What must hold before and after

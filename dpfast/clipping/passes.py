@@ -147,8 +147,7 @@ class Pass:
                 [
                     Problem(
                         use.site.names,
-                        f"{use.site.function}: output of shape {tuple(g.shape)} cannot be cut into {self.examples}"
-                        f" examples along dimension {dim}",
+                        f"{use.site.function}: the output cannot be cut into examples along dimension {dim}",
                         "keep the rows of the batch together along one dimension",
                     )
                 ]

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from dpfast.errors import ConfigError
+from dpfast.seeding import seeded
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -58,8 +57,7 @@ def build_unet(spec: UNetSpec, *, seed: int) -> "UNet2DModel":
     levels = range(len(spec.widths))
     down = tuple("AttnDownBlock2D" if level in spec.attention else "DownBlock2D" for level in levels)
     up = tuple("AttnUpBlock2D" if level in spec.attention else "UpBlock2D" for level in reversed(levels))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return UNet2DModel(
             sample_size=spec.image_size,
             in_channels=spec.channels,

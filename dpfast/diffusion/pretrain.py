@@ -13,6 +13,7 @@ from dpfast.data.images import ImageSet, batch_indices
 from dpfast.diffusion.keyed import RowKeys
 from dpfast.errors import ConfigError
 from dpfast.progress import Progress, silent
+from dpfast.seeding import seeded
 
 _KIND = "pretrain"
 
@@ -103,14 +104,13 @@ def pretrain(
     training = _Training(model.train(), spec)
     if checkpoint is not None and checkpoint.exists():
         training.load(checkpoints.load(checkpoint, kind=_KIND, fingerprint=fingerprint))
-    with torch.random.fork_rng(devices=[]):
-        while len(training.losses) < spec.steps:
-            torch.manual_seed(spec.seed + len(training.losses))  # dropout, the only global randomness
+    while len(training.losses) < spec.steps:
+        with seeded(spec.seed + len(training.losses), device):  # dropout, the only global randomness
             training.step(objective, dataset, device)
-            done = len(training.losses)
-            if checkpoint is not None and (done % spec.checkpoint_every == 0 or done == spec.steps):
-                checkpoints.save(checkpoint, training.state(), kind=_KIND, fingerprint=fingerprint)
-            progress(done, spec.steps, "pre-training on public images")
+        done = len(training.losses)
+        if checkpoint is not None and (done % spec.checkpoint_every == 0 or done == spec.steps):
+            checkpoints.save(checkpoint, training.state(), kind=_KIND, fingerprint=fingerprint)
+        progress(done, spec.steps, "pre-training on public images")
     model.load_state_dict(training.ema.module.state_dict())
     model.eval()
     return training.losses

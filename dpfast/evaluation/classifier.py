@@ -12,6 +12,7 @@ from dpfast.diffusion.keyed import RowKeys
 from dpfast.diffusion.objective import to_signed
 from dpfast.errors import ConfigError, DataError
 from dpfast.progress import Progress, silent
+from dpfast.seeding import seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,7 @@ def _block(channels: int, width: int, groups: int) -> list[nn.Module]:
 
 def build_classifier(dataset: ImageSet, spec: ClassifierSpec, *, seed: int) -> SmallCNN:
     """An untrained network for the data set's shape and classes; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return SmallCNN(dataset.image_shape[0], dataset.num_classes, spec)
 
 

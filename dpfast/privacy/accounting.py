@@ -167,3 +167,8 @@ def _training_event(mechanism: Mechanism) -> Any:
 
     step = dp.PoissonSampledDpEvent(mechanism.sample_rate, dp.GaussianDpEvent(mechanism.noise_multiplier))
     return dp.SelfComposedDpEvent(step, mechanism.steps) if mechanism.steps else dp.NoOpDpEvent()
+
+
+def rounded_up(epsilon: float, decimals: int) -> float:
+    """For people: a rounded promise must not be a better one."""
+    return epsilon if math.isinf(epsilon) else math.ceil(epsilon * 10**decimals - 1e-9) / 10**decimals

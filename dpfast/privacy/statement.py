@@ -10,6 +10,7 @@ from typing import Any
 
 from dpfast.checkpoint import atomic_write
 from dpfast.privacy import accounting, entropy
+from dpfast.privacy.accounting import rounded_up
 from dpfast.privacy.ledger import Ledger, LedgerContents, library_version
 from dpfast.privacy.releases import GaussianRelease
 
@@ -29,7 +30,7 @@ _UNIT = (
 )
 
 _OUT_OF_SCOPE = (
-    "How long the training took, how much memory it used, whether and when it crashed: do not publish these.",
+    "How long the training took exactly, how much memory it used, whether and when it crashed: do not publish these.",
     "Who could watch the training: the promise is about what is released, not about the computer it ran on.",
     "Whatever else is or was published from the same images, unless it is listed under other releases.",
     (
@@ -214,4 +215,4 @@ def _described(release: Any) -> str:
 
 def _up(epsilon: float) -> str:
     """Epsilon to three decimals, rounded up: a rounded promise must not be a better one."""
-    return "infinite" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1000) / 1000:g}"
+    return "infinite" if math.isinf(epsilon) else f"{rounded_up(epsilon, 3):g}"

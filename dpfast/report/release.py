@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dpfast.data import ImageSet
+from dpfast.privacy.accounting import rounded_up
 from dpfast.privacy.statement import PrivacyStatement
 from dpfast.report import page as html
 from dpfast.report.figures import curve
@@ -170,7 +171,7 @@ class ReleaseReport:
 
 def shown_epsilon(epsilon: float) -> str:
     """Epsilon to two decimals, rounded up: a rounded promise must not be a better one."""
-    return "∞" if math.isinf(epsilon) else f"{math.ceil(epsilon * 100) / 100:g}"
+    return "∞" if math.isinf(epsilon) else f"{rounded_up(epsilon, 2):g}"
 
 
 def rounded_duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, cast
 
 from dpfast.errors import ConfigError
-from dpfast.privacy.accounting import Neighboring, accountant_name
+from dpfast.privacy.accounting import Neighboring, accountant_name, rounded_up
 from dpfast.privacy.plan import Plan
 from dpfast.recipes.schema import Recipe
 from dpfast.runs.progress import duration
@@ -86,7 +86,10 @@ def describe_plan(recipe: Recipe) -> Rows:
         ("noise multiplier", f"{plan.noise_multiplier:g}"),
         ("epsilon", f"{_figure(plan.epsilon())} at delta {plan.target_delta:g}"),
         ("neighbours", plan.neighboring),
-        ("by step", ", ".join(f"{step}: {value:.2f}" for step, value in curve) or "no noise: NOT PRIVATE"),
+        (
+            "by step",
+            ", ".join(f"{step}: {rounded_up(value, 2):.2f}" for step, value in curve) or "no noise: NOT PRIVATE",
+        ),
         ("fingerprint", plan.fingerprint()),
     ]
 
@@ -110,4 +113,4 @@ def describe_cost(run: Run) -> Rows:
 
 def _figure(epsilon: float) -> str:
     """Four digits, rounded up; without noise there is none."""
-    return "inf (NOT PRIVATE)" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1e4) / 1e4:g}"
+    return "inf (NOT PRIVATE)" if math.isinf(epsilon) else f"{rounded_up(epsilon, 4):g}"

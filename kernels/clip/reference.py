@@ -6,7 +6,7 @@ from torch import Tensor
 
 def clip_factors(sq: Tensor, max_grad_norm: float) -> Tensor:
     """``w_i = min(1, C / sqrt(sq_i))``, and 0 where ``sq_i`` is not finite: such an example contributes nothing."""
-    factors = (max_grad_norm / sq.sqrt()).clamp(max=1.0)
+    factors = (max_grad_norm / sq.clamp(min=0).sqrt()).clamp(max=1.0)  # a cancelling Gram may be negative
     return torch.where(sq.isfinite(), factors, 0)
 
 
