@@ -1,4 +1,4 @@
-"""Every error dpfast raises on purpose. Each says what was expected, what came, and the cure."""
+"""The errors dpfast raises on purpose (a kernel adds its own). Each says what was expected, what came, and the cure."""
 
 
 class DPFastError(Exception):

@@ -10,7 +10,7 @@ Losses = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]  # (model, rows of th
 
 
 class Clipped:
-    """Norms ``[B]`` and, by parameter name, the clipped sum and the norm of the largest clipped contribution."""
+    """Norms ``[B]`` and, by parameter name, the clipped sum."""
 
     def __init__(self, norms: Tensor, sums: dict[str, Tensor]) -> None:
         self.norms, self.sums = norms, sums

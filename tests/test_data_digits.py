@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpfast.data import ImageSet, font_digits, real_digits
-from dpfast.errors import DataError
+from dpfast.errors import ConfigError, DataError
 
 
 def as_rows(dataset: ImageSet) -> set[tuple[int, ...]]:
@@ -41,9 +41,9 @@ def test_folds_partition_the_training_part():
 
 
 def test_bad_split_and_fold():
-    with pytest.raises(DataError, match="split must be"):
+    with pytest.raises(ConfigError, match="split must be"):
         real_digits("validation")
-    with pytest.raises(DataError, match=r"0\.\.4"):
+    with pytest.raises(ConfigError, match=r"0\.\.4"):
         real_digits("train", fold=5)
 
 

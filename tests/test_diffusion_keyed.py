@@ -70,9 +70,9 @@ def test_empty_batch_and_bad_keys():
     empty = RowKeys(0, torch.empty(0, dtype=torch.int64), 0, 4)
     assert empty.uniform(2, stream="a").shape == (0, 2)
     assert empty.normal(2, 3, stream="a").shape == (0, 2, 3)
-    with pytest.raises(ValueError, match="int64"):
+    with pytest.raises(ConfigError, match="int64"):
         RowKeys(0, torch.zeros(2), 0, 1)
-    with pytest.raises(ValueError, match="augmult"):
+    with pytest.raises(ConfigError, match="augmult"):
         RowKeys(0, torch.zeros(2, dtype=torch.int64), 0, 0)
 
 

@@ -4,7 +4,7 @@ For the length of one step a ``TorchFunctionMode`` sees each torch call. Tensors
 
 - *tracked*: trainable parameters, and what is computed from them and constants alone (a scaled or standardised
   weight, a view, a concatenation). Derived tensors keep their graph, through which per-example gradients are pulled
-  back to the parameters (``clipper``).
+  back to the parameters (``accumulate``).
 - *constant*: buffers, frozen parameters, whole-number ranges and the like made during the step, and what is computed
   from constants alone. A tensor taken for a constant by mistake costs speed, never exactness: the pull-back is exact.
 - *data*: everything else.
@@ -59,8 +59,8 @@ class Tracked:
 class Capture(TorchFunctionMode):
     """Active inside ``with clipper``; writes uses and problems to its ``tape``.
 
-    detach: run uses with detached parameters. False for a batch of one example, whose clipped gradient is the ordinary
-        one: autograd computes it, and the capture only looks for what is refused.
+    ``detach``, set before the first use: whether uses run with detached parameters. Not for a batch of one example,
+    whose gradient is the ordinary one: autograd computes it, and the capture only looks for what is refused.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], constants: Iterable[Tensor]) -> None:
@@ -116,7 +116,7 @@ class Capture(TorchFunctionMode):
         if isinstance(use, Problem):
             self.tape.problems.append(Problem(names, f"{_name(func)}: {use.what}", use.cure))
             return self._harmless(func, args, kwargs)
-        random_state = torch.get_rng_state() if general else None
+        random_state = _random_state() if general else None
         output = self._run(func, args, kwargs)
         if output is None:
             self.tape.problems.append(
@@ -189,7 +189,7 @@ class Capture(TorchFunctionMode):
 
     def _check_fallback(self, func: Any, names: tuple[str, ...], random_state: Tensor) -> None:
         """The fallback runs the call again: it must not be random. Say once that it is slow."""
-        if not torch.equal(random_state, torch.get_rng_state()):
+        if not torch.equal(random_state, _random_state()):
             self.tape.problems.append(
                 Problem(
                     names,
@@ -202,6 +202,14 @@ class Capture(TorchFunctionMode):
             " vector-Jacobian product, which is correct and slow",
             stacklevel=4,
         )
+
+
+def _random_state() -> Tensor:
+    """Of the CPU's generator and, where there are any in use, of the current GPU's."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return torch.cat(states)
 
 
 def _name(func: Any) -> str:

@@ -1,11 +1,11 @@
 """Row ownership is shown, not assumed.
 
-Clipping per example bounds what one record can do only if the rows of different examples never meet. Two probes, run
-until every use has been seen once with a gradient that is not zero:
+Clipping per example bounds what one record can do only if the rows of different examples never meet. Two probes:
 
-- backward: the loss of one example alone is back-propagated; at every use, the gradient must be zero outside that
-  example's rows. This also finds the dimension that holds the rows.
-- forward: on synthetic input, changing the rows of one example must not change the output of another (what a
+- backward, until two examples have sent a gradient that is not zero through a use: the loss of one example alone is
+  back-propagated, and the gradient must be zero outside that example's rows. This also finds the dimension that holds
+  the rows.
+- forward, once: on synthetic input, changing the rows of one example must not change the output of another (what a
   gradient cannot show: statistics over the batch behind a ``detach``).
 """
 

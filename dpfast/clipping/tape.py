@@ -39,7 +39,9 @@ class Use:
 
 @dataclass(frozen=True)
 class TapedUse:
-    """A use with its place in the program. It holds no activations: those live in the graph, and die with it."""
+    """A use with its place in the program. Activations live in the graph and die with it (a fallback keeps its
+    arguments until the tape ends).
+    """
 
     site: Site
     terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]

@@ -123,11 +123,7 @@ class EmbeddingTerm:
     def sq_norms(self, form: FactoredForm) -> tuple[Tensor, Tensor]:
         if form == "gram":
             return embedding.gram_sq_norms(self.index, self.g)
-        rows = [
-            embedding.per_example_grads(i[None], g[None], self.table_rows)
-            for i, g in zip(self.index, self.g, strict=True)
-        ]
-        return _exact(torch.stack([r.square().sum() for r in rows]))
+        return _exact(embedding.direct_sq_norms(self.index, self.g, self.table_rows))
 
 
 def _exact(sq: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from dpfast.data.fonts import FontStyle, render_digits
 from dpfast.data.images import ImageSet
-from dpfast.errors import DataError
+from dpfast.errors import ConfigError
 
 DIGIT_CLASSES = tuple("0123456789")
 FOLDS = 5
@@ -23,12 +23,12 @@ def real_digits(split: Literal["train", "test"], *, fold: int | None = None) -> 
     Source: UCI "Optical recognition of handwritten digits", as bundled with scikit-learn.
     """
     if split not in ("train", "test"):
-        raise DataError(f"split must be 'train' or 'test', got {split!r}")
+        raise ConfigError(f"split must be 'train' or 'test', got {split!r}")
     train, test = _split()
     if fold is None:
         return _scans().select(train if split == "train" else test)
     if fold not in range(FOLDS):
-        raise DataError(f"fold must be one of 0..{FOLDS - 1} or None, got {fold!r}")
+        raise ConfigError(f"fold must be one of 0..{FOLDS - 1} or None, got {fold!r}")
     kept, held_out = _folds()[fold]
     return _scans().select(kept if split == "train" else held_out)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpfast.errors import ConfigError
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
@@ -52,9 +54,9 @@ class RowKeys:
 
     def __post_init__(self) -> None:
         if self.ids.dtype != torch.int64 or self.ids.ndim != 1:
-            raise ValueError(f"ids must be int64 [B], got {self.ids.dtype} {tuple(self.ids.shape)}")
+            raise ConfigError(f"ids must be int64 [B], got {self.ids.dtype} {tuple(self.ids.shape)}")
         if self.augmult < 1 or not 0 <= self.step <= _WORD:
-            raise ValueError(f"expected augmult >= 1 and 0 <= step < 2**32, got {self.augmult} and {self.step}")
+            raise ConfigError(f"expected augmult >= 1 and 0 <= step < 2**32, got {self.augmult} and {self.step}")
 
     @property
     def rows(self) -> int:

@@ -26,7 +26,8 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSpec:
-    """AdamW with a one-cycle learning rate and an exponential moving average of the weights.
+    """AdamW with a one-cycle learning rate, gradients clipped to norm 1 (the batch's, not each example's), and an
+    exponential moving average of the weights.
 
     ``seed`` fixes the order of images and all randomness of the loss. Checkpoints are ``checkpoint_every`` steps
     apart.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dpfast.kernels.linear.reference import gram_error
 from dpfast.kernels.precision import accumulation_dtype
 
 
@@ -14,12 +15,18 @@ def per_example_grads(index: Tensor, g: Tensor, rows: int) -> Tensor:
 
 
 def gram_sq_norms(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """``|G_i|^2 [B]`` without the table, and a bound on its rounding error ``[B]`` (as in ``kernels.linear``)."""
+    """``|G_i|^2 [B]`` without the table, and a bound on its rounding error ``[B]``: a Gram of unit vectors."""
     g = g.to(accumulation_dtype(g))
     same = index.unsqueeze(2) == index.unsqueeze(1)
     sq = ((g @ g.mT) * same).sum((1, 2))
     magnitude = g.norm(dim=-1).sum(-1).square()
-    return sq, (4 * g.shape[-1] ** 0.5 + 16) * torch.finfo(g.dtype).eps * magnitude
+    return sq, gram_error(g.shape[1], 1, g.shape[2], g.dtype) * magnitude
+
+
+def direct_sq_norms(index: Tensor, g: Tensor, rows: int) -> Tensor:
+    """``|G_i|^2 [B]`` with one table alive at a time."""
+    norms = [per_example_grads(i[None], g_i[None], rows).square().sum() for i, g_i in zip(index, g, strict=True)]
+    return torch.stack(norms) if norms else g.new_zeros(0, dtype=accumulation_dtype(g))
 
 
 def clipped_sum(index: Tensor, g: Tensor, rows: int, w: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: ``a [B, ..., M, D]`` inputs and ``g [B, ..., M, P]`` output gradients of
 (augmentations times positions); the dots are independent groups. ``G_i = sum_m g[i,m] (x) a[i,m]`` is ``[..., P, D]``.
 
     form         norms                    stores
-    gram         B M^2 (D + P) FLOPs      two [M, M] matrices per example
+    gram         2 B M^2 (D + P) FLOPs    two [M, M] matrices per example (half of it by symmetry, not used yet)
     direct       2 B M D P FLOPs          one G_i at a time
     materialise  2 B M D P FLOPs          every G_i
 """

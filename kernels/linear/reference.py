@@ -24,16 +24,24 @@ def gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>`` and a bound on its rounding error, both ``[B]``.
 
     The sum cancels where positions cancel, so the result can be far too small, even negative. The bound is
-    ``c eps (sum_t |a_t| |g_t|)^2``: inner products of length n err by about ``2 sqrt(n) eps/2`` of the product of
-    the norms (probabilistic rounding, Higham and Mary 2019, lambda = 4), the pairwise sum over M^2 terms by log2.
-    Squares below the smallest normal number vanish: no clip norm is as small as that.
+    ``gram_error(...) (sum_t |a_t| |g_t|)^2``. Squares below the smallest normal number vanish: no clip norm is as small
+    as that.
     """
     dtype = accumulation_dtype(a, g)
     a, g = a.to(dtype), g.to(dtype)
     sq = ((a @ a.mT) * (g @ g.mT)).flatten(1).sum(1)
     magnitude = (a.norm(dim=-1) * g.norm(dim=-1)).sum(-1).square().unsqueeze(-1).flatten(1).sum(1)
-    c = 2 * (math.sqrt(a.shape[-1]) + math.sqrt(g.shape[-1])) + 2 * math.log2(max(a.shape[-2], 2))
-    return sq, c * torch.finfo(dtype).eps * magnitude
+    return sq, gram_error(a.shape[-2], a.shape[-1], g.shape[-1], dtype) * magnitude
+
+
+def gram_error(m: int, d: int, p: int, dtype: torch.dtype) -> float:
+    """Relative rounding error of ``sum_{t,s} <a_t, a_s> <g_t, g_s>`` over m positions, against norms.
+
+    An inner product of length n errs by at most ``4 sqrt(n) u`` of the product of the norms, u = eps / 2, but with
+    negligible probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, lambda = 4); the pairwise sum over m^2 terms
+    by ``log2(m^2) u``, doubled here.
+    """
+    return (2 * math.sqrt(d) + 2 * math.sqrt(p) + 2 * math.log2(max(m, 2))) * torch.finfo(dtype).eps
 
 
 def clipped_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
