@@ -10,7 +10,7 @@ from dpfast.clipping.capture import Tracked
 from dpfast.clipping.forms import choose, stored_size
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse
-from dpfast.clipping.terms import ConvTerm, EmbeddingTerm, LinearTerm, Stored, Term
+from dpfast.clipping.terms import Stored, Term
 from dpfast.kernels.clip import clip_factors
 from dpfast.performance import Performance
 
@@ -77,7 +77,7 @@ class Accumulation:
         return Clipped(total.sqrt(), factors, sums)
 
     def _keep(self, name: str, term: Term) -> None:
-        if isinstance(term, LinearTerm | ConvTerm | EmbeddingTerm):
+        if not isinstance(term, Stored):
             form = choose(term, self.examples, self.performance, self.stored_bytes)
             if form == "materialise":
                 self.stored_bytes += stored_size(term, self.examples)

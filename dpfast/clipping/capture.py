@@ -27,7 +27,7 @@ from dpfast.clipping.fallback import fallback_use
 from dpfast.clipping.problems import Problem, listed
 from dpfast.clipping.rules import MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use
-from dpfast.clipping.trees import replace_tensors, tensors_in
+from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
 
 FACTORIES = frozenset(
     {
@@ -114,7 +114,7 @@ class Capture(TorchFunctionMode):
         if use is None:
             use = fallback_use(func, args, kwargs, self.is_tracked, names=names)
         if isinstance(use, Problem):
-            self.tape.problems.append(Problem(names, f"{_name(func)}: {use.what}", use.cure))
+            self.tape.problems.append(Problem(names, f"{function_name(func)}: {use.what}", use.cure))
             return self._harmless(func, args, kwargs)
         random_state = _random_state() if general else None
         output = self._run(func, args, kwargs)
@@ -122,7 +122,7 @@ class Capture(TorchFunctionMode):
             self.tape.problems.append(
                 Problem(
                     names,
-                    f"{_name(func)} writes a trainable parameter into another tensor",
+                    f"{function_name(func)} writes a trainable parameter into another tensor",
                     "write it with an operation that returns a tensor (torch.where instead of indexed assignment)",
                 )
             )
@@ -142,7 +142,7 @@ class Capture(TorchFunctionMode):
     def _attach(self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: set[int]) -> Any:
         if not self.detach or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        return self.tape.attach(output, use, self.tape.site(_name(func), names), targets)
+        return self.tape.attach(output, use, self.tape.site(function_name(func), names), targets)
 
     def _rule(self, func: Any, args: Any, kwargs: Any) -> Use | Problem | None:
         rule = RULES.get(func)
@@ -193,13 +193,13 @@ class Capture(TorchFunctionMode):
             self.tape.problems.append(
                 Problem(
                     names,
-                    f"{_name(func)} draws random numbers, and dpfast has no rule for it",
+                    f"{function_name(func)} draws random numbers, and dpfast has no rule for it",
                     "move the dropout out of the call, or set its rate to 0",
                 )
             )
         warnings.warn(
-            f"dpfast has no rule for {_name(func)} with {listed(names)}: its per-example gradients come from a vmapped"
-            " vector-Jacobian product, which is correct and slow",
+            f"dpfast has no rule for {function_name(func)} with {listed(names)}: its per-example gradients come from a"
+            " vmapped vector-Jacobian product, which is correct and slow",
             stacklevel=4,
         )
 
@@ -210,7 +210,3 @@ def _random_state() -> Tensor:
     if torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
     return torch.cat(states)
-
-
-def _name(func: Any) -> str:
-    return str(getattr(func, "__name__", func))

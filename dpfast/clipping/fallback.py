@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.clipping.problems import Problem, refuse
+from dpfast.clipping.problems import Problem, refusal
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Terms, Use
 from dpfast.clipping.terms import Stored
-from dpfast.clipping.trees import replace_tensors, tensors_in
+from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
 
 CHUNK_ELEMENTS = 1 << 24  # masked copies of the output gradient that are alive at a time
 
@@ -29,7 +29,7 @@ def fallback_use(
 
     names: of the parameters, for messages; result: which one, when the call returns several.
     """
-    name = str(getattr(func, "__name__", func))
+    name = function_name(func)
     if kwargs.get("out") is not None or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
         return Problem(
             (),
@@ -59,8 +59,8 @@ def fallback_use(
             raise
         except RuntimeError as error:
             what = f"{name}: torch has no vector-Jacobian product for it ({error})"
-            refuse([Problem(names, what, "write it with operations that torch.func can differentiate, or freeze it")])
-            raise  # not reached
+            cure = "write it with operations that torch.func can differentiate, or freeze it"
+            raise refusal([Problem(names, what, cure)]) from error
         return [(t, Stored(grad)) for t, grad in zip(targets, grads, strict=True)]
 
     return Use(saved, terms)
@@ -71,11 +71,10 @@ def per_example_vjp(
 ) -> tuple[Tensor, ...]:
     """Gradients ``[B, *value.shape]`` of ``call`` for the cotangent ``g`` restricted to each example's rows."""
     vjp = torch.func.vjp(call, *values)[1]
-    owner = torch.arange(rows.examples, device=g.device).repeat_interleave(g.shape[rows.dim] // rows.examples)
-    shape = [-1 if d == rows.dim else 1 for d in range(g.ndim)]
+    owner = rows.owner(g)
 
     def of(example: Tensor) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = vjp(torch.where((owner == example).view(shape), g, 0))
+        grads: tuple[Tensor, ...] = vjp(torch.where(owner == example, g, 0))
         return grads
 
     examples = torch.arange(rows.examples, device=g.device)

@@ -21,13 +21,18 @@ class Problem:
 
 def refuse(problems: Sequence[Problem]) -> None:
     """Raise one ``CaptureError`` that lists all ``problems``; return if there are none."""
+    if problems:
+        raise refusal(problems)
+
+
+def refusal(problems: Sequence[Problem]) -> CaptureError:
+    """One error that lists every problem once."""
     unique = list(dict.fromkeys(problems))
-    if unique:
-        count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
-        raise CaptureError(
-            f"this step cannot be clipped per example ({count}); nothing was written to any p.grad\n"
-            + "\n".join(map(str, unique))
-        )
+    count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
+    return CaptureError(
+        f"this step cannot be clipped per example ({count}); nothing was written to any p.grad\n"
+        + "\n".join(map(str, unique))
+    )
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

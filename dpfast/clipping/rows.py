@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,8 @@ class Rows:
         """``[..., N, ...] -> [B, N/B, ...]``, the row dimension moved to the front; a view."""
         x = x.movedim(self.dim, 0)
         return x.unflatten(0, (self.examples, x.shape[0] // self.examples))
+
+    def owner(self, x: Tensor) -> Tensor:
+        """The number of the example that owns each row of ``x``, shaped to broadcast against ``x``."""
+        numbers = torch.arange(self.examples, device=x.device).repeat_interleave(x.shape[self.dim] // self.examples)
+        return numbers.view([-1 if d == self.dim else 1 for d in range(x.ndim)])

@@ -297,10 +297,8 @@ def _reduce_to(rows: Rows, g: Tensor, target: Tensor) -> Tensor:
     shape = (1,) * (g.ndim - target.ndim) + tuple(target.shape)
     spans_rows = shape[rows.dim] != 1
     if spans_rows:  # each row has its own entry: only the rows of the example itself are not zero
-        owner = torch.arange(rows.examples, device=g.device).repeat_interleave(g.shape[rows.dim] // rows.examples)
-        own = owner == torch.arange(rows.examples, device=g.device).unsqueeze(1)
-        blocks = own.view(rows.examples, *[-1 if d == rows.dim else 1 for d in range(g.ndim)])
-        per_example = torch.where(blocks, g, 0)
+        each = torch.arange(rows.examples, device=g.device).view(-1, *[1] * g.ndim)
+        per_example = torch.where(rows.owner(g) == each, g, 0)
     else:
         per_example = rows.split(g).sum(1, dtype=accumulation_dtype(g)).unsqueeze(1 + rows.dim)
     over = [1 + d for d, size in enumerate(shape) if size == 1 and per_example.shape[1 + d] != 1]

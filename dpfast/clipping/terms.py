@@ -1,11 +1,12 @@
 """What one use contributes to one tensor's per-example gradients, kept in the form that is cheapest to hold.
 
-A term is exact and linear: ``materialise()`` gives ``G [B, *shape]``; a factored term can also give squared norms
-and the clipped sum without ever storing G.
+Every term gives ``materialise() -> G [B, *shape]``, squared norms ``[B]`` and ``clipped_sum(w) -> sum_i w_i G_i``. A
+factored term is held as the factors of a linear map and needs no G: its ``sq_norms(form)`` come with a bound on their
+rounding error (0 for a direct sum of squares), its ``sizes()`` are the rows per example M, inputs D and outputs P.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,26 +14,6 @@ from torch import Tensor
 from dpfast.kernels import clip, conv, embedding, linear
 
 FactoredForm = Literal["gram", "direct"]
-
-
-class Term(Protocol):
-    """Per-example gradients of one tensor, in some form."""
-
-    def materialise(self) -> Tensor:
-        """``G [B, *shape]``."""
-
-    def clipped_sum(self, w: Tensor) -> Tensor:
-        """``sum_i w_i G_i``, of the shape of the tensor."""
-
-
-class FactoredTerm(Term, Protocol):
-    """A term held as the factors of a linear map."""
-
-    def sizes(self) -> tuple[int, int, int]:
-        """Rows per example M, inputs D and outputs P of the linear map behind the term."""
-
-    def sq_norms(self, form: FactoredForm) -> tuple[Tensor, Tensor]:
-        """``|G_i|^2 [B]`` and a bound on its rounding error ``[B]`` (0 for a direct sum of squares)."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +105,10 @@ class EmbeddingTerm:
         if form == "gram":
             return embedding.gram_sq_norms(self.index, self.g)
         return _exact(embedding.direct_sq_norms(self.index, self.g, self.table_rows))
+
+
+FactoredTerm = LinearTerm | ConvTerm | EmbeddingTerm
+Term = Stored | FactoredTerm
 
 
 def _exact(sq: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Tensors inside the arguments of a call."""
+"""Calls and the tensors inside their arguments."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,3 +28,8 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, dict):
         return {key: replace_tensors(item, replace) for key, item in value.items()}
     return value
+
+
+def function_name(func: Any) -> str:
+    """As a person would call it."""
+    return str(getattr(func, "__name__", func))

@@ -29,13 +29,16 @@ clipped_sum = library.clipped_sum
 
 def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Tensor:
     """``G [B, *weight_shape]``: from patches, or from one library call per example where that is faster."""
+    if _flops(a, g, spec, examples) <= LIBRARY_FLOPS:
+        parts = [
+            channels_last.per_example_grads(a[part], g[part], spec, n) for part, n in _chunks(a, g, spec, examples)
+        ]
+        if parts:
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
     out = a.new_empty((examples, *spec.weight_shape), dtype=accumulation_dtype(a, g))
-    if _flops(a, g, spec, examples) > LIBRARY_FLOPS:
-        return torch.stack(list(library.each_grad(a, g, spec, examples)), out=out)
-    parts = [
-        channels_last.per_example_grads(a[rows], g[rows], spec, count) for rows, count in _chunks(a, g, spec, examples)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else out
+    for i, grad in enumerate(library.each_grad(a, g, spec, examples)):
+        out[i] = grad
+    return out
 
 
 def direct_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Tensor:

@@ -33,8 +33,8 @@ def weight_grad(a: Tensor, g: Tensor, spec: ConvSpec) -> Tensor:
 
 def each_grad(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Iterator[Tensor]:
     """``G_i`` of one example after the other."""
-    for a_i, g_i in zip(a.tensor_split(max(examples, 1)), g.tensor_split(max(examples, 1)), strict=True):
-        if examples:
+    if examples:
+        for a_i, g_i in zip(a.tensor_split(examples), g.tensor_split(examples), strict=True):
             yield weight_grad(a_i, g_i, spec)
 
 
