@@ -54,6 +54,8 @@ class DPOptimizer(torch.optim.Optimizer):
         self.plan = plan
         self.clipper = clipper
         self.ledger = Ledger(None, plan) if ledger is None else ledger
+        self._stepping = False
+        _guard(optimizer, self._only_through_step)
         if self.ledger.plan.fingerprint() != plan.fingerprint():
             raise PrivacyError("DPOptimizer: the ledger was opened with another plan; open it with this one")
         closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -86,8 +88,9 @@ class DPOptimizer(torch.optim.Optimizer):
         once noise is drawn.
         """
         self._refuse(closure)
-        self.ledger.charge(self.steps_taken + 1)
+        charged = self.steps_taken
         try:
+            self.ledger.charge(charged + 1)
             for name, parameter in self._trainable().items():
                 parameter.grad = self._noised_mean(parameter)
                 if not torch.isfinite(parameter.grad).all():  # allowed to depend on the data: it is noised
@@ -95,9 +98,19 @@ class DPOptimizer(torch.optim.Optimizer):
                         f"step {self.steps_taken}: the noised gradient of {name} ({parameter.dtype}) is not "
                         "finite; use a wider dtype for the parameters, or a smaller max_grad_norm"
                     )
+            self._stepping = True
             self.optimizer.step()
         finally:
-            self.zero_grad()
+            self._stepping = False
+            if self.steps_taken > charged:  # also when interrupted right after the charge
+                self.zero_grad()
+
+    def _only_through_step(self, *_: object) -> None:
+        """Runs before every step of the inner optimizer."""
+        if not self._stepping:
+            raise PrivacyError(
+                "the inner optimizer would apply a sum without noise, uncharged: call DPOptimizer.step() instead"
+            )
 
     @torch.no_grad()
     def _noised_mean(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -165,3 +178,11 @@ class DPOptimizer(torch.optim.Optimizer):
             if not self.clipper.wrote(p):
                 found.append(f"{name}.grad was not written by the clipper alone; call zero_grad() before it")
         return found
+
+
+def _guard(optimizer: torch.optim.Optimizer, hook: Any) -> None:
+    """Make ``hook`` the one guard of the inner optimizer's steps, in place of an earlier DPOptimizer's."""
+    earlier = getattr(optimizer, "_dpfast_guard", None)
+    if earlier is not None:
+        earlier.remove()
+    optimizer._dpfast_guard = optimizer.register_step_pre_hook(hook)  # type: ignore[attr-defined]  # noqa: SLF001

@@ -152,6 +152,27 @@ def test_losses_of_the_wrong_shape() -> None:
     assert "depend on no trainable parameter" in refusal(model, x, loss=lambda m, r: r[0].sum(1))
 
 
+def test_losses_averaged_over_rows() -> None:
+    model, x = nn.Linear(3, 3), (torch.randn(8, 3),)
+    assert "fewer losses than rows" in refusal(model, x, loss=lambda m, r: losses(m, r).mean().reshape(1))
+    assert "fewer losses than rows" in refusal(model, x, augmult=2, loss=lambda m, r: losses(m, r).view(-1, 2).mean(1))
+
+
+def test_hooks_on_accumulated_gradients() -> None:
+    model = nn.Linear(3, 3)
+    model.weight.register_post_accumulate_grad_hook(lambda p: p.sub_(p.grad))
+    with pytest.raises(CaptureError, match="weight: a hook"):
+        GhostClipper(model, max_grad_norm=1.0)
+
+
+def test_a_model_cast_to_half_precision_later() -> None:
+    model = nn.Linear(3, 3)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    model.to(torch.bfloat16)
+    with pytest.raises(CaptureError, match="half-precision"), clipper:
+        pass
+
+
 def test_a_mean_dressed_as_one_loss_per_row() -> None:
     message = refusal(nn.Linear(3, 3), (torch.randn(6, 3),), loss=lambda m, r: losses(m, r).mean().expand(6))
     assert "reaches rows of other examples" in message

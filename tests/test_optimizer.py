@@ -328,3 +328,15 @@ def test_it_is_an_optimizer_and_shows_the_inner_one():
     setup.optimizer.register_step_post_hook(lambda *_: calls.append(setup.optimizer.steps_taken))
     setup.optimizer.step()
     assert calls == [1]
+
+
+def test_the_inner_optimizer_cannot_step_by_itself():
+    setup = Setup()
+    inner = setup.optimizer.optimizer
+    with pytest.raises(PrivacyError, match=r"call DPOptimizer.step\(\) instead"):
+        inner.step()
+    setup.optimizer.step()  # within its own step it does
+    again = DPOptimizer(inner, setup.optimizer.plan, setup.optimizer.clipper)
+    again.step()
+    with pytest.raises(PrivacyError, match=r"call DPOptimizer.step\(\) instead"):
+        inner.step()

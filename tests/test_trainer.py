@@ -133,6 +133,48 @@ def test_dropout_is_secret() -> None:
     assert not torch.equal(weights(first.model), weights(second.model))
 
 
+def test_an_interrupted_step_leaves_no_sum_behind(monkeypatch) -> None:
+    """Its sample is gone: the next step sums a sample of its own, and steps are never taken twice."""
+    t = trainer(performance=Performance(microbatch=2))
+    calls = []
+
+    def cut(model, *batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return objective(model, *batch)
+
+    t.objective = cut
+    with pytest.raises(KeyboardInterrupt):
+        t.fit()
+    sums = []
+    real = t.clipper.backward
+
+    def seen(*args, **options):
+        sums.append(t.clipper.parameters["0.weight"].grad)
+        return real(*args, **options)
+
+    monkeypatch.setattr(t.clipper, "backward", seen)
+    t.fit()
+    assert sums[0] is None
+
+
+def test_fit_called_again_takes_no_step_twice() -> None:
+    steps = []
+    t = trainer()
+    t.progress = lambda step, *_: steps.append(step)
+    for _ in range(3):
+        t.fit()
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_empty_batches_of_any_data_set(monkeypatch) -> None:
+    monkeypatch.setattr("dpfast.diffusion.trainer.poisson_sample", lambda *_: torch.empty(0, dtype=torch.int64))
+    data = images()
+    pairs = list(zip(data.images, data.labels, strict=True))
+    DPTrainer(network(), pairs, plan(), objective=objective, optimizer=torch.optim.Adam, augmult=K).fit()
+
+
 def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()

@@ -10,7 +10,7 @@ from dpfast.clipping.capture import Tracked
 from dpfast.clipping.forms import choose, stored_size
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse
-from dpfast.clipping.terms import Stored, Term
+from dpfast.clipping.terms import FactoredTerm, Recomputed, Stored, Term
 from dpfast.kernels.clip import clip_factors
 from dpfast.performance import Performance
 
@@ -77,18 +77,23 @@ class Accumulation:
         return Clipped(total.sqrt(), factors, sums)
 
     def _keep(self, name: str, term: Term) -> None:
-        if not isinstance(term, Stored):
-            form = choose(term, self.examples, self.performance, self.stored_bytes)
-            if form == "materialise":
-                self.stored_bytes += stored_size(term, self.examples)
-                term = Stored(term.materialise())
-            else:
-                sq, bound = term.sq_norms(form)
-                self.sq += sq
-                self.bound += bound
-        if isinstance(term, Stored):
+        if not isinstance(term, Stored | Recomputed):
+            term = self._in_chosen_form(term)
+        if isinstance(term, Stored | Recomputed):
             self.sq += term.sq_norms()
         self.kept[name] = term
+
+    def _in_chosen_form(self, term: FactoredTerm) -> Term:
+        form = choose(term, self.examples, self.performance, self.stored_bytes)
+        if form == "materialise":
+            self.stored_bytes += stored_size(term, self.examples)
+            return Stored(term.materialise())
+        if form == "direct":
+            return Recomputed(term)
+        sq, bound = term.gram()
+        self.sq += sq
+        self.bound += bound
+        return term
 
     def _add_partial(self, key: int, grads: Tensor) -> None:
         self.partial[key] = self.partial[key] + grads if key in self.partial else grads

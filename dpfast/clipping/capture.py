@@ -128,7 +128,7 @@ class Capture(TorchFunctionMode):
             )
         if random_state is not None:
             self._check_fallback(func, names, random_state)
-        targets = {id(source.tensor) for source in tracked}
+        targets = [id(source.tensor) for source in tracked]  # twice in one call is used twice
         if isinstance(output, Tensor):
             return self._attach(output, use, func, names, targets)
         if isinstance(output, tuple):  # each result is a use of its own: gradients add up
@@ -139,7 +139,7 @@ class Capture(TorchFunctionMode):
             return type(output)([self._attach(o, cast(Use, u), func, names, targets) for o, u in results])
         return output
 
-    def _attach(self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: set[int]) -> Any:
+    def _attach(self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: list[int]) -> Any:
         if not self.detach or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         return self.tape.attach(output, use, self.tape.site(function_name(func), names), targets)

@@ -83,6 +83,7 @@ class GhostClipper:
         self._named_unused: set[str] = set()
         self._capture: Capture | None = None
         self._model_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._input_shape: torch.Size | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         refuse(_parameter_problems(self.parameters))
 
@@ -108,9 +109,11 @@ class GhostClipper:
         if self._capture is not None:
             raise CaptureError("this clipper is already active: leave its `with` block before entering it again")
         parameters = self.parameters
+        refuse(_parameter_problems(parameters))
         constants = [*self.model.buffers(), *(p for p in self.model.parameters() if not p.requires_grad)]
         self._capture = Capture(parameters, constants)
         self._versions = self._current_versions()
+        self._input_shape = None
         self._hook = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -186,11 +189,23 @@ class GhostClipper:
                 "the form 'example' took the model's input for one example, but there are losses of more: give the"
                 " model all rows of the losses at once"
             )
+        if self._averages_rows(len(losses)):
+            raise CaptureError(
+                f"there are fewer losses than rows in the model's input: expected {rows}; do not average over rows, not"
+                " even over the K rows of an example (the clipper does)"
+            )
         if mask is not None and (mask.shape != (examples,) or mask.dtype != torch.bool):
             raise CaptureError(
                 f"example_mask of {mask.dtype} with {mask.ndim} dimensions: expected one torch.bool per example, [B]"
             )
         return examples
+
+    def _averages_rows(self, losses: int) -> bool:
+        """Whether the model saw more rows than there are losses (along dimension 1 in sequence-first models)."""
+        shape = self._input_shape
+        if shape is None or shape[0] <= losses:
+            return False
+        return not (len(shape) == 3 and shape[1] == losses)
 
     # What must hold before and after
 
@@ -232,6 +247,7 @@ class GhostClipper:
             first = next((t for t in tensors_in((args, kwargs)) if t.ndim), None)
             alone = first is not None and first.shape[0] == self.augmult
             capture.detach = not (alone and self.performance.form == "example")
+            self._input_shape = None if first is None else first.shape
         if not self._forward_shown and self._model_call is None:
             self._model_call = (args, kwargs)
 
@@ -264,8 +280,16 @@ class GhostClipper:
 
 
 def _parameter_problems(parameters: dict[str, nn.Parameter]) -> list[Problem]:
+    problems = []
     half = [name for name, p in parameters.items() if p.dtype not in (torch.float32, torch.float64)]
-    if not half:
-        return []
-    what = "half-precision parameters: the sum of clipped gradients would be rounded after its sensitivity was bounded"
-    return [Problem((listed(half),), what, "keep float32 parameters and compute in bfloat16 under torch.autocast")]
+    if half:
+        what = (
+            "half-precision parameters: the sum of clipped gradients would be rounded after its sensitivity was bounded"
+        )
+        cure = "keep float32 parameters and compute in bfloat16 under torch.autocast"
+        problems.append(Problem((listed(half),), what, cure))
+    hooked = [name for name, p in parameters.items() if p._post_accumulate_grad_hooks]
+    if hooked:
+        what = "a hook on its accumulated gradient would see, or use, what is not clipped"
+        problems.append(Problem((listed(hooked),), what, "remove the hook: the update is DPOptimizer's"))
+    return problems

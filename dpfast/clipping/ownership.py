@@ -48,7 +48,7 @@ class Ownership:
     def settle(self, evidence: Mapping[Site, Evidence]) -> list[Problem]:
         """Remember what was shown; a use left without a possible row dimension is a problem."""
         for site, found in evidence.items():
-            if found.informative and found.dims:
+            if found.informative >= 2 and found.dims:
                 self.dims[site] = found.dims[0]
         return [
             Problem(

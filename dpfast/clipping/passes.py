@@ -47,7 +47,7 @@ class Pass:
 
     def _all_at_once(self) -> Clipped:
         tape = self.capture.tape
-        pending = self.ownership.pending(tape.uses)
+        pending = self.ownership.pending(tape.uses) if self.examples > 1 else set()
         records: list[Record] = []
         accumulation = Accumulation(
             self.parameters, self.capture.derived, tape, self.examples, self.performance, self.losses.device
@@ -71,10 +71,7 @@ class Pass:
             return accumulation.finish(self.max_grad_norm, self.mask)
 
     def _show_ownership(self, records: list[Record]) -> None:
-        """Back-propagate single examples until every use that received a gradient has a row dimension.
-
-        With one example in the batch all rows are its own, and nothing is shown.
-        """
+        """Back-propagate single examples until every use that received a gradient has a row dimension."""
         evidence = {
             use.site: Evidence(possible_dims(use, g, self.examples)) for use, _, g in records if bool((g != 0).any())
         }
@@ -86,7 +83,7 @@ class Pass:
 
             self._backward(example, receive, retain_graph=True)
 
-        for example in _spread(self.examples) if self.examples > 1 else ():
+        for example in _spread(self.examples):
             if all(found.settled for found in evidence.values()):
                 break
             observe(example)
@@ -125,16 +122,19 @@ class Pass:
         try:
             with torch._C._EnableTorchFunction(), self.capture.tape.receiving(receive):
                 # torch.autograd.backward, less its own torch-function dispatch: that would leave the capture
-                torch.autograd.Variable._execution_engine.run_backward(
+                grads = torch.autograd.Variable._execution_engine.run_backward(
                     (self.losses,),
                     (cotangent,),
                     retain_graph,
                     False,  # create_graph
                     (self.capture.tape.anchor, *parameters),
                     allow_unreachable=True,
-                    accumulate_grad=True,
+                    accumulate_grad=False,
                 )
-            return {name: p.grad for name, p in self.parameters.items()}
+            return {
+                name: p.grad if grad is None else grad
+                for (name, p), grad in zip(self.parameters.items(), grads[1:], strict=True)
+            }
         finally:
             for p, grad in zip(parameters, set_aside, strict=True):
                 p.grad = grad

@@ -1,19 +1,17 @@
 """What one use contributes to one tensor's per-example gradients, kept in the form that is cheapest to hold.
 
-Every term gives ``materialise() -> G [B, *shape]``, squared norms ``[B]`` and ``clipped_sum(w) -> sum_i w_i G_i``. A
-factored term is held as the factors of a linear map and needs no G: its ``sq_norms(form)`` come with a bound on their
-rounding error (0 for a direct sum of squares), its ``sizes()`` are the rows per example M, inputs D and outputs P.
+Every term gives ``materialise() -> G [B, *shape]`` and ``clipped_sum(w) -> sum_i w_i G_i``. A factored term is held as
+the factors of a linear map: ``each()`` yields one ``G_i`` after the other, ``gram()`` squared norms and a bound on
+their rounding error, both ``[B]``, ``sizes()`` the rows per example M, inputs D and outputs P.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dpfast.kernels import clip, conv, embedding, linear
-
-FactoredForm = Literal["gram", "direct"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +24,8 @@ class Stored:
         return self.grads
 
     def sq_norms(self) -> Tensor:
-        """``|G_i|^2 [B]``: a sum of squares, without a copy of the gradients."""
-        dims = tuple(range(1, self.grads.ndim))
-        norms: Tensor = torch.linalg.vector_norm(self.grads, dim=dims) if dims else self.grads.abs()
-        return norms.square()
+        """``|G_i|^2 [B]``, float64."""
+        return clip.sq_norms(self.grads)
 
     def clipped_sum(self, w: Tensor) -> Tensor:
         return clip.clipped_sum(self.grads, w)
@@ -51,10 +47,11 @@ class LinearTerm:
     def sizes(self) -> tuple[int, int, int]:
         return self.a.shape[1], self.a.shape[2], self.g.shape[2]
 
-    def sq_norms(self, form: FactoredForm) -> tuple[Tensor, Tensor]:
-        if form == "gram":
-            return linear.gram_sq_norms(self.a, self.g)
-        return _exact(linear.direct_sq_norms(self.a, self.g))
+    def each(self) -> Iterator[Tensor]:
+        return (linear.per_example_grads(a, g) for a, g in zip(self.a, self.g, strict=True))
+
+    def gram(self) -> tuple[Tensor, Tensor]:
+        return linear.gram_sq_norms(self.a, self.g)
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,11 @@ class ConvTerm:
         positions = small[0, 0].numel() * (small.shape[0] // self.examples)
         return positions, torch.Size(rest).numel(), first
 
-    def sq_norms(self, form: FactoredForm) -> tuple[Tensor, Tensor]:
-        if form == "gram":
-            return conv.gram_sq_norms(self.a, self.g, self.spec, self.examples)
-        return _exact(conv.direct_sq_norms(self.a, self.g, self.spec, self.examples))
+    def each(self) -> Iterator[Tensor]:
+        return conv.each_grad(self.a, self.g, self.spec, self.examples)
+
+    def gram(self) -> tuple[Tensor, Tensor]:
+        return conv.gram_sq_norms(self.a, self.g, self.spec, self.examples)
 
 
 @dataclass(frozen=True)
@@ -101,15 +99,37 @@ class EmbeddingTerm:
     def sizes(self) -> tuple[int, int, int]:
         return self.index.shape[1], self.table_rows, self.g.shape[2]
 
-    def sq_norms(self, form: FactoredForm) -> tuple[Tensor, Tensor]:
-        if form == "gram":
-            return embedding.gram_sq_norms(self.index, self.g)
-        return _exact(embedding.direct_sq_norms(self.index, self.g, self.table_rows))
+    def each(self) -> Iterator[Tensor]:
+        pairs = zip(self.index, self.g, strict=True)
+        return (embedding.per_example_grads(i[None], g[None], self.table_rows)[0] for i, g in pairs)
+
+    def gram(self) -> tuple[Tensor, Tensor]:
+        return embedding.gram_sq_norms(self.index, self.g)
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """A factored term whose gradients are computed once for their norms and once more for the sum, never stored.
+
+    ``w_i`` multiplies the very ``G_i`` whose norm was taken: weighting a factor instead rounds every product anew, and
+    where positions cancel the rounding of one example can exceed the clip norm a thousandfold.
+    """
+
+    term: "FactoredTerm"
+
+    def materialise(self) -> Tensor:
+        return self.term.materialise()
+
+    def sq_norms(self) -> Tensor:
+        return torch.cat([clip.sq_norms(grad.unsqueeze(0)) for grad in self.term.each()])
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        shares = (torch.where(f > 0, f.to(grad.dtype) * grad, 0) for f, grad in zip(w, self.term.each(), strict=True))
+        total = next(shares).clone()
+        for share in shares:
+            total += share
+        return total
 
 
 FactoredTerm = LinearTerm | ConvTerm | EmbeddingTerm
-Term = Stored | FactoredTerm
-
-
-def _exact(sq: Tensor) -> tuple[Tensor, Tensor]:
-    return sq, torch.zeros_like(sq)
+Term = Stored | Recomputed | FactoredTerm

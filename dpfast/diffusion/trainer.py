@@ -1,6 +1,7 @@
 """DPTrainer: a model, a data set and a plan in; a privately trained model out."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +97,7 @@ class DPTrainer:
         self.learning_rates = [group["lr"] for group in self.inner_optimizer.param_groups]
         self.ema = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.lost_steps = 0
+        self._memory = Ledger(None, plan)
         self._numbers_per_example = self._examples(torch.zeros(min(1, len(dataset)), dtype=torch.int64), 1)[0].numel()
 
     @property
@@ -105,10 +107,7 @@ class DPTrainer:
 
     def fit(self) -> None:
         """Take every step of the plan that is not charged yet. Can be interrupted and called again at any time."""
-        ledger_path = None if self.state_dir is None else self.state_dir / "ledger.jsonl"
-        if self.state_dir is not None:
-            self.state_dir.mkdir(parents=True, exist_ok=True)
-        with Ledger(ledger_path, self.plan) as ledger:
+        with self._ledger() as ledger:
             optimizer = DPOptimizer(self.inner_optimizer, self.plan, self.clipper, ledger)
             self._resume(ledger.charged_steps)
             for step in range(ledger.charged_steps + 1, self.plan.steps + 1):
@@ -117,11 +116,22 @@ class DPTrainer:
                     self._save(step)
                 self.progress(step, self.plan.steps, self._message())
 
+    @contextmanager
+    def _ledger(self) -> Iterator[Ledger]:
+        """The ledger on disk, locked for as long as it is used, or the one in memory, which lives with the trainer."""
+        if self.state_dir is None:
+            yield self._memory
+        else:
+            self.state_dir.mkdir(parents=True, exist_ok=True)
+            with Ledger(self.state_dir / "ledger.jsonl", self.plan) as ledger:
+                yield ledger
+
     def _take(self, step: int, optimizer: DPOptimizer) -> None:
         """One private step over one Poisson sample, empty or not."""
         self.model.train()
         for group, rate in zip(optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * min(1.0, step / max(1, self.warmup_steps))
+        optimizer.zero_grad()  # what an interrupted step has summed belongs to a sample that is gone
         sample = poisson_sample(self.plan.dataset_size, self.plan.sample_rate)
         for ids, mask in self._microbatches(sample):
             self._accumulate(step, ids, mask)
@@ -161,9 +171,11 @@ class DPTrainer:
         if isinstance(self.dataset, ImageSet):
             batch: Any = (self.dataset.images[ids], self.dataset.labels[ids])
         else:
-            batch = default_collate([self.dataset[i] for i in ids.tolist()])  # type: ignore[index]
+            template = ids if len(ids) else [0]  # an empty batch still has shapes and dtypes
+            batch = default_collate([self.dataset[int(i)] for i in template])  # type: ignore[index]
         tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-        return tuple(torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])]) for x in tensors)
+        kept = [x[: len(ids)] for x in tensors]
+        return tuple(torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])]) for x in kept)
 
     # Interruption
 
@@ -186,8 +198,10 @@ class DPTrainer:
 
     def _resume(self, charged: int) -> None:
         """Load the last checkpoint; steps charged after it are spent and lost."""
+        if self.state_dir is None:
+            return  # the model in memory is where the ledger in memory is
         saved = 0
-        if self.state_dir is not None and (self.state_dir / "checkpoint").exists():
+        if (self.state_dir / "checkpoint").exists():
             state = checkpoint.load(
                 self.state_dir / "checkpoint", kind="private training", fingerprint=self.plan.fingerprint()
             )

@@ -3,6 +3,6 @@
 Shapes: ``sq [B]`` squared norms over all parameters, ``w [B]`` factors, ``grads [B, ...]`` gradients of one parameter.
 """
 
-from dpfast.kernels.clip.reference import clip_factors, clipped_sum
+from dpfast.kernels.clip.reference import clip_factors, clipped_sum, sq_norms
 
-__all__ = ["clip_factors", "clipped_sum"]
+__all__ = ["clip_factors", "clipped_sum", "sq_norms"]

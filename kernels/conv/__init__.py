@@ -19,12 +19,13 @@ from dpfast.kernels.conv import channels_last, library, reference
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.precision import accumulation_dtype
 
-__all__ = ["ConvSpec", "clipped_sum", "direct_sq_norms", "gram_sq_norms", "per_example_grads"]
+__all__ = ["ConvSpec", "clipped_sum", "direct_sq_norms", "each_grad", "gram_sq_norms", "per_example_grads"]
 
 PATCH_BYTES = 1 << 25  # patches alive at a time: more would leave the last-level cache
 LIBRARY_FLOPS = 5e6  # per example; above, a call to oneDNN beats patches (13.7 against 13.1 ms at 3.5e6, one core)
 
 clipped_sum = library.clipped_sum
+each_grad = library.each_grad
 
 
 def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Tensor:
