@@ -64,15 +64,13 @@ class Accumulation:
             else:
                 self._keep(self.names[id(target)], term)
 
-    def finish(self, max_grad_norm: float, mask: Tensor | None) -> Clipped:
-        """Clip; ``mask [B]`` is False for padding, which contributes exactly 0."""
+    def finish(self, max_grad_norm: float, mask: Tensor) -> Clipped:
+        """Clip; an example where ``mask [B]`` is False contributes exactly 0."""
         self._pull_back()
         for key, grads in self.partial.items():
             self._keep(self.names[key], Stored(grads))
         total = torch.where(self.bound > GRAM_TRUST * self.sq, self.sq + self.bound, self.sq)
-        factors = clip_factors(total, max_grad_norm)
-        if mask is not None:
-            factors = torch.where(mask, factors, 0)
+        factors = torch.where(mask, clip_factors(total, max_grad_norm), 0)
         sums = {name: term.clipped_sum(factors) for name, term in self.kept.items()}
         return Clipped(total.sqrt(), factors, sums)
 

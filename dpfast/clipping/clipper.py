@@ -45,7 +45,7 @@ class GhostClipper:
 
     Guarantee: adding or removing one example moves the sum by at most C = ``max_grad_norm`` in Euclidean norm (up to
     float32 rounding, and up to 0.5% where a Gram is used: ``accumulate.GRAM_TRUST``), replacing one by at most 2C; an
-    example whose loss, activations or gradients are not finite contributes exactly 0. A model for which this cannot be
+    example whose loss or gradient is not finite contributes exactly 0. A model for which this cannot be
     shown is refused with ``CaptureError`` before any ``p.grad`` is written. Nothing is stored on the model; outside the
     block it is untouched. The caller owes two things: each example is in a batch once, and dropout inside the model
     reads a generator whose seed nobody knows (``DPTrainer`` sees to both).
@@ -158,6 +158,7 @@ class GhostClipper:
         if examples == 0:
             nothing = losses.detach().new_zeros(0, dtype=torch.float64)
             return Clipped(nothing, nothing, sums={})
+        finite = losses.detach().isfinite().view(examples, -1).all(1)
         return Pass(
             capture=self._capture,
             parameters=self.parameters,
@@ -167,7 +168,7 @@ class GhostClipper:
             examples=examples,
             augmult=self.augmult,
             max_grad_norm=self.max_grad_norm,
-            mask=mask,
+            mask=finite if mask is None else finite & mask,
         ).run()
 
     def _check_losses(self, losses: Tensor, mask: Tensor | None) -> int:

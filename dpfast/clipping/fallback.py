@@ -1,8 +1,9 @@
 """Per-example gradients of any torch call with trainable arguments, by vector-Jacobian products: correct and slow."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,53 +38,115 @@ def fallback_use(
             "use the operation's out-of-place form (x = x.op(p), torch.where for indexed assignment)",
         )
     saved = tuple(tensors_in((args, kwargs)))
-    targets = tuple({id(t): t for t in saved if is_tracked(t)}.values())
+    target_ids = list(dict.fromkeys(id(t) for t in saved if is_tracked(t)))
+    targets = {id(t): t for t in saved if is_tracked(t)}
+
+    def call(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        """The call with other values of its trainable arguments and other tensors."""
+        by_target = dict(zip(target_ids, values, strict=True))
+        order = iter(tensors)
+
+        def substitute(original: Tensor) -> Tensor:
+            current = next(order)
+            return by_target.get(id(original), current)
+
+        new_args, new_kwargs = replace_tensors((args, kwargs), substitute)
+        output = func(*new_args, **new_kwargs)
+        tensor: Tensor = output if result is None else output[result]
+        return tensor
 
     def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
-        def call(*values: Tensor) -> Tensor:
-            by_target = {id(t): v for t, v in zip(targets, values, strict=True)}
-            order: Iterator[Tensor] = iter(saved)
-
-            def substitute(original: Tensor) -> Tensor:
-                current = next(order)
-                return by_target.get(id(original), current)
-
-            new_args, new_kwargs = replace_tensors((args, kwargs), substitute)
-            output = func(*new_args, **new_kwargs)
-            tensor: Tensor = output if result is None else output[result]
-            return tensor
-
+        is_data = [id(original) not in targets for original in tensors_in((args, kwargs))]
+        values = [targets[key].detach() for key in target_ids]
         try:
-            grads = per_example_vjp(call, tuple(t.detach() for t in targets), g, rows)
+            dims = _row_dims(call, values, saved, is_data, g, rows)
+            grads = _per_example(call, values, saved, dims, g, rows)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             what = f"{name}: torch has no vector-Jacobian product for it ({error})"
             cure = "write it with operations that torch.func can differentiate, or freeze it"
             raise refusal([Problem(names, what, cure)]) from error
-        return [(t, Stored(grad)) for t, grad in zip(targets, grads, strict=True)]
+        if grads is None:
+            what = f"{name}: the rows of its arguments cannot be told apart"
+            cure = "keep the rows of the batch along one dimension of every argument"
+            raise refusal([Problem(names, what, cure)])
+        return [(targets[key], Stored(grad)) for key, grad in zip(target_ids, grads, strict=True)]
 
     return Use(saved, terms)
 
 
-def per_example_vjp(
-    call: Callable[..., Tensor], values: tuple[Tensor, ...], g: Tensor, rows: Rows
-) -> tuple[Tensor, ...]:
-    """Gradients ``[B, *value.shape]`` of ``call`` for the cotangent ``g`` restricted to each example's rows."""
-    vjp = torch.func.vjp(call, *values)[1]
-    owner = rows.owner(g)
+Call = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+Dims = tuple[int | None, ...]  # per saved tensor: the dimension that holds the rows, None if none does
 
-    def of(example: Tensor) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = vjp(torch.where(owner == example, g, 0))
+
+def _alone(tensors: Sequence[Tensor], dims: Dims, example: int, examples: int) -> list[Tensor]:
+    """The tensors with every example's rows replaced by those of ``example``."""
+    return [
+        t if dim is None else _tiled(Rows(examples, dim).split(t)[example], dim, examples)
+        for t, dim in zip(tensors, dims, strict=True)
+    ]
+
+
+def _tiled(block: Tensor, dim: int, examples: int) -> Tensor:
+    """``[R, ...]``, rows first, to ``[..., examples * R, ...]`` with the rows along ``dim``."""
+    return block.repeat(examples, *[1] * (block.ndim - 1)).movedim(0, dim)
+
+
+def _row_dims(
+    call: Call, values: Sequence[Tensor], saved: Sequence[Tensor], is_data: Sequence[bool], g: Tensor, rows: Rows
+) -> Dims | None:
+    """Where the arguments hold rows: shown by making an example alone in the batch, which must keep its output."""
+    size = g.shape[rows.dim]
+    choices: list[list[int | None]] = []
+    for t, data in zip(saved, is_data, strict=True):
+        fitting = [d for d in range(t.ndim) if data and t.shape[d] == size]
+        choices.append([*sorted(fitting, key=lambda d: d != rows.dim), None])
+    output = rows.split(call(values, saved))
+    finite = [i for i in range(rows.examples) if bool(output[i].isfinite().all())]
+    for dims in product(*choices):
+        if (
+            all(
+                torch.allclose(
+                    rows.split(call(values, _alone(saved, dims, i, rows.examples)))[0], output[i], 1e-4, 1e-5
+                )
+                for i in {finite[0], finite[-1]} & set(finite)
+            )
+            if finite
+            else True
+        ):
+            return dims
+    return None
+
+
+def _per_example(
+    call: Call, values: Sequence[Tensor], saved: Sequence[Tensor], dims: Dims | None, g: Tensor, rows: Rows
+) -> tuple[Tensor, ...] | None:
+    """Gradients ``[B, *value.shape]``, each computed with its example alone in the batch.
+
+    Masking the gradient alone would not do: 0 * inf of one example's activations is NaN in everybody's gradient.
+    """
+    if dims is None:
+        return None
+    held = [i for i, dim in enumerate(dims) if dim is not None]
+    blocks = [Rows(rows.examples, cast(int, dims[i])).split(saved[i]) for i in held]
+
+    def of(g_block: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        tensors = list(saved)
+        for i, block in zip(held, own, strict=True):
+            tensors[i] = _tiled(block, cast(int, dims[i]), rows.examples)
+        nothing = torch.zeros_like(g_block).repeat(rows.examples - 1, *[1] * (g_block.ndim - 1))
+        cotangent = torch.cat([g_block, nothing]).movedim(0, rows.dim)
+        grads: tuple[Tensor, ...] = torch.func.vjp(lambda *v: call(v, tensors), *values)[1](cotangent)
         return grads
 
-    examples = torch.arange(rows.examples, device=g.device)
+    batched = (rows.split(g), *blocks)
     try:
         chunk = max(1, CHUNK_ELEMENTS // max(1, g.numel()))
         with warnings.catch_warnings():  # torch says which operations it maps slowly; the user knows that it is slow
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            mapped: tuple[Tensor, ...] = torch.func.vmap(of, chunk_size=chunk)(examples)
+            mapped: tuple[Tensor, ...] = torch.func.vmap(of, chunk_size=chunk)(*batched)
         return mapped
     except RuntimeError:  # an operation without a batching rule: one example after the other
-        each = [of(example) for example in examples]
+        each = [of(*(b[i] for b in batched)) for i in range(rows.examples)]
         return tuple(torch.stack(grads) for grads in zip(*each, strict=True))

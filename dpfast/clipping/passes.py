@@ -39,7 +39,7 @@ class Pass:
     examples: int
     augmult: int
     max_grad_norm: float
-    mask: Tensor | None
+    mask: Tensor  # False for examples that contribute nothing: padding, and those whose loss is not finite
 
     def run(self) -> Clipped:
         """Norms, factors and clipped sums; raises ``CaptureError`` with all problems, writes nothing."""
@@ -99,9 +99,7 @@ class Pass:
             sq = self.losses.new_zeros(1, dtype=torch.float64)
             for term in stored.values():
                 sq += term.sq_norms()
-            factors = clip_factors(sq, self.max_grad_norm)
-            if self.mask is not None:
-                factors = torch.where(self.mask, factors, 0)
+            factors = torch.where(self.mask, clip_factors(sq, self.max_grad_norm), 0)
             return Clipped(sq.sqrt(), factors, {name: term.clipped_sum(factors) for name, term in stored.items()})
 
     def _backward(self, example: int | None, receive: Receive, *, retain_graph: bool) -> dict[str, Tensor | None]:
