@@ -43,7 +43,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 class DPTrainer:
     """DP-SGD with augmentation multiplicity (Ghalebikesabi et al., arXiv 2302.13861).
 
-    model: trained in place; frozen parameters stay as they are.
+    model: trained in place, in the mode (train or eval) that each of its layers is in; frozen parameters stay.
     dataset: an ``ImageSet`` (images uint8, labels), or any sequence of tensors or tuples of tensors.
     plan: everything that moves epsilon.
     objective: losses per row, given the examples of a batch and their ``RowKeys``.
@@ -128,7 +128,6 @@ class DPTrainer:
 
     def _take(self, step: int, optimizer: DPOptimizer) -> None:
         """One private step over one Poisson sample, empty or not."""
-        self.model.train()
         for group, rate in zip(optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * min(1.0, step / max(1, self.warmup_steps))
         optimizer.zero_grad()  # what an interrupted step has summed belongs to a sample that is gone
