@@ -16,7 +16,7 @@ from dpfast.diffusion.timesteps import MixtureOfUniforms, TimestepDistribution, 
 from dpfast.evaluation import ClassifierSpec
 from dpfast.performance import Performance
 from dpfast.privacy.plan import Plan
-from dpfast.recipes.schema import Recipe
+from dpfast.recipes.schema import Baseline, Private, Recipe
 
 # Parts of a run that draw at random from the recipe's seed do so from streams of their own.
 SEEDS = {
@@ -117,24 +117,20 @@ def pretrain_spec(recipe: Recipe) -> PretrainSpec:
 
 def plan(recipe: Recipe, dataset_size: int) -> Plan:
     """The privacy of the released model."""
-    return Plan(
-        dataset_size=dataset_size,
-        expected_batch_size=recipe.private.sample_rate * dataset_size,
-        max_grad_norm=recipe.private.max_grad_norm,
-        steps=recipe.private.steps,
-        target_epsilon=recipe.private.target_epsilon,
-        target_delta=recipe.private.target_delta,
-        neighboring=recipe.private.neighboring,
-    )
+    return _plan(recipe, recipe.private, dataset_size)
 
 
 def baseline_plan(recipe: Recipe, dataset_size: int) -> Plan:
     """The privacy of the baseline classifier: another way to spend the same epsilon and delta."""
+    return _plan(recipe, recipe.baseline, dataset_size)
+
+
+def _plan(recipe: Recipe, training: Private | Baseline, dataset_size: int) -> Plan:
     return Plan(
         dataset_size=dataset_size,
-        expected_batch_size=recipe.baseline.sample_rate * dataset_size,
-        max_grad_norm=recipe.baseline.max_grad_norm,
-        steps=recipe.baseline.steps,
+        expected_batch_size=training.sample_rate * dataset_size,
+        max_grad_norm=training.max_grad_norm,
+        steps=training.steps,
         target_epsilon=recipe.private.target_epsilon,
         target_delta=recipe.private.target_delta,
         neighboring=recipe.private.neighboring,

@@ -20,9 +20,10 @@ from dpfast.evaluation import (
     build_classifier,
     train_classifier,
 )
-from dpfast.privacy.plan import composed_epsilon
+from dpfast.privacy.plan import Plan, composed_epsilon
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, parts
+from dpfast.recipes.schema import Baseline, Private
 from dpfast.report.figures import contact_sheet
 from dpfast.runs import build
 from dpfast.runs.directory import write_atomic, write_json
@@ -52,29 +53,47 @@ def pretrain(run: Run, progress: Progress) -> None:
 
 def train(run: Run, progress: Progress) -> None:
     """DP-SGD fine-tuning on the private images; the averaged weights are what is released."""
-    from dpfast.diffusion.trainer import DPTrainer
-
     recipe, stage = run.recipe, run.stages["train"]
-    trainer = DPTrainer(
-        build.load_unet(run.public_model).train(),
-        run.private,
-        run.plan,
-        objective=build.private_objective(recipe, run.private),
-        optimizer=build.adam(recipe.private.learning_rate),
-        augmult=recipe.private.augmult,
-        seed=build.seed_for(recipe, "private"),
-        performance=build.performance(recipe),
-        state_dir=stage.folder,
-        ema_decay=recipe.private.ema_decay,
-        warmup_steps=recipe.private.warmup_steps,
-        progress=progress,
+    model, objective = build.load_unet(run.public_model), build.private_objective(recipe, run.private)
+    released: Any = _train_privately(
+        run, model, run.plan, recipe.private, objective, seed="private", folder=stage.folder, progress=progress
     )
-    trainer.fit()
-    released: Any = trainer.ema_model.cpu()
     released.save_pretrained(run.model)
     build.scheduler(recipe).save_pretrained(run.model)
     for folder in (run.model, run.directory.release):
         statement(run).write(folder)
+
+
+def _train_privately(
+    run: Run,
+    model: torch.nn.Module,
+    plan: Plan,
+    training: Private | Baseline,
+    objective: Any,
+    *,
+    seed: str,
+    folder: Path,
+    progress: Progress,
+) -> torch.nn.Module:
+    """The averaged weights after every step of ``plan``, on the CPU; ledger and checkpoint are in ``folder``."""
+    from dpfast.diffusion.trainer import DPTrainer
+
+    trainer = DPTrainer(
+        model.train(),
+        run.private,
+        plan,
+        objective=objective,
+        optimizer=build.adam(training.learning_rate),
+        augmult=training.augmult,
+        seed=build.seed_for(run.recipe, seed),
+        performance=build.performance(run.recipe),
+        state_dir=folder,
+        ema_decay=training.ema_decay,
+        warmup_steps=training.warmup_steps,
+        progress=progress,
+    )
+    trainer.fit()
+    return trainer.ema_model.cpu()
 
 
 def sample(run: Run, progress: Progress) -> None:
@@ -108,29 +127,20 @@ def _generate(run: Run, model: Path, folder: Path, progress: Progress) -> ImageS
 
 def baseline(run: Run, progress: Progress) -> None:
     """A DP-SGD classifier with a ledger of its own: what the same budget buys without a generator."""
-    from dpfast.diffusion.trainer import DPTrainer
-
     recipe = run.recipe
-    if recipe.baseline.pretrained:
-        model = public_classifier(run, progress)
-    else:
-        model = _empty_classifier(run)
-    trainer = DPTrainer(
-        model.train(),
-        run.private,
+    model = public_classifier(run, progress) if recipe.baseline.pretrained else _empty_classifier(run)
+    objective = ClassifierObjective(augment=build.classifier_augment(recipe))
+    trained = _train_privately(
+        run,
+        model,
         run.baseline_plan,
-        objective=ClassifierObjective(augment=build.classifier_augment(recipe)),
-        optimizer=build.adam(recipe.baseline.learning_rate),
-        augmult=recipe.baseline.augmult,
-        seed=build.seed_for(recipe, "baseline"),
-        performance=build.performance(recipe),
-        state_dir=run.baseline,
-        ema_decay=recipe.baseline.ema_decay,
-        warmup_steps=recipe.baseline.warmup_steps,
+        recipe.baseline,
+        objective,
+        seed="baseline",
+        folder=run.baseline,
         progress=progress,
     )
-    trainer.fit()
-    _save_classifier(run.baseline / "model", trainer.ema_model.cpu())
+    _save_classifier(run.baseline / "model", trained)
     statement(run, baseline=True).write(run.baseline)
 
 
