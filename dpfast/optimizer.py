@@ -1,8 +1,9 @@
 """DPOptimizer: the one place where a private sum becomes an update."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ class Clipper(Protocol):
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]: ...
 
-    def wrote(self, parameter: nn.Parameter, /) -> bool: ...
+    def foreign_gradients(self) -> Collection[str]: ...
 
     def zero_grad(self) -> None: ...
 
@@ -31,7 +32,8 @@ class DPOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose every step adds the plan's noise and is charged to a ledger first.
 
     optimizer: any torch optimizer that steps without a closure, over exactly the parameters of ``clipper``.
-    ledger: a ``Ledger`` of the same plan, on disk for anything that is released; by default one in memory.
+    ledger: a ``Ledger`` of the same plan, on disk for anything that is released; by default one in memory, which
+        belongs to the clipper: another DPOptimizer of the same clipper goes on with it.
 
     The inner optimizer's param_groups, state, defaults, hooks and state_dict are this one's, so that
     learning-rate schedulers and checkpoints work on it. The step number is the ledger's: loading a state dict
@@ -53,11 +55,13 @@ class DPOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.plan = plan
         self.clipper = clipper
-        self.ledger = Ledger(None, plan) if ledger is None else ledger
+        self.ledger = _memory_ledger(clipper, plan) if ledger is None else ledger
         self._stepping = False
-        _guard(optimizer, self._only_through_step)
         if self.ledger.plan.fingerprint() != plan.fingerprint():
-            raise PrivacyError("DPOptimizer: the ledger was opened with another plan; open it with this one")
+            raise PrivacyError(
+                "DPOptimizer: the ledger was opened with another plan; open it with this one (the one in memory has"
+                " steps of an earlier optimizer of this clipper: for another plan give a Ledger)"
+            )
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ConfigError(
@@ -65,6 +69,10 @@ class DPOptimizer(torch.optim.Optimizer):
                 "closure), which the accounting does not cover; use SGD, Adam or another optimizer that "
                 "steps once"
             )
+        problems = self._clip_norm_problems() + self._coverage_problems()
+        if problems:
+            raise PrivacyError(_itemised("DPOptimizer: the optimizer, the plan and the clipper do not fit", problems))
+        _guard(optimizer, self._only_through_step)
 
     def __getattr__(self, name: str) -> Any:
         """param_groups, state, defaults and hooks are the inner optimizer's."""
@@ -99,7 +107,8 @@ class DPOptimizer(torch.optim.Optimizer):
                         "finite; use a wider dtype for the parameters, or a smaller max_grad_norm"
                     )
             self._stepping = True
-            self.optimizer.step()
+            with torch._C.DisableTorchFunction():  # noqa: SLF001  # inside `with clipper`, the update is not captured
+                self.optimizer.step()
         finally:
             self._stepping = False
             if self.steps_taken > charged:  # also when interrupted right after the charge
@@ -149,20 +158,25 @@ class DPOptimizer(torch.optim.Optimizer):
             problems.append(f"all {self.plan.steps} planned steps are spent; a longer run needs another Plan")
         if problems:
             error = BudgetExhausted if spent else PrivacyError
-            raise error("this step is refused, nothing was updated:\n" + "\n".join(f"  - {p}" for p in problems))
+            raise error(_itemised("this step is refused, nothing was updated", problems))
 
     def _problems(self, closure: object) -> list[str]:
         found = []
         if closure is not None:
             found.append("step(closure): a closure would evaluate private data unaccounted; call step() without one")
-        if self.clipper.max_grad_norm != self.plan.max_grad_norm:
-            found.append(
-                f"the clipper clips to max_grad_norm={self.clipper.max_grad_norm!r}, the plan says "
-                f"{self.plan.max_grad_norm!r}; give both the same number"
-            )
-        return found + self._parameter_problems()
+        foreign = [
+            f"{name}.grad was not written by the clipper alone; call zero_grad() before it"
+            for name in self.clipper.foreign_gradients()
+        ]
+        return found + self._clip_norm_problems() + self._coverage_problems() + foreign
 
-    def _parameter_problems(self) -> list[str]:
+    def _clip_norm_problems(self) -> list[str]:
+        if self.clipper.max_grad_norm == self.plan.max_grad_norm:
+            return []
+        ours, planned = self.clipper.max_grad_norm, self.plan.max_grad_norm
+        return [f"the clipper clips to max_grad_norm={ours!r}, the plan says {planned!r}; give both the same number"]
+
+    def _coverage_problems(self) -> list[str]:
         found = []
         covered = {id(p): name for name, p in self.clipper.parameters.items()}
         optimized = {id(p): p for group in self.param_groups for p in group["params"]}
@@ -175,9 +189,22 @@ class DPOptimizer(torch.optim.Optimizer):
         for name, p in self._trainable().items():
             if id(p) not in optimized:
                 found.append(f"{name} is clipped but not optimized; give it to the optimizer or freeze it")
-            if not self.clipper.wrote(p):
-                found.append(f"{name}.grad was not written by the clipper alone; call zero_grad() before it")
         return found
+
+
+_memory: WeakKeyDictionary[Clipper, Ledger] = WeakKeyDictionary()
+
+
+def _memory_ledger(clipper: Clipper, plan: Plan) -> Ledger:
+    """The ledger in memory of all optimizers of ``clipper``: a new optimizer is no new budget."""
+    ledger = _memory.get(clipper)
+    if ledger is None or not ledger.charged_steps:
+        ledger = _memory[clipper] = Ledger(None, plan)
+    return ledger
+
+
+def _itemised(what: str, problems: list[str]) -> str:
+    return f"{what}:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
 def _guard(optimizer: torch.optim.Optimizer, hook: Any) -> None:

@@ -1,4 +1,8 @@
-"""The dtype in which per-example quantities are accumulated."""
+"""The dtype in which per-example quantities are accumulated, and the precision of products."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,3 +11,21 @@ from torch import Tensor
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is float64, else float32: half precision is never summed in half precision."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices are computed in float32, even where the process allows TF32 or bfloat16.
+
+    Bounds on rounding errors (of a Gram, of a weighted sum) are for the precision of the dtype. Use as a decorator.
+    """
+    backends: Any = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    allowed = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, allowed, strict=True):
+            place.fp32_precision = precision

@@ -30,12 +30,12 @@ class FakeClipper:
             p.grad = torch.full_like(p, total)
             self._written[name] = (p.grad, p.grad._version)
 
-    def wrote(self, parameter):
-        if parameter.grad is None:
-            return True
-        (name,) = (n for n, p in self.parameters.items() if p is parameter)
-        grad, version = self._written.get(name, (None, None))
-        return parameter.grad is grad and grad._version == version
+    def foreign_gradients(self):
+        return [
+            name
+            for name, p in self.parameters.items()
+            if p.grad is not None and self._written.get(name) != (p.grad, p.grad._version)
+        ]
 
     def zero_grad(self):
         self._written.clear()

@@ -13,8 +13,7 @@ A call with tracked and data arguments is a *use*: it runs with the tracked argu
 computes input gradients as always but no weight gradient, and a ``Tap`` on its output hands (a, g) to the tape.
 """
 
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dpfast.clipping.fallback import fallback_use
-from dpfast.clipping.problems import Problem, listed
+from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules import MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use
 from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
@@ -41,6 +40,18 @@ FACTORIES = frozenset(
         torch.tensor,
     }
     | {torch.scalar_tensor, torch.tril_indices, torch.triu_indices, torch.empty}
+)
+SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+AUGMENTED = frozenset(
+    f"__{name}__"
+    for name in (
+        *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "idiv"),
+    )
+)
+# Calls that read only the shape or dtype of their other arguments.
+AS_ANOTHER = frozenset(
+    {Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as, Tensor.to, torch.zeros_like, torch.ones_like}
 )
 RANDOM = frozenset(
     {torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.rand_like, torch.randn_like}
@@ -59,18 +70,27 @@ class Tracked:
 class Capture(TorchFunctionMode):
     """Active inside ``with clipper``; writes uses and problems to its ``tape``.
 
-    ``detach``, set before the first use: whether uses run with detached parameters. Not for a batch of one example,
-    whose gradient is the ordinary one: autograd computes it, and the capture only looks for what is refused.
+    parameters: the trainable ones. fixed: buffers and frozen parameters by name. on_start: called at the first use of
+    each step. ``detach``, set before the first use: whether uses run with detached parameters. Not for a batch of one
+    example, whose gradient is the ordinary one: autograd computes it, and the capture only looks for what is refused.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], constants: Iterable[Tensor]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], fixed: Mapping[str, Tensor], on_start: Callable[[], None]
+    ) -> None:
         super().__init__()
         self.parameters = dict(parameters)
-        self.constants = WeakTensorKeyDictionary(dict.fromkeys(constants, True))
-        self.restart()
+        self.constants = WeakTensorKeyDictionary(dict.fromkeys(fixed.values(), True))
+        self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
+        self.on_start = on_start
+        self._begin()
 
     def restart(self) -> None:
         """Forget the last forward pass: a tape serves one backward pass."""
+        self.tape.closed = True
+        self._begin()
+
+    def _begin(self) -> None:
         self.tape = Tape(torch.zeros((), requires_grad=True))
         self.started, self.detach = False, True
         self.tracked = {id(p): Tracked(p, (name,)) for name, p in self.parameters.items()}
@@ -83,41 +103,72 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.tape.trace = hash((self.tape.trace, func))
+        if func is torch.broadcast_tensors:
+            return self._broadcast(tuple(tensors_in(args)))
         tensors = list(tensors_in((args, kwargs)))
+        written = written_by(func, args, kwargs)
         tracked = [self.tracked[id(t)] for t in tensors if id(t) in self.tracked]
+        data = [t for t in tensors if id(t) not in self.tracked and t not in self.constants]
+        if written and data and self._protects(func, written, data):
+            return self._harmless(func, args, kwargs)
         if tracked and torch.is_grad_enabled():
-            data = [t for t in tensors if id(t) not in self.tracked and t not in self.constants]
-            if data:
+            if not data or (func in AS_ANOTHER and self.is_tracked(args[0])):
+                return self._derive(func, args, kwargs, tracked)
+            if func not in AS_ANOTHER:
                 return self._use(func, args, kwargs, tracked)
-            return self._derive(func, args, kwargs, tracked)
+        elif tracked:
+            self.tape.used_without_grad.update(name for source in tracked for name in source.names)
         if func in MIXES_ROWS:
             return self._guarded(func, args, kwargs)
         output = func(*args, **kwargs)
-        self._note_constants(func, tensors, output)
+        self._note_constants(func, tensors, [*tensors_in(output), *written])
         return output
+
+    def _broadcast(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """Each tensor is expanded by itself: only their shapes meet."""
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        return tuple(self.__torch_function__(Tensor.expand, (), (t, shape)) for t in tensors)
+
+    def _protects(self, func: Any, written: list[Tensor], data: list[Tensor]) -> bool:
+        """Whether a call would write data into a parameter or buffer, by whatever name: it is refused, not run."""
+        names = [self.protected[storage(t)] for t in written if storage(t) in self.protected]
+        if not names or all(storage(t) in self.protected for t in data):
+            return False
+        what = f"{function_name(func)} writes into it during a private step: it would carry private data"
+        cure = (
+            "freeze it (eval mode, no running statistics), or update it from public data outside the step; the noised"
+            " update of a parameter is DPOptimizer's"
+        )
+        self.tape.problems.append(Problem(tuple(names), what, cure))
+        return True
 
     def _derive(self, func: Any, args: Any, kwargs: Any, sources: list[Tracked]) -> Any:
         """Run a call on tracked tensors and constants; what requires grad among its outputs is tracked."""
         output = func(*args, **kwargs)
         names = tuple(dict.fromkeys(name for source in sources for name in source.names))
-        for tensor in tensors_in(output):
+        for tensor in (*tensors_in(output), *written_by(func, args, kwargs)):
             if tensor.requires_grad and id(tensor) not in self.tracked:
                 derived = Tracked(tensor, names)
                 self.tracked[id(tensor)] = derived
                 self.derived.append(derived)  # kept alive, so that its id stays its own
+            elif not tensor.requires_grad and func not in RANDOM:
+                self.constants[tensor] = True
         return output
 
     def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
+        if not self.started:
+            self.started = True
+            self.on_start()
         names = tuple(dict.fromkeys(name for source in tracked for name in source.names))
-        use = self._rule(func, args, kwargs)
-        general = use is None
-        if use is None:
-            use = fallback_use(func, args, kwargs, self.is_tracked, names=names)
+        use = self._use_of(func, args, kwargs, names)
         if isinstance(use, Problem):
             self.tape.problems.append(Problem(names, f"{function_name(func)}: {use.what}", use.cure))
             return self._harmless(func, args, kwargs)
-        random_state = _random_state() if general else None
+        random_state = None if use.ruled else _random_state()
         output = self._run(func, args, kwargs)
+        if random_state is not None:
+            self._check_fallback(func, names, random_state)
         if output is None:
             self.tape.problems.append(
                 Problem(
@@ -126,12 +177,10 @@ class Capture(TorchFunctionMode):
                     "write it with an operation that returns a tensor (torch.where instead of indexed assignment)",
                 )
             )
-        if random_state is not None:
-            self._check_fallback(func, names, random_state)
-        targets = [id(source.tensor) for source in tracked]  # twice in one call is used twice
+        targets = [source.tensor for source in tracked]  # twice in one call is used twice
         if isinstance(output, Tensor):
             return self._attach(output, use, func, names, targets)
-        if isinstance(output, tuple):  # each result is a use of its own: gradients add up
+        if isinstance(output, tuple | list):  # each result is a use of its own: gradients add up
             uses = [
                 fallback_use(func, args, kwargs, self.is_tracked, names=names, result=i) for i in range(len(output))
             ]
@@ -139,7 +188,21 @@ class Capture(TorchFunctionMode):
             return type(output)([self._attach(o, cast(Use, u), func, names, targets) for o, u in results])
         return output
 
-    def _attach(self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: list[int]) -> Any:
+    def _use_of(self, func: Any, args: Any, kwargs: Any, names: tuple[str, ...]) -> Use | Problem:
+        if any(map(self.is_tracked, written_by(func, args, kwargs))):
+            return Problem(
+                (),
+                "a change in place, with data, of a tensor that was computed from parameters alone",
+                "use the operation's out-of-place form (h = h - x instead of h.sub_(x) or h -= x)",
+            )
+        use = self._rule(func, args, kwargs)
+        return fallback_use(func, args, kwargs, self.is_tracked, names=names) if use is None else use
+
+    def _attach(self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: list[Tensor]) -> Any:
+        if self.detach and isinstance(output, Tensor) and output.is_complex():
+            what = f"{function_name(func)}: a complex result, of which per-example gradients are not computed"
+            cure = "compute with real and imaginary parts (torch.view_as_real), or freeze the parameter"
+            self.tape.problems.append(Problem(names, what, cure))
         if not self.detach or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         return self.tape.attach(output, use, self.tape.site(function_name(func), names), targets)
@@ -175,20 +238,24 @@ class Capture(TorchFunctionMode):
             return args[0].clone()
 
         def copied(t: Tensor) -> Tensor:
-            return t.detach().clone() if id(t) in self.tracked else t
+            return t.detach().clone() if id(t) in self.tracked or storage(t) in self.protected else t
 
         return func(*replace_tensors(args, copied), **replace_tensors(kwargs, copied))
 
-    def _note_constants(self, func: Any, tensors: list[Tensor], output: Any) -> None:
-        made_from_constants = all(t in self.constants for t in tensors) if tensors else func in FACTORIES
-        for t in tensors_in(output):
+    def _note_constants(self, func: Any, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+        if tensors:
+            made_from_constants = all(t in self.constants or id(t) in self.tracked for t in tensors)
+        else:
+            made_from_constants = func in FACTORIES
+        for t in outputs:
             if made_from_constants and func not in RANDOM:
                 self.constants[t] = True
             elif t in self.constants:  # data written into it in place
                 del self.constants[t]
 
     def _check_fallback(self, func: Any, names: tuple[str, ...], random_state: Tensor) -> None:
-        """The fallback runs the call again: it must not be random. Say once that it is slow."""
+        """The fallback runs the call again: it must not be random."""
+        self.tape.fallbacks.setdefault(function_name(func), []).extend(names)
         if not torch.equal(random_state, _random_state()):
             self.tape.problems.append(
                 Problem(
@@ -197,11 +264,6 @@ class Capture(TorchFunctionMode):
                     "move the dropout out of the call, or set its rate to 0",
                 )
             )
-        warnings.warn(
-            f"dpfast has no rule for {function_name(func)} with {listed(names)}: its per-example gradients come from a"
-            " vmapped vector-Jacobian product, which is correct and slow",
-            stacklevel=4,
-        )
 
 
 def _random_state() -> Tensor:
@@ -210,3 +272,21 @@ def _random_state() -> Tensor:
     if torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
     return torch.cat(states)
+
+
+def storage(t: Tensor) -> int:
+    """Where a tensor's numbers lie: equal for views, ``detach()`` and ``.data``."""
+    return 0 if t.is_meta else t.untyped_storage().data_ptr()
+
+
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call changes in place."""
+    name = function_name(func)
+    in_place = (
+        name in AUGMENTED
+        or (name.endswith("_") and not name.endswith("__"))
+        or kwargs.get("inplace")
+        or func == SET_DATA
+    )
+    written = list(tensors_in(args[0])) if in_place and args else []
+    return written + list(tensors_in(kwargs.get("out")))

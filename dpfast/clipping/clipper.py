@@ -1,19 +1,22 @@
 """GhostClipper: per-example clipping for any model in any loop."""
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from dpfast.clipping.accumulate import Clipped
+from dpfast.clipping.calls import ModelCalls
 from dpfast.clipping.capture import Capture
-from dpfast.clipping.ownership import Ownership, forward_problems
+from dpfast.clipping.ownership import Ownership
 from dpfast.clipping.passes import Pass
 from dpfast.clipping.problems import Problem, listed, refuse
-from dpfast.clipping.trees import tensors_in
+from dpfast.clipping.tape import Tape
+from dpfast.clipping.watch import Seen, changed, seen
 from dpfast.errors import CaptureError, ConfigError
 from dpfast.performance import Performance
 
@@ -47,8 +50,14 @@ class GhostClipper:
     float32 rounding, and up to 0.5% where a Gram is used: ``accumulate.GRAM_TRUST``), replacing one by at most 2C; an
     example whose loss or gradient is not finite contributes exactly 0. A model for which this cannot be
     shown is refused with ``CaptureError`` before any ``p.grad`` is written. Nothing is stored on the model; outside the
-    block it is untouched. The caller owes two things: each example is in a batch once, and dropout inside the model
-    reads a generator whose seed nobody knows (``DPTrainer`` sees to both).
+    block it is untouched.
+
+    The caller owes what cannot be seen from inside the model (``DPTrainer`` sees to all of it):
+
+    - each example is in a batch once, its K rows next to each other (``x.repeat_interleave(K, 0)``, not ``repeat``);
+    - what is made of an example before the model (scaling, noise) and the weight of its losses depend on that example
+      alone: no statistics of the batch, no division by their number;
+    - dropout and noise come from a generator whose seed nobody knows.
     """
 
     def __init__(
@@ -74,58 +83,66 @@ class GhostClipper:
         if augmult < 1:
             raise ConfigError(f"augmult={augmult!r}: expected at least 1 row per example")
         self.model = model
-        self.max_grad_norm = float(max_grad_norm)
-        self.augmult = augmult
+        self._max_grad_norm = float(max_grad_norm)
+        self._augmult = augmult
         self.performance = performance or Performance()
         self._ownership = Ownership()
-        self._forward_shown = False
-        self._written: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: its p.grad and version
-        self._named_unused: set[str] = set()
+        self._calls = ModelCalls(model, augmult, one_by_one=self.performance.form == "example")
+        self._written: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: its p.grad, and the sum of its bits
+        self._warned: set[str] = set()
         self._capture: Capture | None = None
-        self._model_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._input_shape: torch.Size | None = None
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
-        refuse(_parameter_problems(self.parameters))
+        refuse(_model_problems(model, self.parameters))
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The clip norm C. Fixed: what was summed was clipped to it."""
+        return self._max_grad_norm
+
+    @property
+    def augmult(self) -> int:
+        """K, the rows of an example."""
+        return self._augmult
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name: those whose gradients are clipped together."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def wrote(self, parameter: nn.Parameter) -> bool:
-        """Whether ``parameter.grad`` is None or exactly what this clipper last wrote."""
-        if parameter.grad is None:
-            return True
-        grad, version = self._written.get(id(parameter), (None, 0))
-        return parameter.grad is grad and parameter.grad._version == version
+    def foreign_gradients(self) -> list[str]:
+        """Parameters whose ``p.grad`` is neither None nor exactly what this clipper last wrote."""
+        present = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        now = seen({name: _grad(p) for name, p in present.items()})
+        return [name for name, p in present.items() if self._written.get(id(p)) != (p.grad, now[name][1])]
 
     def zero_grad(self) -> None:
-        """Forget the accumulated sum: ``p.grad = None``."""
-        for p in self.parameters.values():
-            p.grad = None
+        """Forget the accumulated sum: ``p.grad = None``, also of parameters frozen since."""
+        for p in self.model.parameters():
+            if p.requires_grad or id(p) in self._written:
+                p.grad = None
         self._written.clear()
 
     def __enter__(self) -> Self:
         if self._capture is not None:
             raise CaptureError("this clipper is already active: leave its `with` block before entering it again")
         parameters = self.parameters
-        refuse(_parameter_problems(parameters))
-        constants = [*self.model.buffers(), *(p for p in self.model.parameters() if not p.requires_grad)]
-        self._capture = Capture(parameters, constants)
-        self._versions = self._current_versions()
-        self._input_shape = None
-        self._hook = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        refuse(_model_problems(self.model, parameters))
+        self._buffers = self._seen_buffers()
+        self._parameters: Seen | None = seen(parameters)
+        self._capture = Capture(parameters, self._fixed(), on_start=self._see_parameters)
+        self._calls.begin(self._capture)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        assert self._capture is not None
-        assert self._hook is not None
-        self._capture.__exit__(kind, value, tb)  # type: ignore[no-untyped-call]
-        self._hook.remove()
-        if kind is None and self._capture.tape.uses:
+        capture, self._capture = self._capture, None
+        assert capture is not None
+        capture.__exit__(kind, value, tb)  # type: ignore[no-untyped-call]
+        self._calls.end()
+        if kind is not None:
+            return
+        refuse(capture.tape.problems + self._buffer_problems())
+        if capture.tape.uses:
             warnings.warn("left `with clipper` without clipper.backward(losses): nothing was learned", stacklevel=2)
-        self._capture = self._model_call = self._hook = None
 
     def backward(self, losses: Tensor, *, example_mask: Tensor | None = None) -> ClipResult:
         """Clip and add to ``p.grad`` (created if None).
@@ -138,19 +155,25 @@ class GhostClipper:
         capture = self._capture
         if capture is None:
             raise CaptureError("clipper.backward was called outside `with clipper`: compute the losses inside, too")
+        tape = capture.tape
         try:
             with torch._C.DisableTorchFunction():
                 examples = self._check_losses(losses, example_mask)
-                refuse(capture.tape.problems + self._state_problems())
+                refuse(tape.problems + tape.changed_after_use() + self._state_problems())
                 if examples and not losses.requires_grad:
-                    raise CaptureError("losses depend on no trainable parameter: compute them inside `with clipper`")
-                self._show_forward(len(losses))
+                    raise CaptureError(
+                        "losses depend on no trainable parameter: compute them inside `with clipper`, with gradients"
+                        f" enabled{_without_grad(tape.used_without_grad)}"
+                    )
+                shown = self._calls.show(len(losses)) if examples else True
                 clipped = self._clip(losses, examples, example_mask)
                 self._write(clipped.sums)
         finally:
             capture.restart()
+            self._calls.restart()
+            self._parameters = None
         if examples:
-            self._warn_unused(clipped.sums)
+            self._warn(clipped.sums, tape, forward_shown=shown)
         return ClipResult(clipped.norms, clipped.factors)
 
     def _clip(self, losses: Tensor, examples: int, mask: Tensor | None) -> Clipped:
@@ -168,6 +191,7 @@ class GhostClipper:
             examples=examples,
             augmult=self.augmult,
             max_grad_norm=self.max_grad_norm,
+            path=self._calls.path(),
             mask=finite if mask is None else finite & mask,
         ).run()
 
@@ -203,84 +227,106 @@ class GhostClipper:
 
     def _averages_rows(self, losses: int) -> bool:
         """Whether the model saw more rows than there are losses (along dimension 1 in sequence-first models)."""
-        shape = self._input_shape
+        shape = self._calls.input_shape
         if shape is None or shape[0] <= losses:
             return False
         return not (len(shape) == 3 and shape[1] == losses)
 
     # What must hold before and after
 
-    def _current_versions(self) -> dict[str, tuple[int, int]]:
-        """Identity and version of every parameter and buffer (a count of batches aside): a change in place shows."""
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return {name: (id(t), t._version) for name, t in named if not name.endswith("num_batches_tracked")}
+    def _fixed(self) -> dict[str, Tensor]:
+        """Buffers and frozen parameters."""
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {**dict(self.model.named_buffers()), **frozen}
+
+    def _seen_buffers(self) -> Seen:
+        """A count of batches aside, buffers and frozen parameters stay as they are from ``with`` to its end."""
+        return seen({name: t for name, t in self._fixed().items() if not name.endswith("num_batches_tracked")})
+
+    def _see_parameters(self) -> None:
+        """At the first use of a step: a step after another in the same block begins with what the optimizer left."""
+        if self._parameters is None:
+            with torch._C.DisableTorchFunction():
+                self._parameters = seen(self.parameters)
+
+    def _buffer_problems(self) -> list[Problem]:
+        what = "changed during a private step: a buffer would carry private data"
+        cure = "freeze it (eval mode, no running statistics), or update it from public data outside the step"
+        return [Problem((name,), what, cure) for name in changed(self._buffers, self._seen_buffers())]
 
     def _state_problems(self) -> list[Problem]:
-        buffers = {name for name, _ in self.model.named_buffers()}
-        now = self._current_versions()
-        changed = [name for name in now.keys() | self._versions.keys() if now.get(name) != self._versions.get(name)]
-        problems = [
-            Problem(
-                (name,),
-                "changed during a private step" + (": a buffer would carry private data" if name in buffers else ""),
-                "freeze it (eval mode, no running statistics), or update it from public data outside the step",
-            )
-            for name in sorted(changed)
-        ]
-        foreign = [name for name, p in self.parameters.items() if not self.wrote(p)]
+        problems = self._buffer_problems()
+        moved = [] if self._parameters is None else changed(self._parameters, seen(self.parameters))
+        if moved:
+            what = "changed, frozen or unfrozen between the forward pass and clipper.backward"
+            problems.append(Problem((listed(moved),), what, "do it outside `with clipper`"))
+        foreign = self.foreign_gradients()
         if foreign:
-            problems.append(
-                Problem(
-                    (listed(foreign),),
-                    "p.grad holds what this clipper did not write",
-                    "call zero_grad() first, and let no other backward pass reach these parameters",
-                )
-            )
+            what = "p.grad holds what this clipper did not write"
+            cure = "call zero_grad() first, and let no other backward pass reach these parameters"
+            problems.append(Problem((listed(foreign),), what, cure))
         return problems
-
-    def _before_model(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model runs: what must not change, what the forward probe needs, how many rows there are."""
-        capture = self._capture
-        assert capture is not None
-        if not capture.started:
-            capture.started = True
-            self._versions = self._current_versions()
-            first = next((t for t in tensors_in((args, kwargs)) if t.ndim), None)
-            alone = first is not None and first.shape[0] == self.augmult
-            capture.detach = not (alone and self.performance.form == "example")
-            self._input_shape = None if first is None else first.shape
-        if not self._forward_shown and self._model_call is None:
-            self._model_call = (args, kwargs)
-
-    def _show_forward(self, rows: int) -> None:
-        """Once, on synthetic input: no example's input changes another example's output."""
-        if self._forward_shown or self._model_call is None or rows == 0:
-            return
-        refuse(forward_problems(self.model, *self._model_call, rows=rows, augmult=self.augmult))
-        self._forward_shown = True
-        self._model_call = None
 
     def _write(self, sums: dict[str, Tensor]) -> None:
         """Add the sums of one complete backward pass to ``p.grad``."""
+        parameters = self.parameters
         with torch.no_grad():
-            for name, p in self.parameters.items():
+            for name, p in parameters.items():
                 if p.grad is None:
                     p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
                 if name in sums:
                     p.grad += sums[name].to(p.dtype)
-                self._written[id(p)] = (p.grad, p.grad._version)
+        now = seen({name: _grad(p) for name, p in parameters.items()})
+        self._written = {id(p): (_grad(p), now[name][1]) for name, p in parameters.items()}
 
-    def _warn_unused(self, sums: dict[str, Tensor]) -> None:
-        unused = [name for name in self.parameters if name not in sums and name not in self._named_unused]
+    def _warn(self, sums: dict[str, Tensor], tape: Tape, *, forward_shown: bool) -> None:
+        """Each thing once."""
+        for function, names in tape.fallbacks.items():
+            self._warn_once(
+                function,
+                f"dpfast has no rule for {function} with {listed(dict.fromkeys(names))}: its per-example gradients come"
+                " from a vmapped vector-Jacobian product, which is correct and slow",
+            )
+        unused = [name for name in self.parameters if name not in sums and name not in self._warned]
         if unused:
-            self._named_unused.update(unused)
-            warnings.warn(
-                f"no loss depends on {listed(unused)}: noise is added to them all the same; freeze what is not trained",
-                stacklevel=3,
+            self._warned.update(unused)
+            self._warn_once(
+                "unused " + unused[0],
+                f"no loss depends on {listed(unused)}: noise is added to them all the same; freeze what is not trained"
+                + _without_grad(tape.used_without_grad.intersection(unused)),
+            )
+        if not forward_shown:
+            self._warn_once(
+                "forward probe",
+                "the model was not called with rows that could be replaced by synthetic ones, so it was not shown that"
+                " it takes no statistics over the batch behind a detach(): call model(x, ...) with x [B*K, ...]",
             )
 
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=4)
 
-def _parameter_problems(parameters: dict[str, nn.Parameter]) -> list[Problem]:
+
+def _grad(p: nn.Parameter) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def _without_grad(names: Collection[str]) -> str:
+    if not names:
+        return ""
+    return (
+        f" ({listed(sorted(names))} ran under torch.no_grad(), as reentrant activation checkpointing does: use"
+        " use_reentrant=False)"
+    )
+
+
+def _model_problems(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[Problem]:
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        what = "a lazy layer that has no shape yet"
+        return [Problem((listed(lazy),), what, "run the model once on public or random input first")]
     problems = []
     half = [name for name, p in parameters.items() if p.dtype not in (torch.float32, torch.float64)]
     if half:
@@ -289,8 +335,8 @@ def _parameter_problems(parameters: dict[str, nn.Parameter]) -> list[Problem]:
         )
         cure = "keep float32 parameters and compute in bfloat16 under torch.autocast"
         problems.append(Problem((listed(half),), what, cure))
-    hooked = [name for name, p in parameters.items() if p._post_accumulate_grad_hooks]
+    hooked = [name for name, p in parameters.items() if p._post_accumulate_grad_hooks or p._backward_hooks]
     if hooked:
-        what = "a hook on its accumulated gradient would see, or use, what is not clipped"
+        what = "a hook on its gradient would see, or use, what is not clipped"
         problems.append(Problem((listed(hooked),), what, "remove the hook: the update is DPOptimizer's"))
     return problems

@@ -14,6 +14,12 @@ from dpfast.clipping.tape import Terms, Use
 from dpfast.clipping.terms import Stored
 from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
 
+CURES = {  # for what torch.func cannot differentiate
+    "lstm": "step through the sequence with nn.LSTMCell, or freeze it",
+    "gru": "step through the sequence with nn.GRUCell, or freeze it",
+    "rnn_tanh": "step through the sequence with nn.RNNCell, or freeze it",
+    "rnn_relu": "step through the sequence with nn.RNNCell, or freeze it",
+}
 CHUNK_ELEMENTS = 1 << 24  # masked copies of the output gradient that are alive at a time
 
 
@@ -65,7 +71,7 @@ def fallback_use(
             raise
         except RuntimeError as error:
             what = f"{name}: torch has no vector-Jacobian product for it ({error})"
-            cure = "write it with operations that torch.func can differentiate, or freeze it"
+            cure = CURES.get(name, "write it with operations that torch.func can differentiate, or freeze it")
             raise refusal([Problem(names, what, cure)]) from error
         if grads is None:
             what = f"{name}: the rows of its arguments cannot be told apart"
@@ -73,7 +79,7 @@ def fallback_use(
             raise refusal([Problem(names, what, cure)])
         return [(targets[key], Stored(grad)) for key, grad in zip(target_ids, grads, strict=True)]
 
-    return Use(saved, terms)
+    return Use(saved, terms, ruled=False)
 
 
 Call = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]

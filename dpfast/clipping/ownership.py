@@ -1,55 +1,78 @@
 """Row ownership is shown, not assumed.
 
-Clipping per example bounds what one record can do only if the rows of different examples never meet. Two probes:
+Clipping per example bounds what one record can do only if the rows of different examples never meet. Two probes show
+it:
 
-- backward, until two examples have sent a gradient that is not zero through a use: the loss of one example alone is
-  back-propagated, and the gradient must be zero outside that example's rows. This also finds the dimension that holds
-  the rows.
-- forward, once: on synthetic input, changing the rows of one example must not change the output of another (what a
-  gradient cannot show: statistics over the batch behind a ``detach``).
+- backward, for every pair of examples: groups of examples are back-propagated alone, and at every use the gradient
+  must be zero outside the rows of the group. The groups are the bits of the examples' numbers and their complements,
+  so ``2 log2(B)`` backward passes part every example from every other. This also finds the dimension of the rows.
+- forward, on synthetic input: changing the rows of one example must not change the output of another (what a gradient
+  cannot show: statistics over the batch behind a ``detach``).
+
+Both are done anew when the uses, their shapes or the training modes of the model's layers change. What depends on the
+values of the data (rows that meet only for certain images) no probe can exclude.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.tape import Site, TapedUse
 from dpfast.clipping.trees import replace_tensors, tensors_in
 
+Signature = tuple[Any, ...]  # of a step: its uses with their shapes, and the modes of the layers
+ENOUGH_STEPS = 8  # probed, when there are never gradients of half of the examples: a choice, not a measurement
+SYNTHETIC_EXAMPLES = 4  # of the forward probe: a first, a last and two in between
 
-@dataclass
+
+@dataclass(frozen=True)
 class Evidence:
-    """What probes have said of one use: the row dimensions still possible, and how many probes said anything.
+    """What probes have said of one use.
 
-    Two must: a causal mixture (a cumulative sum over the batch) does not show in the loss of the first example.
+    dims: the dimensions that may still hold the rows. informative: the examples of which, in this step, a gradient
+    that is not zero was seen. steps: how many steps saw two or more.
     """
 
     dims: tuple[int, ...]
-    informative: int = 0
+    informative: frozenset[int] = frozenset()
+    steps: int = 0
 
-    @property
-    def settled(self) -> bool:
-        return not self.dims or self.informative >= 2
+    def settled(self, examples: int) -> bool:
+        """One dimension is left, and enough examples took part to believe that the others would agree."""
+        enough = len(self.informative) >= max(2, examples / 2) or self.steps >= ENOUGH_STEPS
+        return len(self.dims) == 1 and enough
 
 
 @dataclass
 class Ownership:
-    """The row dimension of every use seen so far; outlives the step, holds no tensors."""
+    """The row dimension of every use, by the signature of the step; outlives steps, holds no tensors."""
 
-    dims: dict[Site, int] = field(default_factory=dict)
+    evidence: dict[tuple[Signature, Site], Evidence] = field(default_factory=dict)
+    dims: dict[tuple[Signature, Site], int] = field(default_factory=dict)
 
-    def pending(self, sites: Mapping[Site, TapedUse]) -> set[Site]:
-        return set(sites) - set(self.dims)
+    def pending(self, signature: Signature, sites: Mapping[Site, TapedUse]) -> set[Site]:
+        return {site for site in sites if (signature, site) not in self.dims}
 
-    def settle(self, evidence: Mapping[Site, Evidence]) -> list[Problem]:
-        """Remember what was shown; a use left without a possible row dimension is a problem."""
+    def recall(self, signature: Signature, site: Site, dims: tuple[int, ...]) -> Evidence:
+        """What earlier steps left of ``dims``."""
+        before = self.evidence.get((signature, site))
+        if before is None:
+            return Evidence(dims)
+        return Evidence(tuple(d for d in dims if d in before.dims), steps=before.steps)
+
+    def settle(self, signature: Signature, evidence: Mapping[Site, Evidence], examples: int) -> list[Problem]:
+        """Remember what a step has shown; a use left without a possible row dimension is a problem."""
         for site, found in evidence.items():
-            if found.informative >= 2 and found.dims:
-                self.dims[site] = found.dims[0]
+            found = replace(found, steps=found.steps + (len(found.informative) >= 2))
+            if found.settled(examples):
+                self.dims[signature, site] = found.dims[0]
+                self.evidence.pop((signature, site), None)
+            elif found.dims:
+                self.evidence[signature, site] = found
         return [
             Problem(
                 site.names,
@@ -63,73 +86,129 @@ class Ownership:
         ]
 
 
+def groups(examples: int) -> list[list[int]]:
+    """Groups of examples such that for every two, some group holds the first and not the second."""
+    bits = [[i for i in range(examples) if i >> bit & 1] for bit in range((examples - 1).bit_length())]
+    return [group for ones in bits for group in (ones, sorted(set(range(examples)) - set(ones)))]
+
+
 def possible_dims(use: TapedUse, g: Tensor, examples: int) -> tuple[int, ...]:
     """Dimensions of the output that can be cut into one block per example."""
     dims = use.row_dims if use.row_dims is not None else tuple(range(g.ndim))
     return tuple(d for d in dims if d < g.ndim and g.shape[d] and g.shape[d] % examples == 0)
 
 
-def weigh(evidence: Evidence, g: Tensor, example: int, examples: int) -> Evidence:
-    """Evidence after the loss of ``example`` alone gave the gradient ``g`` at a use.
+def weigh(evidence: Evidence, g: Tensor, group: Sequence[int], examples: int) -> Evidence:
+    """Evidence after the losses of ``group`` alone gave the gradient ``g`` at a use.
 
     Entries that are not finite say nothing: 0 * inf of another example's activation is NaN without any mixing.
     """
     touched = g.isfinite() & (g != 0)
     if not bool(touched.any()):
         return evidence
-    dims = []
+    owners = {}
     for d in evidence.dims:
         blocks = touched.movedim(d, 0).unflatten(0, (examples, -1)).flatten(1).any(1)
-        if bool(blocks[example]) and int(blocks.sum()) == 1:
-            dims.append(d)
-    return Evidence(tuple(dims), evidence.informative + 1)
+        owners[d] = frozenset(blocks.nonzero().flatten().tolist())
+    dims = tuple(d for d in evidence.dims if owners[d].issubset(group))
+    seen = evidence.informative | owners[dims[0]] if dims else frozenset()
+    return replace(evidence, dims=dims, informative=seen)
 
 
-def forward_problems(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int, augmult: int
-) -> list[Problem]:
-    """Run ``model`` on two synthetic examples and change either: the other's output must not change.
+# The forward probe
 
-    Floating-point inputs are replaced by uniform random numbers, whole numbers (labels, timesteps) by values of other
-    rows. Nothing that depends on the inputs' values leaves this function but the verdict.
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Rows of ``SYNTHETIC_EXAMPLES`` examples in place of a batch's; those of example ``changed`` are others.
+
+    rows: how many the batch has; augmult: K; dim: where they are.
     """
-    call = (tuple(args), dict(kwargs))
-    if not any(_has_rows(t, rows) for t in tensors_in(call)):
-        return []
-    devices = {t.device for t in tensors_in(call) if t.is_cuda}
-    outputs = []
-    for changed in (None, 0, 1):
+
+    rows: int
+    augmult: int
+    dim: int = 0
+    changed: int | None = None
+
+    @property
+    def size(self) -> int:
+        return SYNTHETIC_EXAMPLES * self.augmult
+
+    def fits(self, t: Tensor) -> bool:
+        return t.ndim > self.dim and t.shape[self.dim] == self.rows
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Floating-point numbers become uniform random ones, whole numbers (labels, timesteps) those of other rows."""
+        if not self.fits(t):
+            return t
+        mine = slice(0, 0) if self.changed is None else self.of(self.changed)
+        t = t.movedim(self.dim, 0)
+        if not t.is_floating_point():
+            picks = torch.arange(self.size, device=t.device) % self.rows
+            picks[mine] = (picks[mine] + max(1, self.rows // 2)) % self.rows
+            return t[picks].movedim(0, self.dim)
+        generator = torch.Generator(t.device).manual_seed(0)
+        first, other = 0.1 + 0.9 * torch.rand(2, self.size, *t.shape[1:], generator=generator, device=t.device)
+        first[mine] = other[mine]
+        return first.to(t.dtype).movedim(0, self.dim)
+
+    def of(self, example: int) -> slice:
+        return slice(example * self.augmult, (example + 1) * self.augmult)
+
+
+# No example changed another; one did; nothing with rows went in or came out.
+Verdict = Literal["apart", "mixed", "unseen"]
+
+
+def forward_verdict(
+    call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], batch: Synthetic
+) -> Verdict:
+    """Run ``call`` on synthetic examples and change each: the others' output must not change.
+
+    Rows in dimension 0 are tried first, then in dimension 1 (sequence-first models). Nothing that depends on the
+    inputs' values leaves this function but the verdict.
+    """
+    seen: list[Verdict] = []
+    for dim in (0, 1):
+        given = replace(batch, dim=dim)
+        if not any(given.fits(t) for t in tensors_in((args, dict(kwargs)))):
+            continue
+        try:
+            verdict = _verdict(call, args, kwargs, given)
+        except RuntimeError as error:
+            if dim:  # as many features as rows, by chance
+                continue
+            error.add_note(f"while showing on {SYNTHETIC_EXAMPLES} synthetic examples that the model keeps rows apart")
+            raise
+        if verdict == "apart":
+            return verdict
+        seen.append(verdict)
+    return "mixed" if "mixed" in seen else "unseen"
+
+
+def _verdict(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], batch: Synthetic) -> Verdict:
+    whole = (tuple(args), dict(kwargs))
+    devices = {t.device for t in tensors_in(whole) if t.is_cuda}
+
+    def outputs(changed: int | None) -> list[Tensor]:
         with torch.no_grad(), torch.random.fork_rng(devices=devices), torch._C.DisableTorchFunction():
             torch.manual_seed(0)
-            new_args, new_kwargs = replace_tensors(call, lambda t: _synthetic(t, rows, augmult, changed))  # noqa: B023
-            outputs.append(list(tensors_in(model(*new_args, **new_kwargs))))
-    kept = {0: slice(augmult, None), 1: slice(augmult)}
-    for before, *after in zip(*outputs, strict=True):
-        if before.ndim == 0 or before.shape[0] != 2 * augmult:
-            continue
-        if any(_differs(before[kept[changed]], after[changed][kept[changed]]) for changed in (0, 1)):
-            what = "changing one example's input changes the model's output for another example"
-            return [Problem((), what, "remove what mixes rows: statistics over the batch, even behind detach()")]
-    return []
+            new_args, new_kwargs = replace_tensors(whole, replace(batch, changed=changed))
+            return [t for t in tensors_in(call(*new_args, **new_kwargs)) if t.ndim]
 
-
-def _has_rows(t: Tensor, rows: int) -> bool:
-    return t.ndim > 0 and t.shape[0] == rows
-
-
-def _synthetic(t: Tensor, rows: int, augmult: int, changed: int | None) -> Tensor:
-    """Two examples' rows in place of ``t``'s; those of example ``changed`` are others."""
-    if not _has_rows(t, rows):
-        return t
-    mine = slice(0, 0) if changed is None else slice(changed * augmult, (changed + 1) * augmult)
-    if not t.is_floating_point():
-        picks = torch.arange(2 * augmult, device=t.device) % rows
-        picks[mine] = (picks[mine] + rows // 2) % rows
-        return t[picks]
-    generator = torch.Generator(t.device).manual_seed(0)
-    first, other = 0.1 + 0.9 * torch.rand(2, 2 * augmult, *t.shape[1:], generator=generator, device=t.device)
-    first[mine] = other[mine]
-    return first.to(t.dtype)
+    before = outputs(None)
+    dims = [next((d for d in (batch.dim, 0) if t.ndim > d and t.shape[d] == batch.size), None) for t in before]
+    if all(dim is None for dim in dims):
+        return "unseen"
+    for changed in range(SYNTHETIC_EXAMPLES):
+        others = torch.tensor([r for r in range(batch.size) if r // batch.augmult != changed])
+        for dim, one, other in zip(dims, before, outputs(changed), strict=True):
+            if dim is None:
+                continue
+            kept = others.to(one.device)
+            if one.shape != other.shape or _differs(one.index_select(dim, kept), other.index_select(dim, kept)):
+                return "mixed"
+    return "apart"
 
 
 def _differs(before: Tensor, after: Tensor) -> bool:

@@ -1,7 +1,6 @@
 """The two ways through a private backward pass: a batch of examples, or one example alone."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,22 +8,15 @@ from torch import Tensor, nn
 
 from dpfast.clipping.accumulate import Accumulation, Clipped
 from dpfast.clipping.capture import Capture
-from dpfast.clipping.ownership import Evidence, Ownership, possible_dims, weigh
+from dpfast.clipping.ownership import Ownership, Signature, groups, possible_dims, weigh
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
-from dpfast.clipping.tape import Receive, TapedUse
+from dpfast.clipping.tape import Receive, Site, TapedUse, plain
 from dpfast.clipping.terms import Stored
 from dpfast.kernels.clip import clip_factors
 from dpfast.performance import Performance
 
 Record = tuple[TapedUse, tuple[Tensor, ...], Tensor]
-
-
-@contextmanager
-def no_capture() -> Iterator[None]:
-    """Plain torch: neither recorded by autograd nor seen by the capture."""
-    with torch._C.DisableTorchFunction(), torch.no_grad():
-        yield
 
 
 @dataclass(frozen=True)
@@ -39,6 +31,7 @@ class Pass:
     examples: int
     augmult: int
     max_grad_norm: float
+    path: Hashable  # what the step ran: the functions called, the modes of the layers
     mask: Tensor  # False for examples that contribute nothing: padding, and those whose loss is not finite
 
     def run(self) -> Clipped:
@@ -47,7 +40,8 @@ class Pass:
 
     def _all_at_once(self) -> Clipped:
         tape = self.capture.tape
-        pending = self.ownership.pending(tape.uses) if self.examples > 1 else set()
+        signature = self._signature()
+        pending = self.ownership.pending(signature, tape.uses) if self.examples > 1 else set()
         records: list[Record] = []
         accumulation = Accumulation(
             self.parameters, self.capture.derived, tape, self.examples, self.performance, self.losses.device
@@ -59,42 +53,52 @@ class Pass:
             elif pending:
                 records.append((use, saved, g))
             else:
-                accumulation.add(use, saved, g, self._rows(use, g))
+                accumulation.add(use, saved, g, self._rows(use, g, self.ownership.dims.get((signature, use.site))))
 
         leaked = self._backward(None, receive, retain_graph=bool(pending))
         refuse(tape.problems + [_leak(name) for name, grad in leaked.items() if grad is not None])
-        if pending:
-            self._show_ownership([record for record in records if record[0].site in pending])
-        with no_capture():
+        shown = self._show_ownership(signature, [r for r in records if r[0].site in pending])
+        with plain():
             for use, saved, g in records:
-                accumulation.add(use, saved, g, self._rows(use, g))
+                dim = shown.get(use.site, self.ownership.dims.get((signature, use.site)))
+                accumulation.add(use, saved, g, self._rows(use, g, dim))
             return accumulation.finish(self.max_grad_norm, self.mask)
 
-    def _show_ownership(self, records: list[Record]) -> None:
-        """Back-propagate single examples until every use that received a gradient has a row dimension."""
+    def _signature(self) -> Signature:
+        """Of this step, whatever the number of its rows: sizes that the rows divide count in rows."""
+        n = len(self.losses)
+        in_rows = [
+            tuple((size // n, "rows") if size and size % n == 0 else (size, "") for size in shape)
+            for shape in self.capture.tape.shapes.values()
+        ]
+        return self.path, tuple(in_rows)
+
+    def _show_ownership(self, signature: Signature, records: list[Record]) -> dict[Site, int]:
+        """Back-propagate groups of examples alone; the row dimension of every use that received a gradient."""
         evidence = {
-            use.site: Evidence(possible_dims(use, g, self.examples)) for use, _, g in records if bool((g != 0).any())
+            use.site: self.ownership.recall(signature, use.site, possible_dims(use, g, self.examples))
+            for use, _, g in records
+            if bool((g != 0).any())
         }
 
-        def observe(example: int) -> None:
+        def observe(group: Sequence[int]) -> None:
             def receive(use: TapedUse, _saved: tuple[Tensor, ...], g: Tensor) -> None:
                 if use.site in evidence:
-                    evidence[use.site] = weigh(evidence[use.site], g, example, self.examples)
+                    evidence[use.site] = weigh(evidence[use.site], g, group, self.examples)
 
-            self._backward(example, receive, retain_graph=True)
+            self._backward(group, receive, retain_graph=True)
 
-        for example in _spread(self.examples):
-            if all(found.settled for found in evidence.values()):
-                break
-            observe(example)
-        refuse(self.ownership.settle(evidence))
+        for group in groups(self.examples) if evidence else []:
+            observe(group)
+        refuse(self.ownership.settle(signature, evidence, self.examples))
+        return {site: found.dims[0] for site, found in evidence.items()}
 
     def _one_example(self) -> Clipped:
         """The batch is one example: its gradient is the ordinary one, and no rows can mix."""
         assert self.examples == 1
         grads = self._backward(None, lambda *_: None, retain_graph=False)
         refuse(self.capture.tape.problems)
-        with no_capture():
+        with plain():
             stored = {name: Stored(grad.unsqueeze(0)) for name, grad in grads.items() if grad is not None}
             sq = self.losses.new_zeros(1, dtype=torch.float64)
             for term in stored.values():
@@ -102,17 +106,20 @@ class Pass:
             factors = torch.where(self.mask, clip_factors(sq, self.max_grad_norm), 0)
             return Clipped(sq.sqrt(), factors, {name: term.clipped_sum(factors) for name, term in stored.items()})
 
-    def _backward(self, example: int | None, receive: Receive, *, retain_graph: bool) -> dict[str, Tensor | None]:
-        """Back-propagate all losses, or one example's; what autograd itself gives each parameter.
+    def _backward(
+        self, group: Sequence[int] | None, receive: Receive, *, retain_graph: bool
+    ) -> dict[str, Tensor | None]:
+        """Back-propagate all losses, or those of a group of examples; what autograd itself gives each parameter.
 
         Meanwhile every ``p.grad`` is set aside, so that whatever reaches one (a path that was not captured, a backward
         pass inside the backward pass) is seen and never added to what the clipper has written. The capture stays on:
         activation checkpointing runs parts of the forward pass again.
         """
         cotangent = torch.full_like(self.losses, 1 / self.augmult)
-        if example is not None:
-            rows = torch.arange(len(cotangent), device=cotangent.device) // self.augmult
-            cotangent = torch.where(rows == example, cotangent, 0)
+        if group is not None:
+            kept = torch.zeros(self.examples, dtype=torch.bool)
+            kept[list(group)] = True
+            cotangent *= kept.to(cotangent.device).repeat_interleave(self.augmult)
         parameters = list(self.parameters.values())
         set_aside = [p.grad for p in parameters]
         for p in parameters:
@@ -137,25 +144,16 @@ class Pass:
             for p, grad in zip(parameters, set_aside, strict=True):
                 p.grad = grad
 
-    def _rows(self, use: TapedUse, g: Tensor) -> Rows:
+    def _rows(self, use: TapedUse, g: Tensor, dim: int | None) -> Rows:
+        """``dim`` None: nothing is known, because the gradient is zero, of one example, or not finite."""
         possible = possible_dims(use, g, self.examples)
-        dim = self.ownership.dims.get(use.site, possible[0] if possible else 0)
+        if dim is None:
+            dim = possible[0] if possible else 0
         if self.examples > 1 and dim not in possible:
-            refuse(
-                [
-                    Problem(
-                        use.site.names,
-                        f"{use.site.function}: the output cannot be cut into examples along dimension {dim}",
-                        "keep the rows of the batch together along one dimension",
-                    )
-                ]
-            )
+            what = f"{use.site.function}: the output cannot be cut into examples along dimension {dim}"
+            cure = "keep the rows of the batch together along one dimension"
+            refuse([Problem(use.site.names, what, cure)])
         return Rows(self.examples, dim)
-
-
-def _spread(examples: int) -> list[int]:
-    """All examples, the first and the last in front."""
-    return [0, examples - 1, *range(1, examples - 1)]
 
 
 def _unseen(use: TapedUse) -> Problem:

@@ -348,7 +348,13 @@ def multiply_in_place(is_tracked: IsTracked, left: Any, right: Any) -> Use | Non
     return None if is_tracked(left) else multiply(is_tracked, left.detach().clone(), right)
 
 
-add, subtract, subtract_reflected = _additive(1, 1), _additive(1, -1), _additive(-1, 1)
+add, subtract = _additive(1, 1), _additive(1, -1)
+
+
+def subtract_reflected(is_tracked: IsTracked, left: Any, right: Any, *, alpha: float = 1) -> Use | None:
+    """``right - alpha * left``."""
+    rule: Use | None = subtract(is_tracked, right, left, alpha=alpha)  # type: ignore[assignment]
+    return rule
 
 
 def torch_embedding(

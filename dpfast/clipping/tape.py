@@ -12,6 +12,15 @@ from torch import Tensor
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.terms import Term
+from dpfast.errors import CaptureError
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Neither recorded by autograd nor seen by the capture."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
+
 
 Terms = Sequence[tuple[Tensor, Term]]
 Receive = Callable[["TapedUse", tuple[Tensor, ...], Tensor], None]
@@ -35,6 +44,7 @@ class Use:
     saved: tuple[Tensor, ...]
     terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
     row_dims: tuple[int, ...] | None = None  # dimensions of the output that may hold the rows; None: any
+    ruled: bool = True  # False: by the fallback
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,15 @@ class Tape:
     anchor: Tensor  # requires grad, so that every captured output does
     uses: dict[Site, TapedUse] = field(default_factory=dict)
     calls: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
+    shapes: dict[Site, torch.Size] = field(default_factory=dict)  # of the outputs
+    trace: int = 0  # of every torch function called, in order
     times_used: Counter[int] = field(default_factory=Counter)  # by id of the tracked tensor
+    versions: dict[int, tuple[Tensor, int, tuple[str, ...]]] = field(default_factory=dict)  # of what was used
+    fallbacks: dict[str, list[str]] = field(default_factory=dict)  # functions without a rule: parameters
+    used_without_grad: set[str] = field(default_factory=set)  # parameters
     problems: list[Problem] = field(default_factory=list)
     receive: Receive | None = None  # set during a backward pass only
+    closed: bool = False  # after its backward pass
 
     def site(self, function: str, names: tuple[str, ...]) -> Site:
         call = self.calls[function, names]
@@ -73,17 +89,37 @@ class Tape:
         finally:
             self.receive = None
 
-    def attach(self, output: Tensor, use: Use, site: Site, targets: Iterable[int]) -> Tensor:
-        """``output``, with a ``Tap`` as the last node of its graph; ``targets`` are ids of the tensors used."""
+    def attach(self, output: Tensor, use: Use, site: Site, targets: Iterable[Tensor]) -> Tensor:
+        """``output``, with a ``Tap`` as the last node of its graph; ``targets`` are the tracked tensors used."""
         taped = TapedUse(site, use.terms, use.row_dims)
         if self.receive is None:  # a forward recomputed during backward (checkpointing) is no new use
             self.uses[site] = taped
-            self.times_used.update(targets)
+            self.shapes[site] = output.shape
+            for target in targets:
+                self.times_used[id(target)] += 1
+                self.versions.setdefault(id(target), (target, target._version, site.names))
         saved = [t.detach() for t in use.saved]  # no edges into their graphs; the version counter is shared
         tapped: Tensor = Tap.apply(output, self.anchor, self, taped, *saved)  # type: ignore[no-untyped-call]
         return tapped
 
+    def changed_after_use(self) -> list[Problem]:
+        """Weights that were changed in place after a use: their gradients would be pulled back through the change."""
+        return [
+            Problem(
+                names,
+                "changed in place after it (or what was computed from it) was used",
+                "compute a new tensor (w = w * 2 instead of w.mul_(2))",
+            )
+            for tensor, version, names in self.versions.values()
+            if tensor._version != version
+        ]
+
     def record(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+        if self.closed:
+            raise CaptureError(
+                f"{use.site}: the losses come from a forward pass before the last clipper.backward; call"
+                " clipper.backward(losses) after each forward pass, or once for all losses together"
+            )
         if self.receive is None:
             self.problems.append(
                 Problem(
@@ -93,7 +129,7 @@ class Tape:
                 )
             )
             return
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with plain():
             self.receive(use, saved, g)
 
 

@@ -1,5 +1,7 @@
 """Calls and the tensors inside their arguments."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,7 +9,7 @@ from torch import Tensor
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in order, also inside lists, tuples and dicts."""
+    """Tensors in order, also inside lists, tuples, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -16,6 +18,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+    elif _is_record(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
 
 
 def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
@@ -27,7 +32,16 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {key: replace_tensors(item, replace) for key, item in value.items()}
+    if _is_record(value):
+        record = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(record, field.name, replace_tensors(getattr(value, field.name), replace))
+        return record
     return value
+
+
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def function_name(func: Any) -> str:

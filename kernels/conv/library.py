@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels.conv.spec import ConvSpec
-from dpfast.kernels.precision import accumulation_dtype
+from dpfast.kernels.precision import accumulation_dtype, full_precision
 
 
 def weight_grad(a: Tensor, g: Tensor, spec: ConvSpec) -> Tensor:
@@ -38,6 +38,7 @@ def each_grad(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Iterator[T
             yield weight_grad(a_i, g_i, spec)
 
 
+@full_precision()
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor) -> Tensor:
     """``sum_i w_i G_i`` from one weight gradient; an example with ``w_i = 0`` contributes exactly 0."""
     dtype = accumulation_dtype(a, g)

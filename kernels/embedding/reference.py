@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels.linear.reference import gram_error
-from dpfast.kernels.precision import accumulation_dtype
+from dpfast.kernels.precision import accumulation_dtype, full_precision
 
 
 def per_example_grads(index: Tensor, g: Tensor, rows: int) -> Tensor:
@@ -14,6 +14,7 @@ def per_example_grads(index: Tensor, g: Tensor, rows: int) -> Tensor:
     return out.scatter_add_(1, index.unsqueeze(-1).expand_as(g), g)
 
 
+@full_precision()
 def gram_sq_norms(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 [B]`` without the table, and a bound on its rounding error ``[B]``: a Gram of unit vectors."""
     g = g.to(accumulation_dtype(g))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpfast.kernels.precision import accumulation_dtype
+from dpfast.kernels.precision import accumulation_dtype, full_precision
 
 
 def per_example_grads(a: Tensor, g: Tensor) -> Tensor:
@@ -20,6 +20,7 @@ def direct_sq_norms(a: Tensor, g: Tensor) -> Tensor:
     return torch.stack(norms) if norms else a.new_zeros(0, dtype=accumulation_dtype(a, g))
 
 
+@full_precision()
 def gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>`` and a bound on its rounding error, both ``[B]``.
 
@@ -44,6 +45,7 @@ def gram_error(m: int, d: int, p: int, dtype: torch.dtype) -> float:
     return (2 * math.sqrt(d) + 2 * math.sqrt(p) + 2 * math.log2(max(m, 2))) * torch.finfo(dtype).eps
 
 
+@full_precision()
 def clipped_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
     """``sum_i w_i G_i [..., P, D]`` in one matrix product; an example with ``w_i = 0`` contributes exactly 0."""
     dtype = accumulation_dtype(a, g)
