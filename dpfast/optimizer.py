@@ -95,24 +95,27 @@ class DPOptimizer(torch.optim.Optimizer):
         when the plan's steps are spent). Whatever fails later leaves the step charged: nothing is retried
         once noise is drawn.
         """
-        self._refuse(closure)
-        charged = self.steps_taken
-        try:
-            self.ledger.charge(charged + 1)
-            for name, parameter in self._trainable().items():
-                parameter.grad = self._noised_mean(parameter)
-                if not torch.isfinite(parameter.grad).all():  # allowed to depend on the data: it is noised
-                    raise DPFastError(
-                        f"step {self.steps_taken}: the noised gradient of {name} ({parameter.dtype}) is not "
-                        "finite; use a wider dtype for the parameters, or a smaller max_grad_norm"
-                    )
-            self._stepping = True
-            with torch._C.DisableTorchFunction():  # noqa: SLF001  # inside `with clipper`, the update is not captured
-                self.optimizer.step()
-        finally:
-            self._stepping = False
-            if self.steps_taken > charged:  # also when interrupted right after the charge
-                self.zero_grad()
+        with torch._C.DisableTorchFunction():  # noqa: SLF001  # inside `with clipper`, an update is no private use
+            self._refuse(closure)
+            charged = self.steps_taken
+            try:
+                self._update(charged + 1)
+            finally:
+                self._stepping = False
+                if self.steps_taken > charged:  # also when interrupted right after the charge
+                    self.zero_grad()
+
+    def _update(self, step: int) -> None:
+        self.ledger.charge(step)
+        for name, parameter in self._trainable().items():
+            parameter.grad = self._noised_mean(parameter)
+            if not torch.isfinite(parameter.grad).all():  # allowed to depend on the data: it is noised
+                raise DPFastError(
+                    f"step {step}: the noised gradient of {name} ({parameter.dtype}) is not finite; use a wider dtype"
+                    " for the parameters, or a smaller max_grad_norm"
+                )
+        self._stepping = True
+        self.optimizer.step()
 
     def _only_through_step(self, *_: object) -> None:
         """Runs before every step of the inner optimizer."""

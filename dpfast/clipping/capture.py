@@ -70,19 +70,26 @@ class Tracked:
 class Capture(TorchFunctionMode):
     """Active inside ``with clipper``; writes uses and problems to its ``tape``.
 
-    parameters: the trainable ones. fixed: buffers and frozen parameters by name. on_start: called at the first use of
-    each step. ``detach``, set before the first use: whether uses run with detached parameters. Not for a batch of one
-    example, whose gradient is the ordinary one: autograd computes it, and the capture only looks for what is refused.
+    parameters: the trainable ones. fixed: buffers and frozen parameters by name. anchor: requires grad, the same for
+    all steps, so that uses of an earlier step are noticed. on_start: called at the first use of each step.
+
+    ``detach``, decided before the first use: whether uses run with detached parameters. Not for a batch of one example
+    in the form "example", whose gradient is the ordinary one: autograd computes it, and the capture only looks for what
+    is refused.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], fixed: Mapping[str, Tensor], on_start: Callable[[], None]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        fixed: Mapping[str, Tensor],
+        anchor: Tensor,
+        on_start: Callable[[], None],
     ) -> None:
         super().__init__()
         self.parameters = dict(parameters)
         self.constants = WeakTensorKeyDictionary(dict.fromkeys(fixed.values(), True))
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
-        self.on_start = on_start
+        self.anchor, self.on_start = anchor, on_start
         self._begin()
 
     def restart(self) -> None:
@@ -91,7 +98,7 @@ class Capture(TorchFunctionMode):
         self._begin()
 
     def _begin(self) -> None:
-        self.tape = Tape(torch.zeros((), requires_grad=True))
+        self.tape = Tape(self.anchor)
         self.started, self.detach = False, True
         self.tracked = {id(p): Tracked(p, (name,)) for name, p in self.parameters.items()}
         self.derived: list[Tracked] = []

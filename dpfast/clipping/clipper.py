@@ -1,7 +1,7 @@
 """GhostClipper: per-example clipping for any model in any loop."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -90,6 +90,7 @@ class GhostClipper:
         self._calls = ModelCalls(model, augmult, one_by_one=self.performance.form == "example")
         self._written: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: its p.grad, and the sum of its bits
         self._warned: set[str] = set()
+        self._anchor = torch.zeros((), requires_grad=True)
         self._capture: Capture | None = None
         refuse(_model_problems(model, self.parameters))
 
@@ -126,9 +127,9 @@ class GhostClipper:
             raise CaptureError("this clipper is already active: leave its `with` block before entering it again")
         parameters = self.parameters
         refuse(_model_problems(self.model, parameters))
-        self._buffers = self._seen_buffers()
+        self._buffers = self._seen_buffers(parameters)
         self._parameters: Seen | None = seen(parameters)
-        self._capture = Capture(parameters, self._fixed(), on_start=self._see_parameters)
+        self._capture = Capture(parameters, self._fixed(parameters), self._anchor, on_start=self._see_parameters)
         self._calls.begin(self._capture)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -140,7 +141,7 @@ class GhostClipper:
         self._calls.end()
         if kind is not None:
             return
-        refuse(capture.tape.problems + self._buffer_problems())
+        refuse(capture.tape.problems + self._buffer_problems(capture))
         if capture.tape.uses:
             warnings.warn("left `with clipper` without clipper.backward(losses): nothing was learned", stacklevel=2)
 
@@ -159,7 +160,7 @@ class GhostClipper:
         try:
             with torch._C.DisableTorchFunction():
                 examples = self._check_losses(losses, example_mask)
-                refuse(tape.problems + tape.changed_after_use() + self._state_problems())
+                refuse(tape.problems + tape.changed_after_use() + self._state_problems(capture))
                 if examples and not losses.requires_grad:
                     raise CaptureError(
                         "losses depend on no trainable parameter: compute them inside `with clipper`, with gradients"
@@ -234,14 +235,15 @@ class GhostClipper:
 
     # What must hold before and after
 
-    def _fixed(self) -> dict[str, Tensor]:
+    def _fixed(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Buffers and frozen parameters."""
-        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        frozen = {name: p for name, p in self.model.named_parameters() if name not in trainable}
         return {**dict(self.model.named_buffers()), **frozen}
 
-    def _seen_buffers(self) -> Seen:
+    def _seen_buffers(self, trainable: Mapping[str, nn.Parameter]) -> Seen:
         """A count of batches aside, buffers and frozen parameters stay as they are from ``with`` to its end."""
-        return seen({name: t for name, t in self._fixed().items() if not name.endswith("num_batches_tracked")})
+        fixed = self._fixed(trainable).items()
+        return seen({name: t for name, t in fixed if not name.endswith("num_batches_tracked")})
 
     def _see_parameters(self) -> None:
         """At the first use of a step: a step after another in the same block begins with what the optimizer left."""
@@ -249,13 +251,13 @@ class GhostClipper:
             with torch._C.DisableTorchFunction():
                 self._parameters = seen(self.parameters)
 
-    def _buffer_problems(self) -> list[Problem]:
+    def _buffer_problems(self, capture: Capture) -> list[Problem]:
         what = "changed during a private step: a buffer would carry private data"
         cure = "freeze it (eval mode, no running statistics), or update it from public data outside the step"
-        return [Problem((name,), what, cure) for name in changed(self._buffers, self._seen_buffers())]
+        return [Problem((name,), what, cure) for name in changed(self._buffers, self._seen_buffers(capture.parameters))]
 
-    def _state_problems(self) -> list[Problem]:
-        problems = self._buffer_problems()
+    def _state_problems(self, capture: Capture) -> list[Problem]:
+        problems = self._buffer_problems(capture)
         moved = [] if self._parameters is None else changed(self._parameters, seen(self.parameters))
         if moved:
             what = "changed, frozen or unfrozen between the forward pass and clipper.backward"

@@ -13,6 +13,7 @@ from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
 from dpfast.clipping.terms import Stored
+from dpfast.errors import CaptureError
 from dpfast.kernels.clip import clip_factors
 from dpfast.performance import Performance
 
@@ -47,7 +48,10 @@ class Pass:
             self.parameters, self.capture.derived, tape, self.examples, self.performance, self.losses.device
         )
 
+        reached: set[Site] = set()
+
         def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+            reached.add(use.site)
             if use.site not in tape.uses:
                 tape.problems.append(_unseen(use))
             elif pending:
@@ -57,6 +61,11 @@ class Pass:
 
         leaked = self._backward(None, receive, retain_graph=bool(pending))
         refuse(tape.problems + [_leak(name) for name, grad in leaked.items() if grad is not None])
+        if not reached:
+            raise CaptureError(
+                "the losses depend on no trainable parameter used since the last clipper.backward: compute them inside"
+                " `with clipper`, one forward pass before each clipper.backward"
+            )
         shown = self._show_ownership(signature, [r for r in records if r[0].site in pending])
         with plain():
             for use, saved, g in records:

@@ -26,8 +26,8 @@ def seen(tensors: Mapping[str, Tensor]) -> Seen:
 
 
 def changed(before: Seen, now: Seen) -> list[str]:
-    """Names of tensors that came, went, were replaced or hold other numbers, sorted."""
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    """Names of tensors that came, went, were replaced or hold other numbers."""
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
 def _sum_of_bits(t: Tensor) -> Tensor:

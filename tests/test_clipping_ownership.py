@@ -1,0 +1,238 @@
+"""Whose rows: what the probes find, what they need, and when they are made again."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cases import Raw, losses
+from dpfast import GhostClipper
+from dpfast.clipping.ownership import ENOUGH_STEPS, groups
+from dpfast.errors import CaptureError
+from oracle import per_example
+
+
+def clip(clipper, x, loss=losses):
+    """Norms of one step."""
+    clipper.zero_grad()
+    with clipper:
+        return clipper.backward(loss(clipper.model, (x,))).norms
+
+
+@pytest.mark.parametrize("examples", [2, 3, 7, 8, 33])
+def test_groups_part_every_example_from_every_other(examples) -> None:
+    parted = {(i, j) for group in groups(examples) for i in group for j in set(range(examples)) - set(group)}
+    assert parted == {(i, j) for i in range(examples) for j in range(examples) if i != j}
+    assert len(groups(examples)) == 2 * math.ceil(math.log2(examples))
+
+
+def swap(h, i, j):
+    """Rows i and j meet; the others stay apart."""
+    order = list(range(len(h)))
+    order[i], order[j] = j, i
+    return h + h[order]
+
+
+@pytest.mark.parametrize("pair", [(0, 7), (3, 4), (2, 5)])
+def test_two_examples_anywhere_that_meet(pair) -> None:
+    model = Raw(
+        lambda m, x: F.linear(swap(F.linear(x, m.first), *pair) if len(x) == 8 else x, m.last),
+        first=(5, 5),
+        last=(5, 5),
+    )
+    with pytest.raises(CaptureError, match="first: linear: the gradient of one example's loss reaches rows"):
+        clip(GhostClipper(model, max_grad_norm=1.0), torch.randn(8, 5))
+
+
+def test_rows_that_meet_one_way_only() -> None:
+    """Row 5 reads row 2: no gradient of rows 0 to 4 shows it."""
+
+    def forward(m, x):
+        h = F.linear(x, m.first)
+        read = torch.zeros(len(x), len(x))
+        if len(x) == 8:
+            read[5, 2] = 1
+        return F.linear(h + read @ h, m.last)
+
+    with pytest.raises(CaptureError, match="reaches rows of other examples"):
+        clip(GhostClipper(Raw(forward, first=(5, 5), last=(5, 5)), max_grad_norm=1.0), torch.randn(8, 5))
+
+
+class SequenceFirst(nn.Module):
+    """Rows in dimension 1 inside; only the first position reaches the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x.transpose(0, 1)))[0])
+
+
+@pytest.mark.parametrize("spoil", ["nan", "padding"])
+def test_one_example_alone_does_not_settle_the_dimension(spoil) -> None:
+    """The first batch shows one example only, whose gradient would fit two dimensions."""
+    torch.manual_seed(0)
+    model = SequenceFirst()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    first, weight = torch.randn(2, 4, 4), torch.ones(2)
+    if spoil == "nan":
+        first[1, 0, 0] = math.nan
+    else:
+        weight[1] = 0
+    clip(clipper, first, lambda m, rows: losses(m, rows) * weight)
+    x = torch.randn(4, 4, 4) * 5
+    exact = per_example(model, losses, (x,), augmult=1, max_grad_norm=1.0)
+    torch.testing.assert_close(clip(clipper, x), exact.norms, rtol=1e-5, atol=0)
+
+
+def test_a_causal_mixture_behind_a_batch_of_padding() -> None:
+    model = Raw(lambda m, x: F.linear(F.linear(x, m.first).cumsum(0), m.last), first=(4, 4), last=(4, 4))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clipper._calls.show = lambda rows: True  # this test is about the backward probe alone
+    weight = torch.tensor([1.0, 0.0])
+    clip(clipper, torch.randn(2, 4), lambda m, rows: losses(m, rows) * weight)
+    with pytest.raises(CaptureError, match="reaches rows of other examples"):
+        clip(clipper, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("mixture", [lambda h: h - 0.9 * h.mean(0), lambda h: h / h.detach().abs().mean(0)])
+def test_mixing_that_begins_later(mixture) -> None:
+    """Another path through the model is probed anew, backward and forward."""
+    model = Raw(
+        lambda m, x: F.linear(mixture(F.linear(x, m.first)) if m.mixes else F.linear(x, m.first), m.last),
+        first=(5, 5),
+        last=(5, 5),
+    )
+    model.mixes = False
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    clip(clipper, torch.randn(6, 5))
+    model.mixes = True
+    with pytest.raises(CaptureError, match="example"):
+        clip(clipper, torch.randn(6, 5))
+
+
+def test_layers_that_are_skipped_now_and_then() -> None:
+    """The same layers in another order of calls: rows in another dimension."""
+    torch.manual_seed(0)
+
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.skip = nn.Linear(4, 4), False
+
+        def forward(self, x):
+            h = x if self.skip else self.layer(x)
+            return self.layer(h.transpose(0, 1)).transpose(0, 1)
+
+    model = Sometimes()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    for skip in (False, True, False):
+        model.skip = skip
+        x = torch.randn(4, 4, 4)
+        exact = per_example(model, losses, (x,), augmult=1, max_grad_norm=1.0)
+        torch.testing.assert_close(clip(clipper, x), exact.norms, rtol=1e-5, atol=0)
+
+
+def count_passes(clipper, x, loss=losses) -> int:
+    """Backward passes of one step."""
+    passes = []
+    hooked = lambda m, rows: _Counted.apply(loss(m, rows), passes)  # noqa: E731
+    clip(clipper, x, hooked)
+    return len(passes)
+
+
+class _Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, passes):
+        ctx.passes = passes
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.passes.append(1)
+        return g, None
+
+
+def test_what_was_shown_is_not_shown_again() -> None:
+    clipper = GhostClipper(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)), max_grad_norm=1.0)
+    assert count_passes(clipper, torch.randn(8, 5)) == 1 + 2 * 3
+    assert count_passes(clipper, torch.randn(8, 5)) == 1
+    assert count_passes(clipper, torch.randn(11, 5)) == 1, "another batch size is no other path"
+    clipper.model.eval()
+    assert count_passes(clipper, torch.randn(8, 5)) > 1, "another mode is"
+
+
+def test_examples_without_gradients_are_waited_for_so_long_only() -> None:
+    weight = torch.tensor([1.0, 1.0, 0, 0, 0, 0, 0, 0])
+    clipper = GhostClipper(nn.Linear(5, 3), max_grad_norm=1.0)
+
+    def weighted(m, rows):
+        return losses(m, rows) * weight
+
+    counts = [count_passes(clipper, torch.randn(8, 5), weighted) for _ in range(ENOUGH_STEPS + 1)]
+    assert counts == [7] * ENOUGH_STEPS + [1]
+
+
+class Statistics(nn.Module):
+    """Statistics of the batch behind a detach: only the forward probe sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h / h.detach().abs().mean(0))
+
+
+@dataclasses.dataclass
+class Output:
+    sample: torch.Tensor
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Statistics()
+
+    def forward(self, x):
+        return Output(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda m, r: m(*r).sample.square().mean(1), lambda m, r: losses(m.net, r)],
+    ids=["a dataclass comes out", "a part of the model is called"],
+)
+def test_the_forward_probe_sees(loss) -> None:
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(GhostClipper(Wrapped(), max_grad_norm=1.0), torch.randn(8, 4), loss)
+
+
+def test_the_forward_probe_sees_sequence_first_models() -> None:
+    class Turned(Statistics):
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(h / h.detach().abs().mean(1, keepdim=True))
+
+    def turned(m, rows):
+        return m(rows[0].transpose(0, 1).contiguous()).square().mean((0, 2))
+
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(GhostClipper(Turned(), max_grad_norm=1.0), torch.randn(6, 3, 4), turned)
+
+
+def test_a_forward_pass_that_cannot_be_probed_is_said_once() -> None:
+    model = Raw(lambda m, x: x, weight=(5, 3))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+
+    def direct(m, rows):
+        return (rows[0] @ m.weight).square().mean(1)
+
+    with pytest.warns(UserWarning, match="it was not shown that it takes no statistics"):
+        clip(clipper, torch.randn(8, 5), direct)
+    clip(clipper, torch.randn(8, 5), direct)
