@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpfast.checkpoint import atomic_write
 from dpfast.data.images import ImageSet
 from dpfast.diffusion.objective import predict, to_uint8
 from dpfast.errors import ConfigError, DataError
+from dpfast.files import write_atomic
 from dpfast.progress import Progress, silent
 
 SamplerName = Literal["ddim", "ddpm"]
@@ -181,7 +181,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     found = _read_manifest(folder)
     if found is None:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / _MANIFEST, json.dumps(settings, indent=1).encode() + b"\n")
+        write_atomic(folder / _MANIFEST, json.dumps(settings, indent=1).encode() + b"\n")
     elif found != settings:
         differing = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
         raise DataError(
@@ -215,7 +215,7 @@ def _read_shard(path: Path, labels: Tensor) -> Tensor | None:
 def _write_shard(path: Path, images: Tensor, labels: Tensor) -> None:
     file = io.BytesIO()
     np.savez(file, images=images.numpy(), labels=labels.numpy())
-    atomic_write(path, file.getbuffer())
+    write_atomic(path, file.getbuffer())
 
 
 def _plain(value: Any) -> Any:

@@ -20,13 +20,13 @@ from dpfast.evaluation import (
     build_classifier,
     train_classifier,
 )
+from dpfast.files import write_atomic, write_json
 from dpfast.privacy.plan import Plan, composed_epsilon
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, parts
 from dpfast.recipes.schema import Baseline, Private
 from dpfast.report.figures import contact_sheet
 from dpfast.runs import build
-from dpfast.runs.directory import write_atomic, write_json
 from dpfast.runs.pipeline import Run
 from dpfast.runs.statements import spent, statement
 
