@@ -60,6 +60,15 @@ def load(path: str | os.PathLike[str], *, kind: str, fingerprint: str) -> dict[s
     return state
 
 
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """sha256 over the names, shapes and values of the model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _read(path: Path) -> tuple[dict[str, str], bytes]:
     try:
         content = path.read_bytes()

@@ -6,7 +6,7 @@ import json
 from statistics import fmean
 from typing import Any
 
-from dpfast.diffusion.sampler import load_shards
+from dpfast.data.shards import load_shards
 from dpfast.files import write_atomic, write_json
 from dpfast.recipes import to_toml
 from dpfast.report.internal import InternalReport

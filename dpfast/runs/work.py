@@ -10,8 +10,9 @@ import torch
 
 from dpfast import checkpoint
 from dpfast.data import ImageSet
+from dpfast.data.shards import load_shards
 from dpfast.diffusion.pretrain import pretrain as pretrain_model
-from dpfast.diffusion.sampler import generate_shards, load_shards
+from dpfast.diffusion.sampler import generate_shards
 from dpfast.evaluation import (
     ClassifierObjective,
     ClassifierSpec,
@@ -21,6 +22,7 @@ from dpfast.evaluation import (
     train_classifier,
 )
 from dpfast.files import write_atomic, write_json
+from dpfast.objective import Objective
 from dpfast.privacy.plan import Plan, composed_epsilon
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, parts
@@ -69,7 +71,7 @@ def _train_privately(
     model: torch.nn.Module,
     plan: Plan,
     training: Private | Baseline,
-    objective: Any,
+    objective: Objective,
     *,
     seed: str,
     folder: Path,
