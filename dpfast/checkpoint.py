@@ -9,13 +9,13 @@ import io
 import json
 import os
 from collections import OrderedDict
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpfast.errors import CheckpointError
+from dpfast.errors import CheckpointError, FileError
+from dpfast.files import write_atomic
 
 _MAGIC = b"dpfast-checkpoint-1 "
 _PLAIN = (torch.Tensor, str, bool, int, float, type(None), torch.Size, torch.dtype, torch.device)
@@ -34,7 +34,10 @@ def save(path: str | os.PathLike[str], state: dict[str, Any], *, kind: str, fing
     header = json.dumps({"kind": kind, "fingerprint": fingerprint}).encode() + b"\n"
     digest = hashlib.sha256(header)
     digest.update(payload.getbuffer())
-    atomic_write(path, _MAGIC + digest.hexdigest().encode() + b"\n", header, payload.getbuffer())
+    try:
+        write_atomic(path, _MAGIC + digest.hexdigest().encode() + b"\n", header, payload.getbuffer())
+    except FileError as error:
+        raise CheckpointError(f"checkpoint: {error}") from error
 
 
 def load(path: str | os.PathLike[str], *, kind: str, fingerprint: str) -> dict[str, Any]:
@@ -57,35 +60,13 @@ def load(path: str | os.PathLike[str], *, kind: str, fingerprint: str) -> dict[s
     return state
 
 
-def atomic_write(path: str | os.PathLike[str], *parts: bytes | memoryview) -> None:
-    """Replace the file at ``path`` by ``parts``, durably, or leave it as it was and raise CheckpointError."""
-    path = Path(path)
-    # One fixed name: what a kill leaves behind is overwritten by the next save, and load never looks at it.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror}; the previous file, if any, is intact. Make room, then run again"
-        ) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the folder's list of names on stable storage."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """sha256 over the names, shapes and values of the model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, str], bytes]:

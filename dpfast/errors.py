@@ -29,7 +29,11 @@ class DataError(DPFastError):
     """A data set has the wrong shape, dtype or contents."""
 
 
-class CheckpointError(DPFastError):
+class FileError(DPFastError):
+    """A file cannot be written (what was there is intact), or holds something that cannot be used."""
+
+
+class CheckpointError(FileError):
     """A checkpoint cannot be written, or is corrupt or foreign; the previous one is intact."""
 
 

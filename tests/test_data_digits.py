@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpfast.data import ImageSet, font_digits, real_digits
+from dpfast.data.images import to_signed, to_uint8
 from dpfast.errors import ConfigError, DataError
 
 
@@ -80,3 +81,10 @@ def test_select_copies():
     assert torch.equal(part.images[1], dataset.images[0])
     part.images.zero_()
     assert int(dataset.images[0].max()) > 0
+
+
+def test_pixels_survive_the_round_trip():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_signed(pixels)), pixels)
+    assert to_signed(pixels).min() == -1
+    assert to_signed(pixels).max() == 1

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from dpfast.data.shards import load_shards
 from dpfast.diffusion import NoiseSpec, UNetSpec, build_scheduler, build_unet
-from dpfast.diffusion.sampler import generate, generate_shards, load_shards, sampling_scheduler
-from dpfast.errors import ConfigError, DataError
+from dpfast.diffusion.sampler import generate, generate_shards, sampling_scheduler
+from dpfast.errors import ConfigError, DataError, FileError
 
 SHAPE = (1, 4, 4)
 CLASSES = ("a", "b")
@@ -134,7 +135,7 @@ def test_bad_counts_and_folders(scheduler, tmp_path):
     with pytest.raises(DataError, match="generate_shards"):
         load_shards(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(FileError, match=r"manifest\.json is damaged.*remove the folder"):
         shards(scheduler, tmp_path)
 
 

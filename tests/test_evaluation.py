@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dpfast.data import ImageSet, font_digits, real_digits
-from dpfast.diffusion import RowKeys
+from dpfast.data import ImageSet, RowKeys, font_digits, real_digits
 from dpfast.errors import DataError
 from dpfast.evaluation import (
     ClassifierObjective,

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dpfast.errors import CheckpointError
+from dpfast.errors import FileError
 from dpfast.privacy import GaussianRelease, Ledger, Plan, PrivacyStatement, read_ledger
 from dpfast.testing import injected_entropy
 
@@ -138,5 +138,5 @@ def test_test_entropy_is_said_first_even_after_it_ended():
 
 def test_a_failed_write_is_reported(tmp_path):
     (tmp_path / "release").write_text("a file, not a folder")
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(FileError, match="cannot write"):
         make(make_plan()).write(tmp_path / "release")

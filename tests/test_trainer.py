@@ -68,7 +68,7 @@ NO_NOISE = {"expected_batch_size": EXAMPLES, "noise_multiplier": None, "target_e
 @pytest.mark.parametrize("form", ["auto", "example"])
 def test_without_noise_and_clipping_it_is_ordinary_training(form, microbatch) -> None:
     """Full batches, no noise, a huge clip norm: plain gradient descent on the mean over images and augmentations."""
-    from dpfast.diffusion.keyed import RowKeys
+    from dpfast.data.keyed import RowKeys
 
     private = network()
     ordinary = copy.deepcopy(private)

@@ -73,6 +73,16 @@ def _problems(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> list[
     return problems
 
 
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 -1..1."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float -1..1 (clamped) -> uint8 0..255, rounded to nearest."""
+    return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
 def batch_indices(size: int, batch_size: int, step: int, *, seed: int) -> Tensor:
     """int64 ``[batch_size]``: batch ``step`` of an endless sequence of shuffled passes, without any state."""
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)

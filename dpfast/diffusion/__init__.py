@@ -1,17 +1,13 @@
-"""Diffusion: timesteps, augmentation, losses per row, networks, public pre-training, sampling."""
+"""Diffusion: timesteps, losses per row, networks, public pre-training, sampling."""
 
-from dpfast.diffusion.augment import Augment
-from dpfast.diffusion.keyed import RowKeys
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
 from dpfast.diffusion.timesteps import MixtureOfUniforms, TimestepDistribution, Uniform
 
 __all__ = [
-    "Augment",
     "DiffusionObjective",
     "MixtureOfUniforms",
     "NoiseSpec",
-    "RowKeys",
     "TimestepDistribution",
     "UNetSpec",
     "Uniform",

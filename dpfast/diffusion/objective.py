@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.diffusion.augment import Augment
-from dpfast.diffusion.keyed import RowKeys
+from dpfast.data.augment import Augment
+from dpfast.data.images import to_signed
+from dpfast.data.keyed import RowKeys
 from dpfast.diffusion.timesteps import TimestepDistribution, Uniform, draw_timesteps
 from dpfast.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionObjective:
-    """Callable ``(model, images, labels, keys) -> losses [B * K]``.
+    """An ``Objective``: ``(model, images, labels, keys) -> losses [B * K]``.
 
     scheduler: a diffusers DDPMScheduler; its ``prediction_type`` decides the target: "epsilon", "v_prediction" or
         "sample".
@@ -63,16 +64,6 @@ class DiffusionObjective:
             return rows
         dropped = keys.uniform(stream="label") < self.label_drop
         return torch.where(dropped, self.num_classes, rows)
-
-
-def to_signed(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 -1..1."""
-    return images.float() / 127.5 - 1.0
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float -1..1 (clamped) -> uint8 0..255, rounded to nearest."""
-    return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 
 def predict(model: nn.Module, noisy: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -2,26 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpfast import checkpoint as checkpoints
 from dpfast.data.images import ImageSet, batch_indices
-from dpfast.diffusion.keyed import RowKeys
+from dpfast.data.keyed import RowKeys
 from dpfast.errors import ConfigError
+from dpfast.objective import Objective
 from dpfast.progress import Progress, silent
 from dpfast.seeding import seeded
 
 _KIND = "pretrain"
-
-
-class Objective(Protocol):
-    """Losses per row, ``[B * K]``, of a model on uint8 images, keyed by ``keys``."""
-
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, keys: RowKeys) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)

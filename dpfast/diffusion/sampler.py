@@ -1,24 +1,21 @@
 """Samples from a trained model, by diffusers' schedulers. Post-processing: it costs no privacy, however often."""
 
 import hashlib
-import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpfast.checkpoint import atomic_write
-from dpfast.data.images import ImageSet
-from dpfast.diffusion.objective import predict, to_uint8
-from dpfast.errors import ConfigError, DataError
+from dpfast.checkpoint import weights_fingerprint
+from dpfast.data.images import ImageSet, to_uint8
+from dpfast.data.shards import ShardFolder
+from dpfast.diffusion.objective import predict
+from dpfast.errors import ConfigError
 from dpfast.progress import Progress, silent
 
 SamplerName = Literal["ddim", "ddpm"]
-_MANIFEST = "manifest.json"
 
 
 def sampling_scheduler(scheduler: Any, sampler: SamplerName, steps: int) -> Any:
@@ -114,11 +111,10 @@ def generate_shards(
     batch_size: int = 500,
     progress: Progress = silent,
 ) -> ImageSet:
-    """``count`` images as files ``shard-00000.npz`` (``images`` uint8 ``[n, C, H, W]``, ``labels`` int64 ``[n]``).
+    """``count`` images in a ``ShardFolder``, exactly ``count / len(classes)`` of each class.
 
-    Every class gets exactly ``count / len(classes)`` images. A shard appears complete or not at all, and shards
-    that are there are not made again, so an interrupted call can be repeated. Raises ConfigError if the classes do
-    not divide ``count``, DataError if the folder was made with other settings or another model.
+    Shards that are there are not made again, so an interrupted call can be repeated. Raises ConfigError if the
+    classes do not divide ``count``, DataError if the folder was made with other settings or another model.
     """
     if count % len(classes) or count < 1 or shard_size < 1:
         raise ConfigError(
@@ -128,96 +124,21 @@ def generate_shards(
     settings = {
         "count": count, "shard_size": shard_size, "image_shape": list(image_shape), "classes": list(classes),
         "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size,
-        "scheduler": scheduler.__class__.__name__, "scheduler_config": _plain(dict(scheduler.config)),
+        "scheduler": scheduler.__class__.__name__, "scheduler_config": dict(scheduler.config),
         "model": weights_fingerprint(model),
     }  # fmt: skip
-    _claim(folder, settings)
-    labels = torch.arange(count) % len(classes)
-    for number, shard in enumerate(labels.split(shard_size)):
-        path = folder / f"shard-{number:05d}.npz"
-        if _read_shard(path, shard) is None:
+    shards = ShardFolder.claim(folder, settings)
+    for number, labels in shards:
+        if shards.read(number, labels) is None:
             images = generate(
-                model, scheduler, shard, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
+                model, scheduler, labels, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
                 steps=steps, guidance=guidance, seed=_shard_seed(seed, number), batch_size=batch_size,
             )  # fmt: skip
-            _write_shard(path, images, shard)
+            shards.write(number, images, labels)
         progress(min((number + 1) * shard_size, count), count, "sampling")
-    return load_shards(folder)
-
-
-def load_shards(folder: Path) -> ImageSet:
-    """All samples in a folder that ``generate_shards`` completed; raises DataError if some are missing."""
-    manifest = _read_manifest(folder)
-    if manifest is None:
-        raise DataError(f"{folder} holds no {_MANIFEST}; make samples with generate_shards first")
-    classes = tuple(manifest["classes"])
-    labels = torch.arange(manifest["count"]) % len(classes)
-    images = []
-    for number, shard in enumerate(labels.split(manifest["shard_size"])):
-        path = folder / f"shard-{number:05d}.npz"
-        part = _read_shard(path, shard)
-        if part is None:
-            raise DataError(f"{path} is missing or damaged; run the same sampling again to complete the folder")
-        images.append(part)
-    return ImageSet(torch.cat(images), labels, classes)
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 over the names, shapes and values of the model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return shards.load()
 
 
 def _shard_seed(seed: int, number: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "little")
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the manifest, or check that the one in the folder says the same."""
-    found = _read_manifest(folder)
-    if found is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / _MANIFEST, json.dumps(settings, indent=1).encode() + b"\n")
-    elif found != settings:
-        differing = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
-        raise DataError(
-            f"{folder} holds samples made with other settings ({', '.join(differing)}); "
-            "choose another folder, or remove this one to make them anew"
-        )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / _MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); remove the folder to make the samples anew") from error
-    return manifest
-
-
-def _read_shard(path: Path, labels: Tensor) -> Tensor | None:
-    """The images of a shard that is there, readable and holds these labels; None otherwise."""
-    try:
-        # From memory: numpy leaves the file open when it is torn.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as shard:
-            images, found = torch.from_numpy(shard["images"]), shard["labels"]
-    except Exception:  # a torn or foreign file raises anything from OSError to zlib.error: made again all the same
-        return None
-    return images if len(images) == len(labels) and np.array_equal(found, labels.numpy()) else None
-
-
-def _write_shard(path: Path, images: Tensor, labels: Tensor) -> None:
-    file = io.BytesIO()
-    np.savez(file, images=images.numpy(), labels=labels.numpy())
-    atomic_write(path, file.getbuffer())
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON gives it back, so that a manifest equals itself after a round trip."""
-    return json.loads(json.dumps(value, default=str))

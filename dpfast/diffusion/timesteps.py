@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dpfast.diffusion.keyed import RowKeys
+from dpfast.data.keyed import RowKeys
 from dpfast.errors import ConfigError
 
 

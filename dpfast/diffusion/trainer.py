@@ -13,8 +13,9 @@ from torch.utils.data import default_collate
 from dpfast import checkpoint
 from dpfast.clipping import GhostClipper
 from dpfast.data.images import ImageSet
-from dpfast.diffusion.keyed import RowKeys
+from dpfast.data.keyed import RowKeys
 from dpfast.errors import ConfigError, PrivacyError
+from dpfast.objective import Objective
 from dpfast.optimizer import DPOptimizer
 from dpfast.performance import Performance
 from dpfast.privacy import Ledger, Plan, poisson_sample, random_bytes
@@ -23,12 +24,6 @@ from dpfast.seeding import seeded
 
 CHECKPOINTS = 50  # at least this many over a run: a kill loses at most 2% of the steps
 NUMBERS = 1 << 16  # of a physical batch: 1024 rows of 8x8 pixels cost 35% less each than 256 (2 cores)
-
-
-class Objective(Protocol):
-    """``(model, *examples, keys) -> losses [B*K]``: examples ``[B, ...]`` in, K rows of each made by ``keys``."""
-
-    def __call__(self, model: nn.Module, /, *examples: Any) -> Tensor: ...
 
 
 class Dataset(Protocol):

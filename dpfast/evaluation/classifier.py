@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpfast.data.images import ImageSet, batch_indices
-from dpfast.diffusion.augment import Augment
-from dpfast.diffusion.keyed import RowKeys
-from dpfast.diffusion.objective import to_signed
+from dpfast.data.augment import Augment
+from dpfast.data.images import ImageSet, batch_indices, to_signed
+from dpfast.data.keyed import RowKeys
 from dpfast.errors import ConfigError, DataError
 from dpfast.progress import Progress, silent
 from dpfast.seeding import seeded
@@ -132,7 +131,7 @@ def accuracy(model: nn.Module, dataset: ImageSet) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierObjective:
-    """Cross-entropy per row for DP-SGD: ``(model, images, labels, keys) -> losses [B * K]``, keyed shifts."""
+    """An ``Objective``, ``(model, images, labels, keys) -> losses [B * K]``: cross-entropy of shifted images."""
 
     augment: Augment = field(default_factory=lambda: Augment(shift=1, fill=-1.0))
 

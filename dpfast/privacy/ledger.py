@@ -5,7 +5,6 @@ ends in the SHA-256 of the line before it and itself, so that nothing can be cha
 unseen. Nothing in it depends on the data or on the clock.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dpfast.checkpoint import sync_folder
 from dpfast.errors import BudgetExhausted, LedgerError
+from dpfast.files import lock, sync_folder
 from dpfast.privacy import entropy
 from dpfast.privacy.plan import Plan
 
@@ -49,7 +48,7 @@ class Ledger:
     is not noticed.
 
     Raises LedgerError, and leaves the file as it was, when the file belongs to another plan, has been
-    altered, is not a ledger, or is in use.
+    altered, is not a ledger, or is in use, and FileError when its file system knows no locks.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, plan: Plan) -> None:
@@ -121,7 +120,8 @@ class Ledger:
         except OSError as error:
             raise LedgerError(f"ledger {path}: cannot be opened ({error.strerror})") from error
         try:
-            _lock(self._fd, path)
+            if not lock(self._fd, path):
+                raise LedgerError(f"ledger {path}: it is in use by another process; wait for it or stop it")
             content = path.read_bytes()
             if b"\n" not in content:
                 self._begin(path, header, content)
@@ -260,10 +260,3 @@ def _difference(header: dict[str, Any], plan: Plan) -> str:
     theirs, ours = header.get("plan", {}), plan.to_dict()
     names = [name for name in ours if theirs.get(name) != ours[name]]
     return "; ".join(f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in names)
-
-
-def _lock(fd: int, path: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise LedgerError(f"ledger {path}: it is in use by another process; wait for it or stop it") from error

@@ -1,6 +1,5 @@
 """The privacy statement: what is promised, about whom, on what conditions, in words and as JSON."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpfast.checkpoint import atomic_write
+from dpfast.files import write_atomic, write_json
 from dpfast.privacy import accounting, entropy
 from dpfast.privacy.accounting import rounded_up
 from dpfast.privacy.ledger import Ledger, LedgerContents, library_version
@@ -138,9 +137,9 @@ class PrivacyStatement:
         return "\n".join(f"{'#' if i == 0 else '##'} {title}\n\n{body}\n" for i, (title, body) in enumerate(sections))
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``privacy.json`` and ``PRIVACY.md`` into ``folder``; CheckpointError when that fails."""
-        atomic_write(Path(folder) / "privacy.json", (json.dumps(self.to_dict(), indent=2) + "\n").encode())
-        atomic_write(Path(folder) / "PRIVACY.md", self.text().encode())
+        """Write ``privacy.json`` and ``PRIVACY.md`` into ``folder``; FileError when that fails."""
+        write_json(Path(folder) / "privacy.json", self.to_dict())
+        write_atomic(Path(folder) / "PRIVACY.md", self.text())
 
     def _verdict(self) -> str:
         if self.test_entropy:

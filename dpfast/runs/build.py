@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dpfast.data import ImageSet, font_digits, real_digits
-from dpfast.diffusion.augment import Augment
+from dpfast.data.augment import Augment
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
 from dpfast.diffusion.pretrain import PretrainSpec

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpfast.clipping import GhostClipper
 from dpfast.data import ImageSet
-from dpfast.diffusion.keyed import RowKeys
+from dpfast.data.keyed import RowKeys
 from dpfast.diffusion.sampler import generate
 from dpfast.evaluation import train_classifier
 from dpfast.runs import build

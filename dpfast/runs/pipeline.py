@@ -13,11 +13,12 @@ import torch
 
 from dpfast.data import ImageSet
 from dpfast.errors import ConfigError
+from dpfast.files import remove, write_atomic, write_json
 from dpfast.privacy.plan import Plan
 from dpfast.recipes import fingerprint, parts, to_toml
 from dpfast.recipes.schema import Recipe
 from dpfast.runs import build
-from dpfast.runs.directory import RunDirectory, remove, write_atomic, write_json
+from dpfast.runs.directory import RunDirectory
 from dpfast.runs.progress import Reporter, duration
 from dpfast.runs.stages import Stage
 

@@ -6,12 +6,12 @@ import json
 from statistics import fmean
 from typing import Any
 
-from dpfast.diffusion.sampler import load_shards
+from dpfast.data.shards import load_shards
+from dpfast.files import write_atomic, write_json
 from dpfast.recipes import to_toml
 from dpfast.report.internal import InternalReport
 from dpfast.report.release import ReleaseReport
 from dpfast.runs import build
-from dpfast.runs.directory import write_atomic, write_json
 from dpfast.runs.pipeline import Run, run_fingerprint
 from dpfast.runs.statements import spent, statement
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dpfast.errors import ConfigError, LedgerError
+from dpfast.files import remove, write_json
 from dpfast.privacy.ledger import read_ledger
 from dpfast.progress import Progress
-from dpfast.runs.directory import remove, write_json
 
 HEARTBEAT = 2.0  # seconds of work that a kill may leave out of the recorded time
 

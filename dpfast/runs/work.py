@@ -10,8 +10,9 @@ import torch
 
 from dpfast import checkpoint
 from dpfast.data import ImageSet
+from dpfast.data.shards import load_shards
 from dpfast.diffusion.pretrain import pretrain as pretrain_model
-from dpfast.diffusion.sampler import generate_shards, load_shards
+from dpfast.diffusion.sampler import generate_shards
 from dpfast.evaluation import (
     ClassifierObjective,
     ClassifierSpec,
@@ -20,13 +21,14 @@ from dpfast.evaluation import (
     build_classifier,
     train_classifier,
 )
+from dpfast.files import write_atomic, write_json
+from dpfast.objective import Objective
 from dpfast.privacy.plan import Plan, composed_epsilon
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, parts
 from dpfast.recipes.schema import Baseline, Private
 from dpfast.report.figures import contact_sheet
 from dpfast.runs import build
-from dpfast.runs.directory import write_atomic, write_json
 from dpfast.runs.pipeline import Run
 from dpfast.runs.statements import spent, statement
 
@@ -69,7 +71,7 @@ def _train_privately(
     model: torch.nn.Module,
     plan: Plan,
     training: Private | Baseline,
-    objective: Any,
+    objective: Objective,
     *,
     seed: str,
     folder: Path,

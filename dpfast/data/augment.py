@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpfast.diffusion.keyed import RowKeys
+from dpfast.data.keyed import RowKeys
 from dpfast.errors import ConfigError
 
 

@@ -1,0 +1,98 @@
+"""Labeled images in a folder, shard by shard: a shard is there whole or not at all, and is made once."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpfast.data.images import ImageSet
+from dpfast.errors import DataError
+from dpfast.files import read_json, write_atomic
+
+_MANIFEST = "manifest.json"
+
+
+class ShardFolder:
+    """Files ``shard-00000.npz`` (``images`` uint8 ``[n, C, H, W]``, ``labels`` int64 ``[n]``) and a manifest.
+
+    settings: all that the images depend on, JSON values; three of them lay out the folder: ``count`` images in
+    files of ``shard_size``, their labels running through ``classes``.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.classes: tuple[str, ...] = tuple(settings["classes"])
+
+    @classmethod
+    def claim(cls, folder: Path, settings: dict[str, Any]) -> Self:
+        """The folder for these settings, new or begun earlier. Raises DataError if it was made with others."""
+        settings = json.loads(json.dumps(settings, default=str))  # as a manifest gives them back
+        manifest = folder / _MANIFEST
+        if not manifest.exists():
+            write_atomic(manifest, json.dumps(settings, indent=1) + "\n")
+        found = _manifest(folder)
+        if found != settings:
+            differing = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
+            raise DataError(
+                f"{folder} holds samples made with other settings ({', '.join(differing)}); "
+                "choose another folder, or remove this one to make them anew"
+            )
+        return cls(folder, settings)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """(number, labels) of each shard."""
+        return iter(enumerate(self.labels.split(self.settings["shard_size"])))
+
+    @property
+    def labels(self) -> Tensor:
+        """Of all shards, int64 ``[count]``."""
+        return torch.arange(self.settings["count"]) % len(self.classes)
+
+    def read(self, number: int, labels: Tensor) -> Tensor | None:
+        """The images of a shard that is there, readable and holds these labels; None otherwise."""
+        try:
+            # From memory: numpy leaves the file open when it is torn.
+            with np.load(io.BytesIO(self._path(number).read_bytes()), allow_pickle=False) as shard:
+                images, found = torch.from_numpy(shard["images"]), shard["labels"]
+        except Exception:  # a torn or foreign file raises anything from OSError to zlib.error: made again all the same
+            return None
+        return images if len(images) == len(labels) and np.array_equal(found, labels.numpy()) else None
+
+    def write(self, number: int, images: Tensor, labels: Tensor) -> None:
+        """Write one shard, whole or not at all."""
+        file = io.BytesIO()
+        np.savez(file, images=images.numpy(), labels=labels.numpy())
+        write_atomic(self._path(number), file.getbuffer())
+
+    def load(self) -> ImageSet:
+        """Every image; raises DataError if some are missing."""
+        images = []
+        for number, labels in self:
+            part = self.read(number, labels)
+            if part is None:
+                raise DataError(
+                    f"{self._path(number)} is missing or damaged; run the same sampling again to complete the folder"
+                )
+            images.append(part)
+        return ImageSet(torch.cat(images), self.labels, self.classes)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.npz"
+
+
+def load_shards(folder: Path) -> ImageSet:
+    """All images of a complete folder; raises DataError if it holds none, or not all."""
+    if not (folder / _MANIFEST).exists():
+        raise DataError(f"{folder} holds no {_MANIFEST}; make samples with generate_shards first")
+    return ShardFolder(folder, _manifest(folder)).load()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = read_json(folder / _MANIFEST, cure="remove the folder to make the samples anew")
+    return manifest

@@ -1,0 +1,95 @@
+"""Files that are whole or absent, JSON that says what is wrong with it, and locks that a kill lets go of."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dpfast.errors import FileError
+
+
+def write_atomic(path: str | os.PathLike[str], *parts: str | bytes | memoryview) -> None:
+    """Replace ``path`` by ``parts``, durably: a reader, or a crash, meets the old file or the new one, whole.
+
+    Raises FileError when it cannot be written (a full disk); the file that was there is intact.
+    """
+    path = Path(path)
+    # One fixed name: what a kill leaves behind is overwritten by the next attempt, and nobody reads it.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise FileError(
+            f"cannot write {path}: {error.strerror}; the previous file, if any, is intact. Make room, then run again"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the folder's list of names on stable storage."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as strict JSON; infinity becomes the text "inf"."""
+    write_atomic(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, cure: str) -> Any:
+    """What ``write_json`` wrote. Raises FileError, with ``cure``, when the file is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror}); {cure}") from error
+    except ValueError as error:
+        raise FileError(f"{path} is damaged: expected JSON, got {error}; {cure}") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def lock(descriptor: int, path: Path) -> bool:
+    """Hold the open file at ``path`` until it is closed, be it by SIGKILL; False while another process holds it.
+
+    Raises FileError when its file system knows no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise FileError(f"cannot lock {path} ({error.strerror}); use a folder on a local disk") from error
+    return True
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all it holds, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
