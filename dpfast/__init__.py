@@ -18,11 +18,11 @@ from dpfast._installed import require_installed
 
 if TYPE_CHECKING:
     from dpfast.clipping import ClipResult, GhostClipper
-    from dpfast.diffusion.trainer import DPTrainer
     from dpfast.errors import DPFastError
     from dpfast.optimizer import DPOptimizer
     from dpfast.performance import Performance
     from dpfast.privacy import Ledger, Plan, poisson_sample
+    from dpfast.trainer import DPTrainer
 
 __all__ = [
     "ClipResult",
@@ -40,7 +40,7 @@ _HOME = {
     "ClipResult": "dpfast.clipping",
     "DPFastError": "dpfast.errors",
     "DPOptimizer": "dpfast.optimizer",
-    "DPTrainer": "dpfast.diffusion.trainer",
+    "DPTrainer": "dpfast.trainer",
     "GhostClipper": "dpfast.clipping",
     "Ledger": "dpfast.privacy",
     "Performance": "dpfast.performance",

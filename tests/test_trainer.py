@@ -1,6 +1,7 @@
 """DPTrainer: what it computes, what it refuses, how it goes on after an interruption."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from dpfast import DPTrainer, Performance, Plan
 from dpfast.data import ImageSet
-from dpfast.errors import CheckpointError, ConfigError, PrivacyError
+from dpfast.errors import CaptureError, CheckpointError, ConfigError, DataError, PrivacyError
 from dpfast.privacy import read_ledger
 from dpfast.testing import injected_entropy
 
@@ -112,7 +113,7 @@ def test_noise_comes_from_the_system_and_not_from_the_seed() -> None:
 
 
 def test_empty_batches_are_ordinary_steps(monkeypatch) -> None:
-    monkeypatch.setattr("dpfast.diffusion.trainer.poisson_sample", lambda *_: torch.empty(0, dtype=torch.int64))
+    monkeypatch.setattr("dpfast.trainer.poisson_sample", lambda *_: torch.empty(0, dtype=torch.int64))
     t = trainer()
     before = weights(t.model)
     t.fit()
@@ -169,7 +170,7 @@ def test_fit_called_again_takes_no_step_twice() -> None:
 
 
 def test_empty_batches_of_any_data_set(monkeypatch) -> None:
-    monkeypatch.setattr("dpfast.diffusion.trainer.poisson_sample", lambda *_: torch.empty(0, dtype=torch.int64))
+    monkeypatch.setattr("dpfast.trainer.poisson_sample", lambda *_: torch.empty(0, dtype=torch.int64))
     data = images()
     pairs = list(zip(data.images, data.labels, strict=True))
     DPTrainer(network(), pairs, plan(), objective=objective, optimizer=torch.optim.Adam, augmult=K).fit()
@@ -232,11 +233,12 @@ def test_a_resumed_run_computes_what_an_uninterrupted_one_does(tmp_path) -> None
 
 def test_a_charged_step_that_was_not_saved_is_lost_and_not_repeated(tmp_path, monkeypatch) -> None:
     t = trainer(state_dir=tmp_path)
-    steps = []
+    save = DPTrainer._save
 
-    def failing(self, *args) -> None:
-        steps.append(self.clipper)
-        if len(steps) == 3:
+    def failing(self, step: int) -> None:
+        if step == 0:
+            save(self, step)
+        if step == 3:
             raise Cut
 
     monkeypatch.setattr(DPTrainer, "_save", failing)
@@ -257,9 +259,11 @@ def test_a_kill_loses_at_most_two_percent(tmp_path) -> None:
     saved = []
     t = trainer(plan=long, state_dir=tmp_path)
     t._take = lambda step, optimizer: optimizer.ledger.charge(step)
-    t._save = saved.append
+    save = t._save
+    t._save = lambda step: [saved.append(step), save(step)]
     t.fit()
-    assert max(b - a for a, b in zip([0, *saved], saved, strict=False)) <= 0.02 * 200
+    assert saved[0] == 0
+    assert max(b - a for a, b in itertools.pairwise(saved)) <= 0.02 * 200
     assert saved[-1] == 200
 
 
@@ -296,3 +300,114 @@ def test_injected_entropy_makes_a_run_repeatable_and_marks_its_ledger(tmp_path) 
         results.append(weights(t.model))
     assert torch.equal(*results)
     assert read_ledger(tmp_path / "a" / "ledger.jsonl").test_entropy
+
+
+def fit_without(name: str, folder) -> DPTrainer:
+    """A trained folder less one file, opened again."""
+    trainer(state_dir=folder).fit()
+    (folder / name).unlink()
+    return trainer(state_dir=folder)
+
+
+def test_a_checkpoint_that_is_gone(tmp_path) -> None:
+    """Not an untrained model that claims to be trained."""
+    with pytest.raises(CheckpointError, match=r"6 steps are charged .* the checkpoint is gone"):
+        fit_without("checkpoint", tmp_path).fit()
+
+
+def test_a_ledger_that_is_gone(tmp_path) -> None:
+    with pytest.raises(PrivacyError, match="checkpoint is at step 6, the ledger at 0"):
+        fit_without("ledger.jsonl", tmp_path).fit()
+
+
+def bigger() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(128, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"ema_decay": None}, "it holds model, optimizer, averaged model"),
+        ({"model": bigger()}, "size mismatch|Missing key"),
+    ],
+    ids=["without an average", "another model"],
+)
+def test_a_checkpoint_of_another_training(options, what, tmp_path) -> None:
+    with pytest.raises(Cut):
+        trainer(state_dir=tmp_path, progress=cut_at(3)).fit()
+    other = trainer(state_dir=tmp_path, **options)
+    with pytest.raises(CheckpointError, match=what) as caught:
+        other.fit()
+    assert "another model, optimizer or ema_decay" in str(caught.value)
+    assert read_ledger(tmp_path / "ledger.jsonl").charged_steps == 3, "refused before a step is spent"
+
+
+def test_what_was_spent_can_be_asked() -> None:
+    t = trainer()
+    assert (t.charged_steps, t.epsilon) == (0, 0.0)
+    t.fit()
+    assert (t.charged_steps, t.epsilon) == (6, plan().epsilon())
+
+
+def standardised(model, pixels, labels, keys):
+    x = pixels.float()
+    return objective(model, (x - x.mean(0)) / 255, labels, keys)
+
+
+def reweighted(model, pixels, labels, keys):
+    losses = objective(model, pixels, labels, keys)
+    return losses / losses.detach().mean()
+
+
+def by_label_counts(model, pixels, labels, keys):
+    counts = torch.bincount(labels, minlength=3)[labels].repeat_interleave(keys.augmult)
+    return objective(model, pixels, labels, keys) / counts
+
+
+@pytest.mark.parametrize("mixing", [standardised, reweighted, by_label_counts])
+def test_objectives_that_mix_examples(mixing) -> None:
+    """No gradient shows it, and it happens outside the model."""
+    t = trainer(objective=mixing)
+    before = weights(t.model)
+    with pytest.raises(CaptureError, match="changing one example changes the loss of another"):
+        t.fit()
+    assert t.charged_steps == 0
+    assert torch.equal(weights(t.model), before)
+
+
+def test_objectives_that_reduce_or_know_no_keys() -> None:
+    with pytest.raises(CaptureError, match=r"returned \(\) for 4 examples of 3 rows: .* one loss per row"):
+        trainer(objective=lambda *batch: objective(*batch).mean()).fit()
+    with pytest.raises(TypeError) as caught:
+        trainer(objective=lambda model, pixels, labels: None).fit()
+    assert "called as objective(model, *examples, keys)" in caught.value.__notes__[0]
+
+
+def test_showing_the_objective_leaves_buffers_alone() -> None:
+    model = network()
+    model[1] = nn.BatchNorm2d(4)
+    before = model[1].running_mean.clone()
+    with pytest.raises(CaptureError, match="BatchNorm in training mode"):
+        trainer(model).fit()
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_data_sets_that_cannot_be_sampled() -> None:
+    data = images()
+    loader = torch.utils.data.DataLoader(list(data.images))
+    dicts = [{"image": x} for x in data.images]
+    ragged = [torch.zeros(1, 6 + i % 2, 6) for i in range(EXAMPLES)]
+    for dataset, error, what in (
+        (loader, ConfigError, "DataLoader: expected the numbered examples themselves"),
+        (dicts, DataError, "an example is a dict: expected a tensor"),
+    ):
+        with pytest.raises(error, match=what):
+            DPTrainer(network(), dataset, plan(), objective=objective, optimizer=torch.optim.Adam)
+    with pytest.raises(DataError, match="cannot be batched"):
+        DPTrainer(network(), ragged, plan(), objective=objective, optimizer=torch.optim.Adam).fit()
+
+
+def test_an_optimizer_that_is_made_already() -> None:
+    model = network()
+    with pytest.raises(ConfigError, match="expected what makes one from parameters"):
+        DPTrainer(model, images(), plan(), objective=objective, optimizer=torch.optim.Adam(model.parameters()))

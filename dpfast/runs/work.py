@@ -78,7 +78,7 @@ def _train_privately(
     progress: Progress,
 ) -> torch.nn.Module:
     """The averaged weights after every step of ``plan``, on the CPU; ledger and checkpoint are in ``folder``."""
-    from dpfast.diffusion.trainer import DPTrainer
+    from dpfast.trainer import DPTrainer
 
     trainer = DPTrainer(
         model.train(),

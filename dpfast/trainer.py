@@ -3,18 +3,18 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import default_collate
 
 from dpfast import checkpoint
 from dpfast.clipping import GhostClipper
-from dpfast.data.images import ImageSet
+from dpfast.clipping.ownership import SYNTHETIC_EXAMPLES, Synthetic, forward_verdict
+from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
-from dpfast.errors import ConfigError, PrivacyError
+from dpfast.errors import CaptureError, CheckpointError, ConfigError, PrivacyError
 from dpfast.objective import Objective
 from dpfast.optimizer import DPOptimizer
 from dpfast.performance import Performance
@@ -25,35 +25,39 @@ from dpfast.seeding import seeded
 CHECKPOINTS = 50  # at least this many over a run: a kill loses at most 2% of the steps
 NUMBERS = 1 << 16  # of a physical batch: 1024 rows of 8x8 pixels cost 35% less each than 256 (2 cores)
 
-
-class Dataset(Protocol):
-    """Numbered examples: an ``ImageSet``, or anything whose items ``default_collate`` can batch."""
-
-    def __len__(self) -> int: ...
-
-
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class DPTrainer:
     """DP-SGD with augmentation multiplicity (Ghalebikesabi et al., arXiv 2302.13861).
 
+    For example::
+
+        def objective(model, images, labels, keys):  # B examples in, B*K losses out
+            rows = images.repeat_interleave(keys.augmult, 0)  # row i*K + k
+            rows = rows + 0.1 * keys.normal(*rows.shape[1:], stream="noise")  # each row its own
+            return cross_entropy(model(rows), labels.repeat_interleave(keys.augmult), reduction="none")
+
+        trainer = DPTrainer(model, dataset, plan, objective=objective, optimizer=torch.optim.Adam, augmult=4)
+        trainer.fit()
+
     model: trained in place, in the mode (train or eval) that each of its layers is in; frozen parameters stay.
-    dataset: an ``ImageSet`` (images uint8, labels), or any sequence of tensors or tuples of tensors.
+    dataset: an ``ImageSet`` (images uint8, labels), or anything whose items are tensors or tuples of tensors.
     plan: everything that moves epsilon.
-    objective: losses per row, given the examples of a batch and their ``RowKeys``.
+    objective: losses per row, given the examples of a batch and their ``RowKeys`` (random numbers that belong to an
+        example and a step, not to a place in the batch); ``DiffusionObjective`` is one.
     optimizer: makes a torch optimizer from parameters; its learning rate is reached after ``warmup_steps``.
     augmult: K, the rows made of each example.
     seed: of augmentation, timesteps and diffusion noise, keyed by example. It reaches neither the privacy noise nor the
         sampling nor dropout, which come from the operating system.
-    state_dir: ledger and checkpoint; None keeps the ledger in memory and writes nothing.
+    state_dir: ledger and checkpoint, of one data set; None keeps the ledger in memory and writes nothing.
     ema_decay: of the averaged copy of the model, ``ema_model``.
 
     Guarantee: ``model``, ``ema_model`` and everything in ``state_dir`` are an (epsilon, delta)-private function of
-    ``dataset`` with ``plan.epsilon(ledger.charged_steps)``: each step takes a fresh Poisson sample, clips each
-    example's mean gradient over its K rows, and adds noise through ``DPOptimizer``, the ledger written first.
-    Training that was cut off goes on after the last *charged* step: what was charged and not saved is lost, never
-    run again (``lost_steps``).
+    ``dataset`` with ``trainer.epsilon``: each step takes a fresh Poisson sample, clips each example's mean gradient
+    over its K rows, and adds noise through ``DPOptimizer``, the ledger written first. Before the first step the
+    objective is run on synthetic examples: one that mixes them is refused. Training that was cut off goes on after the
+    last *charged* step: what was charged and not saved is lost, never run again (``lost_steps``).
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class DPTrainer:
         warmup_steps: int = 0,
         progress: Progress = silent,
     ) -> None:
+        self.examples = Examples(dataset)
         if len(dataset) != plan.dataset_size:
             raise PrivacyError(
                 f"the data set has {len(dataset)} examples, the plan was made for {plan.dataset_size}: make the plan"
@@ -79,9 +84,14 @@ class DPTrainer:
             )
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ConfigError(f"ema_decay={ema_decay!r}: expected 0 <= decay < 1, or None")
+        if not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                "optimizer: expected what makes one from parameters, like torch.optim.Adam or"
+                f" lambda parameters: torch.optim.SGD(parameters, lr=0.1); got a {type(optimizer).__name__}"
+            )
         self.performance = performance or Performance()
         self.model = model.to(self.performance.device)
-        self.dataset, self.plan, self.objective = dataset, plan, objective
+        self.plan, self.objective = plan, objective
         self.augmult, self.seed, self.warmup_steps = augmult, seed, warmup_steps
         self.progress = progress
         self.state_dir = None if state_dir is None else Path(state_dir)
@@ -92,21 +102,35 @@ class DPTrainer:
         self.learning_rates = [group["lr"] for group in self.inner_optimizer.param_groups]
         self.ema = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.lost_steps = 0
+        self.charged_steps = 0
         self._memory = Ledger(None, plan)
-        self._numbers_per_example = self._examples(torch.zeros(min(1, len(dataset)), dtype=torch.int64), 1)[0].numel()
+        self._numbers_per_example = self.examples.batch(torch.arange(min(1, len(dataset))), 1)[0].numel()
 
     @property
     def ema_model(self) -> nn.Module:
         """The averaged model, or the model itself without ``ema_decay``."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
+    def epsilon(self) -> float:
+        """Spent by the steps charged so far, the plan's other releases included, at the plan's delta."""
+        return self.plan.epsilon(self.charged_steps)
+
     def fit(self) -> None:
-        """Take every step of the plan that is not charged yet. Can be interrupted and called again at any time."""
+        """Take every step of the plan that is not charged yet. Can be interrupted and called again at any time.
+
+        Raises ``CaptureError`` when the model or the objective mixes examples, ``CheckpointError`` when the checkpoint
+        in ``state_dir`` is damaged, missing or of another model or plan, ``LedgerError`` likewise.
+        """
         with self._ledger() as ledger:
+            self.charged_steps = ledger.charged_steps
             optimizer = DPOptimizer(self.inner_optimizer, self.plan, self.clipper, ledger)
             self._resume(ledger.charged_steps)
+            if ledger.charged_steps < self.plan.steps:
+                self._show_objective()
             for step in range(ledger.charged_steps + 1, self.plan.steps + 1):
                 self._take(step, optimizer)
+                self.charged_steps = ledger.charged_steps
                 if step % max(1, self.plan.steps // CHECKPOINTS) == 0 or step == self.plan.steps:
                     self._save(step)
                 self.progress(step, self.plan.steps, self._message())
@@ -120,6 +144,8 @@ class DPTrainer:
             self.state_dir.mkdir(parents=True, exist_ok=True)
             with Ledger(self.state_dir / "ledger.jsonl", self.plan) as ledger:
                 yield ledger
+
+    # One step
 
     def _take(self, step: int, optimizer: DPOptimizer) -> None:
         """One private step over one Poisson sample, empty or not."""
@@ -151,7 +177,7 @@ class DPTrainer:
 
     def _accumulate(self, step: int, ids: Tensor, mask: Tensor) -> None:
         device = self.performance.device
-        examples = [x.to(device) for x in self._examples(ids[mask], len(ids))]
+        examples = [x.to(device) for x in self.examples.batch(ids[mask], len(ids))]
         keys = RowKeys(self.seed, ids.to(device), step, self.augmult)
         # Dropout masks belong to places in a batch, so they are drawn anew, from the system: a mask known beforehand
         # would change with an example's neighbours, and one example could move the share of all others.
@@ -160,57 +186,105 @@ class DPTrainer:
             losses = self.objective(self.model, *examples, keys)
             self.clipper.backward(losses, example_mask=mask.to(device))
 
-    def _examples(self, ids: Tensor, size: int) -> tuple[Tensor, ...]:
-        """The examples' tensors, each padded with zeros to ``[size, ...]``."""
-        if isinstance(self.dataset, ImageSet):
-            batch: Any = (self.dataset.images[ids], self.dataset.labels[ids])
-        else:
-            template = ids if len(ids) else [0]  # an empty batch still has shapes and dtypes
-            batch = default_collate([self.dataset[int(i)] for i in template])  # type: ignore[index]
-        tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-        kept = [x[: len(ids)] for x in tensors]
-        return tuple(torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])]) for x in kept)
+    def _show_objective(self) -> None:
+        """On synthetic examples: there is a loss for each row, and no example changes the loss of another.
+
+        The clipper sees what happens inside the model; this sees what happens around it.
+        """
+        device = self.performance.device
+        ids = torch.arange(SYNTHETIC_EXAMPLES)
+        examples = [x.to(device) for x in self.examples.batch(ids % len(self.examples), len(ids))]
+        keys = RowKeys(self.seed, ids.to(device), 0, self.augmult)
+
+        def losses(*examples: Tensor) -> Tensor:
+            out = self.objective(self.model, *examples, keys)
+            rows = SYNTHETIC_EXAMPLES * self.augmult
+            if not isinstance(out, Tensor) or out.shape != (rows,):
+                got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise CaptureError(
+                    f"the objective returned {got} for {SYNTHETIC_EXAMPLES} examples of {self.augmult} rows: expected"
+                    f" one loss per row, ({rows},), not reduced"
+                )
+            return out.view(SYNTHETIC_EXAMPLES, self.augmult)
+
+        with _buffers_kept(self.model):
+            try:
+                verdict = forward_verdict(losses, examples, {}, Synthetic(rows=SYNTHETIC_EXAMPLES, augmult=1))
+            except TypeError as error:
+                error.add_note("the objective is called as objective(model, *examples, keys), keys being RowKeys")
+                raise
+        if verdict == "mixed":
+            raise CaptureError(
+                "the objective cannot be trained on privately: changing one example changes the loss of another. Use no"
+                " statistics of the batch (means, standardisation, BatchNorm in training mode), not even behind"
+                " detach(); draw random numbers from the keys, which belong to an example"
+            )
 
     # Interruption
 
-    def _parts(self) -> list[Any]:
-        return [self.model, self.inner_optimizer, *([] if self.ema is None else [self.ema])]
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.inner_optimizer}
+        return parts if self.ema is None else {**parts, "averaged model": self.ema}
 
     def _save(self, step: int) -> None:
         if self.state_dir is not None:
             state = {
-                "parts": [p.state_dict() for p in self._parts()],
+                "parts": {name: part.state_dict() for name, part in self._parts().items()},
                 "step": step,
                 "lost_steps": self.lost_steps,
             }
             checkpoint.save(
-                self.state_dir / "checkpoint",
-                state,
-                kind="private training",
-                fingerprint=self.plan.fingerprint(),
+                self.state_dir / "checkpoint", state, kind="private training", fingerprint=self.plan.fingerprint()
             )
 
     def _resume(self, charged: int) -> None:
         """Load the last checkpoint; steps charged after it are spent and lost."""
         if self.state_dir is None:
             return  # the model in memory is where the ledger in memory is
-        saved = 0
-        if (self.state_dir / "checkpoint").exists():
-            state = checkpoint.load(
-                self.state_dir / "checkpoint", kind="private training", fingerprint=self.plan.fingerprint()
+        path = self.state_dir / "checkpoint"
+        if not charged and not path.exists():
+            self._save(0)  # from now on a missing checkpoint is a lost one
+        if not path.exists():
+            raise CheckpointError(
+                f"{charged} steps are charged to the ledger in {self.state_dir}, and the checkpoint is gone: what they"
+                " trained is lost. Restore it, or start anew in another folder with a new budget"
             )
-            for part, values in zip(self._parts(), state["parts"], strict=True):
-                part.load_state_dict(values)
-            saved, self.lost_steps = state["step"], state["lost_steps"]
+        state = checkpoint.load(path, kind="private training", fingerprint=self.plan.fingerprint())
+        saved = state["step"]
         if saved > charged:
             raise PrivacyError(
                 f"the checkpoint is at step {saved}, the ledger at {charged}: the ledger was cut or replaced. Restore"
                 " the ledger that belongs to the checkpoint, or start anew in another folder with a new budget"
             )
-        self.lost_steps += charged - saved
+        self._load(state["parts"])
+        self.lost_steps = state["lost_steps"] + charged - saved
         if charged:
             self.progress(charged, self.plan.steps, self._message())
+
+    def _load(self, parts: dict[str, Any]) -> None:
+        try:
+            if parts.keys() != self._parts().keys():
+                raise ValueError(f"it holds {', '.join(parts)}, this training has {', '.join(self._parts())}")
+            for name, part in self._parts().items():
+                part.load_state_dict(parts[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the checkpoint in {self.state_dir} is of another model, optimizer or ema_decay ({error}): give those"
+                " it was made with, or another folder with a new budget"
+            ) from error
 
     def _message(self) -> str:
         lost = f" ({self.lost_steps} charged steps lost to interruptions)" if self.lost_steps else ""
         return f"private training{lost}"
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """What layers do to their buffers meanwhile is undone."""
+    before = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
