@@ -62,19 +62,20 @@ class Accumulation:
             if id(target) in self.shared:
                 self._add_partial(id(target), term.materialise())
             else:
-                self._keep(self.names[id(target)], term)
+                self.keep(self.names[id(target)], term)
 
     def finish(self, max_grad_norm: float, mask: Tensor) -> Clipped:
         """Clip; an example where ``mask [B]`` is False contributes exactly 0."""
         self._pull_back()
         for key, grads in self.partial.items():
-            self._keep(self.names[key], Stored(grads))
+            self.keep(self.names[key], Stored(grads))
         total = torch.where(self.bound > GRAM_TRUST * self.sq, self.sq + self.bound, self.sq)
         factors = torch.where(mask, clip_factors(total, max_grad_norm), 0)
         sums = {name: term.clipped_sum(factors) for name, term in self.kept.items()}
         return Clipped(total.sqrt(), factors, sums)
 
-    def _keep(self, name: str, term: Term) -> None:
+    def keep(self, name: str, term: Term) -> None:
+        """Add the squared norms of a parameter's whole gradient; ``finish`` sums it."""
         if not isinstance(term, Stored | Recomputed):
             term = self._in_chosen_form(term)
         if isinstance(term, Stored | Recomputed):

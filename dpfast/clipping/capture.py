@@ -23,40 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dpfast.clipping.fallback import fallback_use
+from dpfast.clipping.functions import AS_ANOTHER, FACTORIES, RANDOM, random_state, storage, written_by
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules import MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use
 from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
-
-FACTORIES = frozenset(
-    {
-        torch.arange,
-        torch.zeros,
-        torch.ones,
-        torch.full,
-        torch.eye,
-        torch.linspace,
-        torch.logspace,
-        torch.tensor,
-    }
-    | {torch.scalar_tensor, torch.tril_indices, torch.triu_indices, torch.empty}
-)
-SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-AUGMENTED = frozenset(
-    f"__{name}__"
-    for name in (
-        *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-        *("iand", "ior", "ixor", "ilshift", "irshift", "idiv"),
-    )
-)
-# Calls that read only the shape or dtype of their other arguments.
-AS_ANOTHER = frozenset(
-    {Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as, Tensor.to, torch.zeros_like, torch.ones_like}
-)
-RANDOM = frozenset(
-    {torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.rand_like, torch.randn_like}
-    | {torch.randint_like, torch.dropout, nn.functional.dropout}
-)
 
 
 @dataclass(frozen=True)
@@ -172,10 +143,10 @@ class Capture(TorchFunctionMode):
         if isinstance(use, Problem):
             self.tape.problems.append(Problem(names, f"{function_name(func)}: {use.what}", use.cure))
             return self._harmless(func, args, kwargs)
-        random_state = None if use.ruled else _random_state()
+        random_before = None if use.ruled else random_state()
         output = self._run(func, args, kwargs)
-        if random_state is not None:
-            self._check_fallback(func, names, random_state)
+        if random_before is not None:
+            self._check_fallback(func, names, random_before)
         if output is None:
             self.tape.problems.append(
                 Problem(
@@ -260,10 +231,10 @@ class Capture(TorchFunctionMode):
             elif t in self.constants:  # data written into it in place
                 del self.constants[t]
 
-    def _check_fallback(self, func: Any, names: tuple[str, ...], random_state: Tensor) -> None:
+    def _check_fallback(self, func: Any, names: tuple[str, ...], random_before: Tensor) -> None:
         """The fallback runs the call again: it must not be random."""
         self.tape.fallbacks.setdefault(function_name(func), []).extend(names)
-        if not torch.equal(random_state, _random_state()):
+        if not torch.equal(random_before, random_state()):
             self.tape.problems.append(
                 Problem(
                     names,
@@ -271,29 +242,3 @@ class Capture(TorchFunctionMode):
                     "move the dropout out of the call, or set its rate to 0",
                 )
             )
-
-
-def _random_state() -> Tensor:
-    """Of the CPU's generator and, where there are any in use, of the current GPU's."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return torch.cat(states)
-
-
-def storage(t: Tensor) -> int:
-    """Where a tensor's numbers lie: equal for views, ``detach()`` and ``.data``."""
-    return 0 if t.is_meta else t.untyped_storage().data_ptr()
-
-
-def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a call changes in place."""
-    name = function_name(func)
-    in_place = (
-        name in AUGMENTED
-        or (name.endswith("_") and not name.endswith("__"))
-        or kwargs.get("inplace")
-        or func == SET_DATA
-    )
-    written = list(tensors_in(args[0])) if in_place and args else []
-    return written + list(tensors_in(kwargs.get("out")))

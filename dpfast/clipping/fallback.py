@@ -110,19 +110,13 @@ def _row_dims(
         choices.append([*sorted(fitting, key=lambda d: d != rows.dim), None])
     output = rows.split(call(values, saved))
     finite = [i for i in range(rows.examples) if bool(output[i].isfinite().all())]
-    for dims in product(*choices):
-        if (
-            all(
-                torch.allclose(
-                    rows.split(call(values, _alone(saved, dims, i, rows.examples)))[0], output[i], 1e-4, 1e-5
-                )
-                for i in {finite[0], finite[-1]} & set(finite)
-            )
-            if finite
-            else True
-        ):
-            return dims
-    return None
+    shown = {finite[0], finite[-1]} if finite else set()
+
+    def keeps_outputs(dims: Dims) -> bool:
+        alone = {i: rows.split(call(values, _alone(saved, dims, i, rows.examples)))[0] for i in shown}
+        return all(torch.allclose(got, output[i], rtol=1e-4, atol=1e-5) for i, got in alone.items())
+
+    return next(filter(keeps_outputs, product(*choices)), None)
 
 
 def _per_example(

@@ -14,7 +14,6 @@ from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
 from dpfast.clipping.terms import Stored
 from dpfast.errors import CaptureError
-from dpfast.kernels.clip import clip_factors
 from dpfast.performance import Performance
 
 Record = tuple[TapedUse, tuple[Tensor, ...], Tensor]
@@ -44,9 +43,7 @@ class Pass:
         signature = self._signature()
         pending = self.ownership.pending(signature, tape.uses) if self.examples > 1 else set()
         records: list[Record] = []
-        accumulation = Accumulation(
-            self.parameters, self.capture.derived, tape, self.examples, self.performance, self.losses.device
-        )
+        accumulation = self._accumulation()
 
         reached: set[Site] = set()
 
@@ -108,12 +105,21 @@ class Pass:
         grads = self._backward(None, lambda *_: None, retain_graph=False)
         refuse(self.capture.tape.problems)
         with plain():
-            stored = {name: Stored(grad.unsqueeze(0)) for name, grad in grads.items() if grad is not None}
-            sq = self.losses.new_zeros(1, dtype=torch.float64)
-            for term in stored.values():
-                sq += term.sq_norms()
-            factors = torch.where(self.mask, clip_factors(sq, self.max_grad_norm), 0)
-            return Clipped(sq.sqrt(), factors, {name: term.clipped_sum(factors) for name, term in stored.items()})
+            accumulation = self._accumulation()
+            for name, grad in grads.items():
+                if grad is not None:
+                    accumulation.keep(name, Stored(grad.unsqueeze(0)))
+            return accumulation.finish(self.max_grad_norm, self.mask)
+
+    def _accumulation(self) -> Accumulation:
+        return Accumulation(
+            self.parameters,
+            self.capture.derived,
+            self.capture.tape,
+            self.examples,
+            self.performance,
+            self.losses.device,
+        )
 
     def _backward(
         self, group: Sequence[int] | None, receive: Receive, *, retain_graph: bool

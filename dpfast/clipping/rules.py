@@ -6,29 +6,22 @@ Shapes in the comments use the alphabet of ``dpfast.kernels``: B examples, N row
 P outputs, C channels, S positions.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpfast.clipping.norms import batch_norm, group_norm, instance_norm, layer_norm, rms_norm, torch_batch_norm
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rows import Rows
-from dpfast.clipping.tape import Terms, Use
-from dpfast.clipping.terms import ConvTerm, EmbeddingTerm, LinearTerm, Stored, Term
-from dpfast.kernels.affine import affine_grads
+from dpfast.clipping.tape import IsTracked, Terms, Use, present
+from dpfast.clipping.terms import ConvTerm, EmbeddingTerm, LinearTerm, Stored
 from dpfast.kernels.conv import ConvSpec
 from dpfast.kernels.precision import accumulation_dtype
 
-IsTracked = Callable[[Any], bool]
 Rule = Callable[..., Use | Problem | None]
-
-
-def _present(is_tracked: IsTracked, pairs: Iterable[tuple[Any, Callable[[], Term]]]) -> Terms:
-    """Terms of those targets that are tracked; the others (frozen or None) cost nothing."""
-    return [(target, make()) for target, make in pairs if is_tracked(target)]
 
 
 def _matrix_rows(x: Tensor, rows: Rows) -> Tensor:
@@ -52,7 +45,7 @@ def linear(is_tracked: IsTracked, input: Tensor, weight: Tensor, bias: Tensor | 
 
     def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
         g = _matrix_rows(g, rows)
-        return _present(
+        return present(
             is_tracked,
             [
                 (weight, lambda: LinearTerm(_matrix_rows(saved[0], rows), g)),
@@ -119,7 +112,7 @@ def _conv(is_tracked: IsTracked, input: Tensor, weight: Tensor, bias: Tensor | N
         return None
 
     def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
-        return _present(
+        return present(
             is_tracked,
             [
                 (weight, lambda: ConvTerm(saved[0], g, spec, rows.examples)),
@@ -128,122 +121,6 @@ def _conv(is_tracked: IsTracked, input: Tensor, weight: Tensor, bias: Tensor | N
         )
 
     return Use((input,) if is_tracked(weight) else (), terms, (0,))
-
-
-# Normalisation layers: the gradient of an affine needs the normalised input, recomputed from the input
-
-
-def group_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Use | None:
-    return _channel_norm(is_tracked, input, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps))
-
-
-def instance_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Use | None:
-    if not use_input_stats:
-        return None
-    return _channel_norm(is_tracked, input, weight, bias, lambda x: F.instance_norm(x, eps=eps))
-
-
-def _channel_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalise: Callable[[Tensor], Tensor],
-) -> Use | None:
-    """Rows first, channels second: affine parameters of shape ``[C]``."""
-    if is_tracked(input):
-        return None
-
-    def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
-        dtype = accumulation_dtype(g)
-        x = saved[0].to(dtype)
-        a = rows.split(normalise(x)).flatten(3) if x.ndim > 2 else rows.split(normalise(x)).unsqueeze(3)
-        g = rows.split(g.to(dtype))
-        scale, shift = affine_grads(a, g.flatten(3) if g.ndim > 3 else g.unsqueeze(3))
-        return _present(is_tracked, [(weight, lambda: Stored(scale)), (bias, lambda: Stored(shift))])
-
-    return Use((input,), terms, (0,))
-
-
-def layer_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Use | None:
-    return _last_dims_norm(
-        is_tracked,
-        input,
-        normalized_shape,
-        weight,
-        bias,
-        lambda x: F.layer_norm(x, normalized_shape, eps=eps),
-    )
-
-
-def rms_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Use | None:
-    return _last_dims_norm(
-        is_tracked, input, normalized_shape, weight, None, lambda x: F.rms_norm(x, normalized_shape, eps=eps)
-    )
-
-
-def _last_dims_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalise: Callable[[Tensor], Tensor],
-) -> Use | None:
-    """Affine parameters of the shape of the last dimensions."""
-    if is_tracked(input) or input.ndim <= len(shape):
-        return None
-    features = math.prod(shape)
-
-    def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
-        def view(x: Tensor) -> Tensor:
-            """``[..., N, ..., *shape] -> [B, M, C, 1]``."""
-            x = rows.split(x)
-            return x.reshape(x.shape[0], -1, features, 1)
-
-        dtype = accumulation_dtype(g)
-        scale, shift = affine_grads(view(normalise(saved[0].to(dtype))), view(g.to(dtype)))
-        return _present(
-            is_tracked,
-            [
-                (weight, lambda: Stored(scale.unflatten(1, tuple(shape)))),
-                (bias, lambda: Stored(shift.unflatten(1, tuple(shape)))),
-            ],
-        )
-
-    return Use((input,), terms, tuple(range(input.ndim - len(shape))))
 
 
 # Embeddings
@@ -287,6 +164,18 @@ def getitem(is_tracked: IsTracked, input: Tensor, index: Any) -> Use | None:
         return [(input, EmbeddingTerm(looked_up, rows.split(g).flatten(1, -2), table_rows))]
 
     return Use((index,), terms, tuple(range(index.ndim)))
+
+
+def torch_embedding(
+    is_tracked: IsTracked,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Use | Problem | None:
+    padding = None if padding_idx < 0 else padding_idx
+    return embedding(is_tracked, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
 # Element by element, with broadcasting
@@ -355,57 +244,6 @@ def subtract_reflected(is_tracked: IsTracked, left: Any, right: Any, *, alpha: f
     """``right - alpha * left``."""
     rule: Use | None = subtract(is_tracked, right, left, alpha=alpha)  # type: ignore[assignment]
     return rule
-
-
-def torch_embedding(
-    is_tracked: IsTracked,
-    weight: Tensor,
-    indices: Tensor,
-    padding_idx: int = -1,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Use | Problem | None:
-    padding = None if padding_idx < 0 else padding_idx
-    return embedding(is_tracked, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
-
-
-def batch_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Use | Problem | None:
-    if training:
-        return Problem(
-            (),
-            "batch_norm in training mode mixes the rows of different examples",
-            "replace BatchNorm by GroupNorm, or keep the layer in eval mode (layer.eval()) with fixed statistics",
-        )
-    if running_mean is None or running_var is None:
-        return None
-    shape = (1, -1, *[1] * (input.ndim - 2))
-    mean, scale = running_mean.view(shape), (running_var + eps).rsqrt().view(shape)
-    return _channel_norm(is_tracked, input, weight, bias, lambda x: (x - mean) * scale)
-
-
-def torch_batch_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Use | Problem | None:
-    return batch_norm(is_tracked, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 RULES: dict[Any, Rule] = {

@@ -22,6 +22,7 @@ def plain() -> Iterator[None]:
         yield
 
 
+IsTracked = Callable[[Any], bool]
 Terms = Sequence[tuple[Tensor, Term]]
 Receive = Callable[["TapedUse", tuple[Tensor, ...], Tensor], None]
 
@@ -45,6 +46,11 @@ class Use:
     terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
     row_dims: tuple[int, ...] | None = None  # dimensions of the output that may hold the rows; None: any
     ruled: bool = True  # False: by the fallback
+
+
+def present(is_tracked: IsTracked, pairs: Iterable[tuple[Any, Callable[[], Term]]]) -> Terms:
+    """Terms of those targets that are tracked; the others (frozen or None) cost nothing."""
+    return [(target, make()) for target, make in pairs if is_tracked(target)]
 
 
 @dataclass(frozen=True)

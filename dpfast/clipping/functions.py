@@ -1,0 +1,58 @@
+"""What the capture knows of torch functions beside their rules: what they read, write and make."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpfast.clipping.trees import function_name, tensors_in
+
+FACTORIES = frozenset(  # make constants out of nothing
+    {
+        *(torch.arange, torch.linspace, torch.logspace, torch.tril_indices, torch.triu_indices),
+        *(torch.zeros, torch.ones, torch.full, torch.eye, torch.empty, torch.tensor, torch.scalar_tensor),
+    }
+)
+RANDOM = frozenset(  # make no constants, whatever they are made from
+    {
+        *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.dropout, F.dropout),
+        *(torch.rand_like, torch.randn_like, torch.randint_like),
+    }
+)
+AS_ANOTHER = frozenset(  # read only the shape or dtype of their other arguments
+    {
+        *(Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as, Tensor.to),
+        *(torch.zeros_like, torch.ones_like),
+    }
+)
+_AUGMENTED = frozenset(
+    f"__{name}__"
+    for name in (
+        *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "idiv"),
+    )
+)
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call changes in place."""
+    name = function_name(func)
+    with_underscore = name.endswith("_") and not name.endswith("__")
+    in_place = with_underscore or name in _AUGMENTED or kwargs.get("inplace") or func == _SET_DATA
+    written = list(tensors_in(args[0])) if in_place and args else []
+    return written + list(tensors_in(kwargs.get("out")))
+
+
+def storage(t: Tensor) -> int:
+    """Where a tensor's numbers lie: equal for views, ``detach()`` and ``.data``."""
+    return 0 if t.is_meta else t.untyped_storage().data_ptr()
+
+
+def random_state() -> Tensor:
+    """Of the CPU's generator and, where there are any in use, of the current GPU's."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return torch.cat(states)

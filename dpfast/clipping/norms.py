@@ -1,0 +1,166 @@
+"""Rules for normalisation layers: the gradient of an affine needs the normalised input, recomputed from the input."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpfast.clipping.problems import Problem
+from dpfast.clipping.rows import Rows
+from dpfast.clipping.tape import IsTracked, Terms, Use, present
+from dpfast.clipping.terms import Stored
+from dpfast.kernels.affine import affine_grads
+from dpfast.kernels.precision import accumulation_dtype
+
+
+def group_norm(
+    is_tracked: IsTracked,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Use | None:
+    return _channel_norm(is_tracked, input, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps))
+
+
+def instance_norm(
+    is_tracked: IsTracked,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Use | None:
+    if not use_input_stats:
+        return None
+    return _channel_norm(is_tracked, input, weight, bias, lambda x: F.instance_norm(x, eps=eps))
+
+
+def _channel_norm(
+    is_tracked: IsTracked,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalise: Callable[[Tensor], Tensor],
+) -> Use | None:
+    """Rows first, channels second: affine parameters of shape ``[C]``."""
+    if is_tracked(input):
+        return None
+
+    def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
+        dtype = accumulation_dtype(g)
+        x = saved[0].to(dtype)
+        a = rows.split(normalise(x)).flatten(3) if x.ndim > 2 else rows.split(normalise(x)).unsqueeze(3)
+        g = rows.split(g.to(dtype))
+        scale, shift = affine_grads(a, g.flatten(3) if g.ndim > 3 else g.unsqueeze(3))
+        return present(is_tracked, [(weight, lambda: Stored(scale)), (bias, lambda: Stored(shift))])
+
+    return Use((input,), terms, (0,))
+
+
+def layer_norm(
+    is_tracked: IsTracked,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Use | None:
+    return _last_dims_norm(
+        is_tracked,
+        input,
+        normalized_shape,
+        weight,
+        bias,
+        lambda x: F.layer_norm(x, normalized_shape, eps=eps),
+    )
+
+
+def rms_norm(
+    is_tracked: IsTracked,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Use | None:
+    return _last_dims_norm(
+        is_tracked, input, normalized_shape, weight, None, lambda x: F.rms_norm(x, normalized_shape, eps=eps)
+    )
+
+
+def _last_dims_norm(
+    is_tracked: IsTracked,
+    input: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalise: Callable[[Tensor], Tensor],
+) -> Use | None:
+    """Affine parameters of the shape of the last dimensions."""
+    if is_tracked(input) or input.ndim <= len(shape):
+        return None
+    features = math.prod(shape)
+
+    def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
+        def view(x: Tensor) -> Tensor:
+            """``[..., N, ..., *shape] -> [B, M, C, 1]``."""
+            x = rows.split(x)
+            return x.reshape(x.shape[0], -1, features, 1)
+
+        dtype = accumulation_dtype(g)
+        scale, shift = affine_grads(view(normalise(saved[0].to(dtype))), view(g.to(dtype)))
+        return present(
+            is_tracked,
+            [
+                (weight, lambda: Stored(scale.unflatten(1, tuple(shape)))),
+                (bias, lambda: Stored(shift.unflatten(1, tuple(shape)))),
+            ],
+        )
+
+    return Use((input,), terms, tuple(range(input.ndim - len(shape))))
+
+
+def batch_norm(
+    is_tracked: IsTracked,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Use | Problem | None:
+    if training:
+        return Problem(
+            (),
+            "batch_norm in training mode mixes the rows of different examples",
+            "replace BatchNorm by GroupNorm, or keep the layer in eval mode (layer.eval()) with fixed statistics",
+        )
+    if running_mean is None or running_var is None:
+        return None
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    mean, scale = running_mean.view(shape), (running_var + eps).rsqrt().view(shape)
+    return _channel_norm(is_tracked, input, weight, bias, lambda x: (x - mean) * scale)
+
+
+def torch_batch_norm(
+    is_tracked: IsTracked,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Use | Problem | None:
+    return batch_norm(is_tracked, input, running_mean, running_var, weight, bias, training, momentum, eps)
