@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpfast.errors import ConfigError, DPFastError
 from dpfast.kernels import dispatch
-from dpfast.kernels.affine import affine_grads, affine_sq_norms, native
+from dpfast.kernels.affine import affine_grads, native
 
 NATIVE = dispatch.why_not_native() is None
 needs_native = pytest.mark.skipif(not NATIVE, reason=str(dispatch.why_not_native()))
@@ -161,14 +161,6 @@ def test_agrees_with_autograd_through_group_norm(backend: dispatch.Backend) -> N
         grads = torch.autograd.grad((norm(x[rows]) * g[rows]).sum(), [norm.weight, norm.bias])
         torch.testing.assert_close(weight[i].double(), grads[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(bias[i].double(), grads[1], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_sq_norms(backend: dispatch.Backend) -> None:
-    a, g = _randn(3, 2, 20, 40), _randn(3, 2, 20, 40)
-    weight, bias = _exact(a, g)
-    expected = weight.square().sum(1) + bias.square().sum(1)
-    torch.testing.assert_close(affine_sq_norms(a, g, backend=backend).double(), expected, rtol=1e-5, atol=0.0)
 
 
 def test_autograd_and_vmap_take_the_reference() -> None:

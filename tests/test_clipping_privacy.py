@@ -1,5 +1,7 @@
 """What the guarantee says, measured: neighbours, padding, broken examples, empty batches."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,9 @@ from torch import nn
 from cases import EVERY, losses, unet, unet_inputs
 from dpfast import GhostClipper, Performance
 from dpfast.errors import CaptureError
+from dpfast.performance import Form
 
-FORMS = ["auto", "gram", "direct", "materialise", "example"]
+FORMS = get_args(Form)
 C, K = 0.05, 2
 
 

@@ -1,8 +1,10 @@
 """DPTrainer: what it computes, what it refuses, how it goes on after an interruption."""
 
 import copy
+import dataclasses
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from dpfast import DPTrainer, Performance, Plan
 from dpfast.data import ImageSet
 from dpfast.errors import CaptureError, CheckpointError, ConfigError, DataError, PrivacyError
+from dpfast.performance import Form
 from dpfast.privacy import read_ledger
 from dpfast.testing import injected_entropy
 
@@ -81,6 +84,29 @@ def test_without_noise_and_clipping_it_is_ordinary_training(form, microbatch) ->
         objective(ordinary, data.images, data.labels, RowKeys(7, torch.arange(EXAMPLES), step, K)).mean().backward()
         optimizer.step()
     torch.testing.assert_close(weights(private), weights(ordinary), rtol=1e-4, atol=1e-6)
+
+
+OTHER = {
+    "form": [f for f in get_args(Form) if f != "auto"],
+    "microbatch": [1, 5, 100],
+    "memory_budget": [1, 10_000],
+    "device": [f"cuda:{i}" for i in range(torch.cuda.device_count())],
+}
+
+
+def test_every_performance_setting_is_looked_at() -> None:
+    assert set(OTHER) == {field.name for field in dataclasses.fields(Performance)}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OTHER.items() for value in values])
+def test_no_performance_setting_moves_the_result(name, value) -> None:
+    """What may not move epsilon moves nothing beyond rounding: six clipped steps without noise, full batches."""
+    clipped = plan(**{**NO_NOISE, "max_grad_norm": 0.5})
+    usual = trainer(plan=clipped)
+    usual.fit()
+    other = trainer(plan=clipped, performance=Performance(**{name: value}))
+    other.fit()
+    torch.testing.assert_close(weights(other.model).cpu(), weights(usual.model), rtol=1e-4, atol=1e-6)
 
 
 def test_physical_batches_have_few_sizes_and_each_example_once() -> None:

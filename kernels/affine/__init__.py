@@ -14,7 +14,7 @@ from torch import Tensor
 from dpfast.kernels.affine import native, reference
 from dpfast.kernels.dispatch import Backend, KernelError, choose
 
-__all__ = ["affine_grads", "affine_sq_norms"]
+__all__ = ["affine_grads"]
 
 
 def affine_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
@@ -31,12 +31,6 @@ def affine_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tup
     if choose(backend, a, g) == "native":
         return native.affine_grads(a, g)
     return reference.affine_grads(a, g)
-
-
-def affine_sq_norms(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> Tensor:
-    """Squared norm of each example's (weight, bias) gradient together, [B]; arguments as ``affine_grads``."""
-    weight, bias = affine_grads(a, g, backend=backend)
-    return weight.square().sum(1) + bias.square().sum(1)
 
 
 def _check(a: Tensor, g: Tensor) -> None:
