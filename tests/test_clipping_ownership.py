@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -175,6 +176,29 @@ def test_examples_without_gradients_are_waited_for_so_long_only() -> None:
 
     counts = [count_passes(clipper, torch.randn(8, 5), weighted) for _ in range(ENOUGH_STEPS + 1)]
     assert counts == [7] * ENOUGH_STEPS + [1]
+
+
+def test_many_paths_are_said_once() -> None:
+    layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(6))
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.taken = layers, 0
+
+        def forward(self, x):
+            for i, layer in enumerate(self.layers):
+                x = layer(x) if self.taken >> i & 1 else x
+            return x
+
+    clipper = GhostClipper(Deep(), max_grad_norm=1.0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for clipper.model.taken in range(1, 40):
+            clip(clipper, torch.randn(4, 3))
+    assert [str(w.message)[:44] for w in said if "paths" in str(w.message)] == [
+        "the model has taken more than 32 different p"
+    ]
 
 
 class Statistics(nn.Module):

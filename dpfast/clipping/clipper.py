@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpfast.clipping.accumulate import Clipped
 from dpfast.clipping.calls import ModelCalls
 from dpfast.clipping.capture import Capture
-from dpfast.clipping.ownership import Ownership
+from dpfast.clipping.ownership import MANY_PATHS, Ownership
 from dpfast.clipping.passes import Pass
 from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.tape import Tape
@@ -296,6 +296,12 @@ class GhostClipper:
                 "unused " + unused[0],
                 f"no loss depends on {listed(unused)}: noise is added to them all the same; freeze what is not trained"
                 + _without_grad(tape.used_without_grad.intersection(unused)),
+            )
+        if len(self._ownership.dims) > MANY_PATHS:
+            self._warn_once(
+                "paths",
+                f"the model has taken more than {MANY_PATHS} different paths (layers left out at random?): each new one"
+                " costs some backward passes, which show that it keeps examples apart",
             )
         if not forward_shown:
             self._warn_once(

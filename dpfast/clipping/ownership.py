@@ -26,6 +26,7 @@ from dpfast.clipping.trees import replace_tensors, tensors_in
 
 Signature = tuple[Any, ...]  # of a step: its uses with their shapes, and the modes of the layers
 ENOUGH_STEPS = 8  # probed, when there are never gradients of half of the examples: a choice, not a measurement
+MANY_PATHS = 32  # of one model: then probes are a cost to speak of
 SYNTHETIC_EXAMPLES = 4  # of the forward probe: a first, a last and two in between
 
 
@@ -52,10 +53,11 @@ class Ownership:
     """The row dimension of every use, by the signature of the step; outlives steps, holds no tensors."""
 
     evidence: dict[tuple[Signature, Site], Evidence] = field(default_factory=dict)
-    dims: dict[tuple[Signature, Site], int] = field(default_factory=dict)
+    dims: dict[Signature, dict[Site, int]] = field(default_factory=dict)
 
-    def pending(self, signature: Signature, sites: Mapping[Site, TapedUse]) -> set[Site]:
-        return {site for site in sites if (signature, site) not in self.dims}
+    def known(self, signature: Signature) -> dict[Site, int]:
+        """Row dimensions of the uses that are settled."""
+        return self.dims.setdefault(signature, {})
 
     def recall(self, signature: Signature, site: Site, dims: tuple[int, ...]) -> Evidence:
         """What earlier steps left of ``dims``."""
@@ -69,7 +71,7 @@ class Ownership:
         for site, found in evidence.items():
             found = replace(found, steps=found.steps + (len(found.informative) >= 2))
             if found.settled(examples):
-                self.dims[signature, site] = found.dims[0]
+                self.known(signature)[site] = found.dims[0]
                 self.evidence.pop((signature, site), None)
             elif found.dims:
                 self.evidence[signature, site] = found

@@ -41,10 +41,10 @@ class Pass:
     def _all_at_once(self) -> Clipped:
         tape = self.capture.tape
         signature = self._signature()
-        pending = self.ownership.pending(signature, tape.uses) if self.examples > 1 else set()
+        known = self.ownership.known(signature)
+        pending = tape.uses.keys() - known.keys() if self.examples > 1 else set()
         records: list[Record] = []
         accumulation = self._accumulation()
-
         reached: set[Site] = set()
 
         def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
@@ -54,7 +54,7 @@ class Pass:
             elif pending:
                 records.append((use, saved, g))
             else:
-                accumulation.add(use, saved, g, self._rows(use, g, self.ownership.dims.get((signature, use.site))))
+                accumulation.add(use, saved, g, self._rows(use, g, known.get(use.site)))
 
         leaked = self._backward(None, receive, retain_graph=bool(pending))
         refuse(tape.problems + [_leak(name) for name, grad in leaked.items() if grad is not None])
@@ -63,21 +63,20 @@ class Pass:
                 "the losses depend on no trainable parameter used since the last clipper.backward: compute them inside"
                 " `with clipper`, one forward pass before each clipper.backward"
             )
-        shown = self._show_ownership(signature, [r for r in records if r[0].site in pending])
+        dims = known | self._show_ownership(signature, [r for r in records if r[0].site in pending])
         with plain():
             for use, saved, g in records:
-                dim = shown.get(use.site, self.ownership.dims.get((signature, use.site)))
-                accumulation.add(use, saved, g, self._rows(use, g, dim))
+                accumulation.add(use, saved, g, self._rows(use, g, dims.get(use.site)))
             return accumulation.finish(self.max_grad_norm, self.mask)
 
     def _signature(self) -> Signature:
         """Of this step, whatever the number of its rows: sizes that the rows divide count in rows."""
         n = len(self.losses)
-        in_rows = [
-            tuple((size // n, "rows") if size and size % n == 0 else (size, "") for size in shape)
-            for shape in self.capture.tape.shapes.values()
+        uses = [
+            (site, tuple((size // n, "rows") if size and size % n == 0 else (size, "") for size in shape))
+            for site, shape in self.capture.tape.shapes.items()
         ]
-        return self.path, tuple(in_rows)
+        return self.path, tuple(uses)
 
     def _show_ownership(self, signature: Signature, records: list[Record]) -> dict[Site, int]:
         """Back-propagate groups of examples alone; the row dimension of every use that received a gradient."""
