@@ -113,7 +113,12 @@ class GhostClipper:
         """Parameters whose ``p.grad`` is neither None nor exactly what this clipper last wrote."""
         present = {name: p for name, p in self.parameters.items() if p.grad is not None}
         now = seen({name: _grad(p) for name, p in present.items()})
-        return [name for name, p in present.items() if self._written.get(id(p)) != (p.grad, now[name][1])]
+
+        def mine(name: str, p: nn.Parameter) -> bool:
+            grad, bits = self._written.get(id(p), (None, 0))
+            return p.grad is grad and now[name][1] == bits
+
+        return [name for name, p in present.items() if not mine(name, p)]
 
     def zero_grad(self) -> None:
         """Forget the accumulated sum: ``p.grad = None``, also of parameters frozen since."""
