@@ -56,6 +56,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self.plan = plan
         self.clipper = clipper
         self.ledger = _memory_ledger(clipper, plan) if ledger is None else ledger
+        self._in_memory = ledger is None
         self._stepping = False
         if self.ledger.plan.fingerprint() != plan.fingerprint():
             raise PrivacyError(
@@ -167,6 +168,8 @@ class DPOptimizer(torch.optim.Optimizer):
         found = []
         if closure is not None:
             found.append("step(closure): a closure would evaluate private data unaccounted; call step() without one")
+        if self._in_memory and _memory.get(self.clipper) is not self.ledger:
+            found.append("another DPOptimizer of this clipper was made since with another plan; use that one")
         foreign = [
             f"{name}.grad was not written by the clipper alone; call zero_grad() before it"
             for name in self.clipper.foreign_gradients()
@@ -201,7 +204,7 @@ _memory: WeakKeyDictionary[Clipper, Ledger] = WeakKeyDictionary()
 def _memory_ledger(clipper: Clipper, plan: Plan) -> Ledger:
     """The ledger in memory of all optimizers of ``clipper``: a new optimizer is no new budget."""
     ledger = _memory.get(clipper)
-    if ledger is None or not ledger.charged_steps:
+    if ledger is None or (not ledger.charged_steps and ledger.plan.fingerprint() != plan.fingerprint()):
         ledger = _memory[clipper] = Ledger(None, plan)
     return ledger
 

@@ -1,5 +1,6 @@
 """DPTrainer: a model, a data set and a plan in; a privately trained model out."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpfast import checkpoint
 from dpfast.clipping import GhostClipper
-from dpfast.clipping.ownership import SYNTHETIC_EXAMPLES, Synthetic, forward_verdict
+from dpfast.clipping.calls import RandomState, no_trace_left
+from dpfast.clipping.ownership import PROBED_EXAMPLES, Synthetic, forward_verdict
 from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
 from dpfast.errors import CaptureError, CheckpointError, ConfigError, PrivacyError
@@ -191,25 +193,29 @@ class DPTrainer:
 
         The clipper sees what happens inside the model; this sees what happens around it.
         """
+        if len(self.examples) < 2:
+            return
         device = self.performance.device
-        ids = torch.arange(SYNTHETIC_EXAMPLES)
-        examples = [x.to(device) for x in self.examples.batch(ids % len(self.examples), len(ids))]
-        keys = RowKeys(self.seed, ids.to(device), 0, self.augmult)
+        ids = self.examples.unlike(PROBED_EXAMPLES)
+        count = len(ids)
+        examples = [x.to(device) for x in self.examples.batch(ids, count)]
+        keys = RowKeys(self.seed, torch.arange(count, device=device), 0, self.augmult)
+        state = RandomState()
 
         def losses(*examples: Tensor) -> Tensor:
+            state.restore()
             out = self.objective(self.model, *examples, keys)
-            rows = SYNTHETIC_EXAMPLES * self.augmult
-            if not isinstance(out, Tensor) or out.shape != (rows,):
+            if not isinstance(out, Tensor) or out.shape != (count * self.augmult,):
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
                 raise CaptureError(
-                    f"the objective returned {got} for {SYNTHETIC_EXAMPLES} examples of {self.augmult} rows: expected"
-                    f" one loss per row, ({rows},), not reduced"
+                    f"the objective returned {got} for {count} examples of {self.augmult} rows: expected one loss per"
+                    f" row, ({count * self.augmult},), not reduced"
                 )
-            return out.view(SYNTHETIC_EXAMPLES, self.augmult)
+            return out.view(count, self.augmult)
 
-        with _buffers_kept(self.model):
+        with no_trace_left(self.model):
             try:
-                verdict = forward_verdict(losses, examples, {}, Synthetic(rows=SYNTHETIC_EXAMPLES, augmult=1))
+                verdict = forward_verdict(losses, examples, {}, Synthetic(rows=count, augmult=1))
             except TypeError as error:
                 error.add_note("the objective is called as objective(model, *examples, keys), keys being RowKeys")
                 raise
@@ -218,6 +224,12 @@ class DPTrainer:
                 "the objective cannot be trained on privately: changing one example changes the loss of another. Use no"
                 " statistics of the batch (means, standardisation, BatchNorm in training mode), not even behind"
                 " detach(); draw random numbers from the keys, which belong to an example"
+            )
+        if verdict != "apart":
+            warnings.warn(
+                "it was not shown that the objective keeps examples apart: it gives two results for the same examples"
+                " (random numbers that are not of the keys?)",
+                stacklevel=3,
             )
 
     # Interruption
@@ -276,15 +288,3 @@ class DPTrainer:
     def _message(self) -> str:
         lost = f" ({self.lost_steps} charged steps lost to interruptions)" if self.lost_steps else ""
         return f"private training{lost}"
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What layers do to their buffers meanwhile is undone."""
-    before = [(b, b.clone()) for b in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)

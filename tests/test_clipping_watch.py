@@ -90,7 +90,7 @@ def test_a_workspace_that_is_no_buffer_may_be_written() -> None:
         return F.linear(x, m.weight)
 
     clipper = GhostClipper(Raw(forward, weight=(4, 4)), max_grad_norm=1.0)
-    clipper._calls.show = lambda rows: True  # the workspace has the size of this batch, not of the probe's
+    clipper._calls.show = lambda rows: ""  # the workspace has the size of this batch, not of the probe's
     with clipper:
         clipper.backward(losses(clipper.model, (torch.randn(6, 4),)))
 

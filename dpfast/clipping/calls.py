@@ -1,18 +1,100 @@
 """The calls of a model inside a step: how many rows they take, and the forward probe of each."""
 
-from collections.abc import Hashable
+import random
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dpfast.clipping.capture import Capture
-from dpfast.clipping.ownership import Synthetic, forward_verdict
-from dpfast.clipping.problems import Problem, refuse
+from dpfast.clipping.ownership import ENOUGH_STEPS, Synthetic, Verdict, forward_verdict
+from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.trees import tensors_in
+from dpfast.errors import CaptureError
 
-Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+class RandomState:
+    """Of torch, Python and numpy, now."""
+
+    def __init__(self) -> None:
+        self.cpu, self.python = torch.get_rng_state(), random.getstate()
+        self.numpy = np.random.get_state()  # noqa: NPY002  # of the one generator that all share
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@contextmanager
+def no_trace_left(model: nn.Module) -> Iterator[None]:
+    """What a probe does to random states and buffers is undone."""
+    state, buffers = RandomState(), [(b, b.clone()) for b in model.buffers()]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        state.restore()
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@dataclass
+class Call:
+    """One call of a module by the user's code, and what the step had run before and after it."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: RandomState
+    before: int
+    after: int = 0
+
+    def shape(self) -> Hashable:
+        """Calls of one shape are probed once."""
+        given = (*self.args, *self.kwargs.values())
+        kinds = tuple((type(value), tuple(tuple(t.shape) for t in tensors_in(value))) for value in given)
+        return id(self.module), kinds, tuple(self.kwargs)
+
+    def verdict(self, capture: Capture, rows: int, augmult: int) -> tuple[Verdict, bool]:
+        """Of the forward probe, in the dimension that has the rows; and whether it ran what the step ran."""
+        fits = [
+            dim
+            for dim in (0, 1)
+            if any(Synthetic(rows, augmult, dim).fits(t) for t in tensors_in((self.args, self.kwargs)))
+        ]
+        if not fits:
+            return "unseen", True
+        same_path = True
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal same_path
+            self.state.restore()
+            with capture.tracing_only(self.before) as trace:
+                output = self.module(*args, **kwargs)
+            same_path = same_path and trace() == self.after
+            return output
+
+        try:
+            verdict = forward_verdict(run, self.args, self.kwargs, Synthetic(rows, augmult, fits[0]))
+        except Exception as error:
+            if fits[0] == 1:  # as many features as rows, by chance
+                return "unseen", True
+            raise CaptureError(
+                "the model fails on synthetic input of the batch's own shapes, by which it is shown that it keeps"
+                f" examples apart ({type(error).__name__}: {error}). Let it run on any numbers in its inputs' range"
+            ) from error
+        return verdict, same_path
 
 
 class ModelCalls:
@@ -26,9 +108,10 @@ class ModelCalls:
         """one_by_one: whether a batch of one example is differentiated by autograd itself (the form "example")."""
         self.model, self.augmult, self.one_by_one = model, augmult, one_by_one
         self._capture: Capture | None = None
-        self.input_shape: tuple[int, ...] | None = None
         self._shown: set[Hashable] = set()
+        self._tries: Counter[Hashable] = Counter()
         self._handles: list[RemovableHandle] = []
+        self.restart()
 
     def path(self) -> Hashable:
         """What the step has run so far."""
@@ -53,40 +136,70 @@ class ModelCalls:
 
     def restart(self) -> None:
         """Forget the calls of the last step."""
-        self._calls: dict[int, Call] = {}
+        self._calls: list[Call] = []
         self._depth = 0
-        self.input_shape = None
+        self._open: Call | None = None
+        self.inputs: list[Tensor] = []  # of the first call
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
-        if self._depth > 1 or not torch.is_grad_enabled():
+        capture = self._capture
+        if self._depth > 1 or capture is None or capture.tape.receive is not None or not torch.is_grad_enabled():
             return
-        self._calls.setdefault(id(module), (module, args, kwargs))
+        trace = capture.tape.trace
         with torch._C.DisableTorchFunction():
-            shape = next((tuple(t.shape) for t in tensors_in((args, kwargs)) if t.ndim), None)
-        if shape is not None and self._capture is not None and not self._capture.started:
-            self.input_shape = shape
-            self._capture.detach = not (self.one_by_one and shape[0] == self.augmult)
+            given = list(tensors_in((args, kwargs)))
+            for t in given:
+                capture.constants.pop(t, None)  # what goes into the model is data, however it was made
+            rows = next((t.shape[0] for t in given if t.ndim), None)
+            if rows is not None and not capture.started:
+                self.inputs = given
+                capture.detach = not (self.one_by_one and rows == self.augmult)
+            self._open = Call(module, args, kwargs, RandomState(), trace)
+            self._calls.append(self._open)
 
     def _after(self, *_: Any) -> None:
         self._depth -= 1
+        if self._depth == 0 and self._capture is not None and self._open is not None:
+            self._open.after = self._capture.tape.trace
+            self._open = None
 
-    def show(self, rows: int) -> bool:
-        """Probe what was called. False if a call could not be probed; refused if one mixes examples."""
+    def show(self, rows: int) -> str:
+        """Probe what was called; refused if it mixes examples. What could not be shown, in words, or nothing."""
         path = self.path()
-        if path in self._shown:
-            return True
-        batch = Synthetic(rows, self.augmult)
+        if path in self._shown or rows == self.augmult:  # one example alone meets nobody
+            return ""
+        unseen, same_path = self._probe(rows)
+        self._tries[path] += 1
+        if (same_path and not unseen) or self._tries[path] >= ENOUGH_STEPS:
+            self._shown.add(path)
+        return unseen
+
+    def _probe(self, rows: int) -> tuple[str, bool]:
+        names = {id(module): name for name, module in self.model.named_modules()}
+        assert self._capture is not None
+        calls = list({call.shape(): call for call in reversed(self._calls)}.values())
         self._depth = 1  # what the probe calls is no call of the user's
-        verdicts = [forward_verdict(*call, batch) for call in self._calls.values()]
-        if "mixed" in verdicts:
+        with no_trace_left(self.model):
+            verdicts = [call.verdict(self._capture, rows, self.augmult) for call in calls]
+        self._depth = 0
+        said = {verdict for verdict, _ in verdicts}
+        same_path = all(same for _, same in verdicts)
+        if "mixed" in said:
             what = "changing one example's input changes the model's output for another example"
             cure = (
                 "remove what mixes rows: statistics over the batch, even behind detach(). Public tensors that have as"
                 " many rows as the batch by chance belong into a buffer, not into the arguments"
             )
             refuse([Problem((), what, cure)])
-        if "unseen" in verdicts or not verdicts:
-            return False
-        self._shown.add(path)
-        return True
+        if "unrepeatable" in said:
+            return "it gives two results for one input (a generator of its own, a counter)", same_path
+        if not calls or "unseen" in said:
+            return "it was not called with rows [B*K, ...] from which tensors with rows come out", same_path
+        parts = sorted({names[id(call.module)] for call in calls} - {""})
+        if parts:
+            return (
+                f"its parts {listed(parts)} were called one by one, and what happens between them is unseen",
+                same_path,
+            )
+        return "", same_path

@@ -13,7 +13,8 @@ A call with tracked and data arguments is a *use*: it runs with the tracked argu
 computes input gradients as always but no weight gradient, and a ``Tap`` on its output hands (a, g) to the tape.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,8 +26,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dpfast.clipping.fallback import fallback_use
 from dpfast.clipping.functions import AS_ANOTHER, FACTORIES, RANDOM, random_state, storage, written_by
 from dpfast.clipping.problems import Problem
-from dpfast.clipping.rules import MIXES_ROWS, RULES
-from dpfast.clipping.tape import Tape, Use
+from dpfast.clipping.rules import GUARDED, MIXES_ROWS, RULES
+from dpfast.clipping.tape import Tape, Use, traced
 from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
 
 
@@ -61,11 +62,13 @@ class Capture(TorchFunctionMode):
         self.constants = WeakTensorKeyDictionary(dict.fromkeys(fixed.values(), True))
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
         self.anchor, self.on_start = anchor, on_start
+        self.probe_trace: int | None = None
+        self.rewritten: set[str] = set()  # buffers that the step changes, not from data
         self._begin()
 
     def restart(self) -> None:
         """Forget the last forward pass: a tape serves one backward pass."""
-        self.tape.closed = True
+        self.tape.close()
         self._begin()
 
     def _begin(self) -> None:
@@ -74,6 +77,16 @@ class Capture(TorchFunctionMode):
         self.tracked = {id(p): Tracked(p, (name,)) for name, p in self.parameters.items()}
         self.derived: list[Tracked] = []
 
+    @contextmanager
+    def tracing_only(self, trace: int) -> Iterator[Callable[[], int]]:
+        """Record nothing, but go on with ``trace``; yields what it has become."""
+        self.probe_trace = trace
+        try:
+            with torch._C._EnableTorchFunction():
+                yield lambda: cast(int, self.probe_trace)
+        finally:
+            self.probe_trace = None
+
     def is_tracked(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self.tracked
 
@@ -81,14 +94,17 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.tape.trace = hash((self.tape.trace, func))
+        if self.probe_trace is not None:
+            self.probe_trace = traced(self.probe_trace, func)
+            return func(*args, **kwargs)
+        self.tape.trace = traced(self.tape.trace, func)
         if func is torch.broadcast_tensors:
             return self._broadcast(tuple(tensors_in(args)))
         tensors = list(tensors_in((args, kwargs)))
         written = written_by(func, args, kwargs)
         tracked = [self.tracked[id(t)] for t in tensors if id(t) in self.tracked]
         data = [t for t in tensors if id(t) not in self.tracked and t not in self.constants]
-        if written and data and self._protects(func, written, data):
+        if written and self._protects(func, written, data):
             return self._harmless(func, args, kwargs)
         if tracked and torch.is_grad_enabled():
             if not data or (func in AS_ANOTHER and self.is_tracked(args[0])):
@@ -97,7 +113,7 @@ class Capture(TorchFunctionMode):
                 return self._use(func, args, kwargs, tracked)
         elif tracked:
             self.tape.used_without_grad.update(name for source in tracked for name in source.names)
-        if func in MIXES_ROWS:
+        if func in GUARDED:
             return self._guarded(func, args, kwargs)
         output = func(*args, **kwargs)
         self._note_constants(func, tensors, [*tensors_in(output), *written])
@@ -111,12 +127,15 @@ class Capture(TorchFunctionMode):
     def _protects(self, func: Any, written: list[Tensor], data: list[Tensor]) -> bool:
         """Whether a call would write data into a parameter or buffer, by whatever name: it is refused, not run."""
         names = [self.protected[storage(t)] for t in written if storage(t) in self.protected]
-        if not names or all(storage(t) in self.protected for t in data):
+        if all(storage(t) in self.protected for t in data):
+            self.rewritten.update(names)
+            return False
+        if not names:
             return False
         what = f"{function_name(func)} writes into it during a private step: it would carry private data"
         cure = (
-            "freeze it (eval mode, no running statistics), or update it from public data outside the step; the noised"
-            " update of a parameter is DPOptimizer's"
+            "freeze it (eval mode, no running statistics), or update it from public data outside `with clipper`; the"
+            " noised update of a parameter is DPOptimizer's"
         )
         self.tape.problems.append(Problem(tuple(names), what, cure))
         return True
@@ -145,7 +164,7 @@ class Capture(TorchFunctionMode):
             return self._harmless(func, args, kwargs)
         random_before = None if use.ruled else random_state()
         output = self._run(func, args, kwargs)
-        if random_before is not None:
+        if random_before is not None and any(t.is_floating_point() for t in tensors_in(output)):
             self._check_fallback(func, names, random_before)
         if output is None:
             self.tape.problems.append(
@@ -212,8 +231,8 @@ class Capture(TorchFunctionMode):
 
     def _harmless(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Let the forward pass go on after a problem, so that all problems are found, without touching any state."""
-        if func in MIXES_ROWS:
-            return args[0].clone()
+        if func in MIXES_ROWS:  # a batch of one row would be an error
+            return (args[0] if args else kwargs["input"]).clone()
 
         def copied(t: Tensor) -> Tensor:
             return t.detach().clone() if id(t) in self.tracked or storage(t) in self.protected else t
@@ -239,6 +258,7 @@ class Capture(TorchFunctionMode):
                 Problem(
                     names,
                     f"{function_name(func)} draws random numbers, and dpfast has no rule for it",
-                    "move the dropout out of the call, or set its rate to 0",
+                    "move the dropout out of the call, or set its rate to 0 (attention.dropout = 0.0; in an"
+                    " nn.TransformerEncoderLayer, layer.self_attn.dropout = 0.0)",
                 )
             )

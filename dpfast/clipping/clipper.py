@@ -110,13 +110,13 @@ class GhostClipper:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def foreign_gradients(self) -> list[str]:
-        """Parameters whose ``p.grad`` is neither None nor exactly what this clipper last wrote."""
+        """Parameters whose ``p.grad`` is neither None, nor zero, nor exactly what this clipper last wrote."""
         present = {name: p for name, p in self.parameters.items() if p.grad is not None}
         now = seen({name: _grad(p) for name, p in present.items()})
 
         def mine(name: str, p: nn.Parameter) -> bool:
             grad, bits = self._written.get(id(p), (None, 0))
-            return p.grad is grad and now[name][1] == bits
+            return (p.grad is grad and now[name][1] == bits) or not _grad(p).any()
 
         return [name for name, p in present.items() if not mine(name, p)]
 
@@ -132,7 +132,8 @@ class GhostClipper:
             raise CaptureError("this clipper is already active: leave its `with` block before entering it again")
         parameters = self.parameters
         refuse(_model_problems(self.model, parameters))
-        self._buffers = self._seen_buffers(parameters)
+        self._buffers = seen(self._fixed(parameters))
+        self._copies = {name: b.detach().clone() for name, b in self.model.named_buffers()}
         self._parameters: Seen | None = seen(parameters)
         self._capture = Capture(parameters, self._fixed(parameters), self._anchor, on_start=self._see_parameters)
         self._calls.begin(self._capture)
@@ -144,10 +145,15 @@ class GhostClipper:
         assert capture is not None
         capture.__exit__(kind, value, tb)  # type: ignore[no-untyped-call]
         self._calls.end()
+        unfinished = bool(capture.tape.uses)
+        capture.tape.close()
         if kind is not None:
             return
-        refuse(capture.tape.problems + self._buffer_problems(capture))
-        if capture.tape.uses:
+        problems = capture.tape.problems + self._buffer_problems(capture)
+        if problems:
+            self.zero_grad()
+            refuse(problems)
+        if unfinished:
             warnings.warn("left `with clipper` without clipper.backward(losses): nothing was learned", stacklevel=2)
 
     def backward(self, losses: Tensor, *, example_mask: Tensor | None = None) -> ClipResult:
@@ -171,7 +177,7 @@ class GhostClipper:
                         "losses depend on no trainable parameter: compute them inside `with clipper`, with gradients"
                         f" enabled{_without_grad(tape.used_without_grad)}"
                     )
-                shown = self._calls.show(len(losses)) if examples else True
+                unseen = self._calls.show(len(losses)) if examples else ""
                 clipped = self._clip(losses, examples, example_mask)
                 self._write(clipped.sums)
         finally:
@@ -179,7 +185,7 @@ class GhostClipper:
             self._calls.restart()
             self._parameters = None
         if examples:
-            self._warn(clipped.sums, tape, forward_shown=shown)
+            self._warn(clipped.sums, tape, unseen=unseen)
         return ClipResult(clipped.norms, clipped.factors)
 
     def _clip(self, losses: Tensor, examples: int, mask: Tensor | None) -> Clipped:
@@ -223,7 +229,8 @@ class GhostClipper:
         if self._averages_rows(len(losses)):
             raise CaptureError(
                 f"there are fewer losses than rows in the model's input: expected {rows}; do not average over rows, not"
-                " even over the K rows of an example (the clipper does)"
+                " even over the K rows of an example (the clipper does). What belongs to one row goes into the model as"
+                " [B*K, parts, ...]"
             )
         if mask is not None and (mask.shape != (examples,) or mask.dtype != torch.bool):
             raise CaptureError(
@@ -232,11 +239,11 @@ class GhostClipper:
         return examples
 
     def _averages_rows(self, losses: int) -> bool:
-        """Whether the model saw more rows than there are losses (along dimension 1 in sequence-first models)."""
-        shape = self._calls.input_shape
-        if shape is None or shape[0] <= losses:
+        """Whether the model saw more rows than there are losses, and no input has as many."""
+        inputs = [t for t in self._calls.inputs if t.ndim]
+        if not inputs or inputs[0].shape[0] <= losses:
             return False
-        return not (len(shape) == 3 and shape[1] == losses)
+        return not any(t.shape[0] == losses or (_sequence(t) and t.shape[1] == losses) for t in inputs)
 
     # What must hold before and after
 
@@ -245,11 +252,6 @@ class GhostClipper:
         frozen = {name: p for name, p in self.model.named_parameters() if name not in trainable}
         return {**dict(self.model.named_buffers()), **frozen}
 
-    def _seen_buffers(self, trainable: Mapping[str, nn.Parameter]) -> Seen:
-        """A count of batches aside, buffers and frozen parameters stay as they are from ``with`` to its end."""
-        fixed = self._fixed(trainable).items()
-        return seen({name: t for name, t in fixed if not name.endswith("num_batches_tracked")})
-
     def _see_parameters(self) -> None:
         """At the first use of a step: a step after another in the same block begins with what the optimizer left."""
         if self._parameters is None:
@@ -257,20 +259,36 @@ class GhostClipper:
                 self._parameters = seen(self.parameters)
 
     def _buffer_problems(self, capture: Capture) -> list[Problem]:
+        """Buffers and frozen parameters that a step has changed, unless from constants; buffers are put back."""
+        fixed = self._fixed(capture.parameters)
+        moved = [
+            name
+            for name in changed(self._buffers, seen(fixed))
+            if name not in capture.rewritten
+            and not (name in fixed and fixed[name] in capture.constants and self._replaced(name, fixed[name]))
+        ]
+        with torch.no_grad():
+            for name in set(moved) & self._copies.keys() & fixed.keys():
+                if fixed[name].shape == self._copies[name].shape:
+                    fixed[name].copy_(self._copies[name])
         what = "changed during a private step: a buffer would carry private data"
-        cure = "freeze it (eval mode, no running statistics), or update it from public data outside the step"
-        return [Problem((name,), what, cure) for name in changed(self._buffers, self._seen_buffers(capture.parameters))]
+        cure = "freeze it (eval mode, no running statistics), or update it from public data outside `with clipper`"
+        return [Problem((name,), what, cure) for name in moved]
+
+    def _replaced(self, name: str, now: Tensor) -> bool:
+        """Whether another tensor stands in a buffer's place (a cache that grew)."""
+        return name not in self._buffers or self._buffers[name][0] != id(now)
 
     def _state_problems(self, capture: Capture) -> list[Problem]:
         problems = self._buffer_problems(capture)
         moved = [] if self._parameters is None else changed(self._parameters, seen(self.parameters))
         if moved:
             what = "changed, frozen or unfrozen between the forward pass and clipper.backward"
-            problems.append(Problem((listed(moved),), what, "do it outside `with clipper`"))
+            problems.append(Problem((listed(moved),), what, "leave the block for that"))
         foreign = self.foreign_gradients()
         if foreign:
             what = "p.grad holds what this clipper did not write"
-            cure = "call zero_grad() first, and let no other backward pass reach these parameters"
+            cure = "call clipper.zero_grad() first, and let no other backward pass reach these parameters"
             problems.append(Problem((listed(foreign),), what, cure))
         return problems
 
@@ -286,7 +304,7 @@ class GhostClipper:
         now = seen({name: _grad(p) for name, p in parameters.items()})
         self._written = {id(p): (_grad(p), now[name][1]) for name, p in parameters.items()}
 
-    def _warn(self, sums: dict[str, Tensor], tape: Tape, *, forward_shown: bool) -> None:
+    def _warn(self, sums: dict[str, Tensor], tape: Tape, *, unseen: str) -> None:
         """Each thing once."""
         for function, names in tape.fallbacks.items():
             self._warn_once(
@@ -308,17 +326,21 @@ class GhostClipper:
                 f"the model has taken more than {MANY_PATHS} different paths (layers left out at random?): each new one"
                 " costs some backward passes, which show that it keeps examples apart",
             )
-        if not forward_shown:
+        if unseen:
             self._warn_once(
                 "forward probe",
-                "the model was not called with rows that could be replaced by synthetic ones, so it was not shown that"
-                " it takes no statistics over the batch behind a detach(): call model(x, ...) with x [B*K, ...]",
+                f"it was not shown that the model takes no statistics over the batch behind a detach(): {unseen}",
             )
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, stacklevel=4)
+
+
+def _sequence(t: Tensor) -> bool:
+    """Whether it may be sequence first: features ``[T, N, D]`` or tokens ``[T, N]``."""
+    return t.ndim == 3 or (t.ndim == 2 and not t.is_floating_point())
 
 
 def _grad(p: nn.Parameter) -> Tensor:
@@ -341,7 +363,11 @@ def _model_problems(model: nn.Module, parameters: dict[str, nn.Parameter]) -> li
         what = "a lazy layer that has no shape yet"
         return [Problem((listed(lazy),), what, "run the model once on public or random input first")]
     problems = []
-    half = [name for name, p in parameters.items() if p.dtype not in (torch.float32, torch.float64)]
+    complex_ones = [name for name, p in parameters.items() if p.is_complex()]
+    if complex_ones:
+        what, cure = "complex parameters", "keep real and imaginary parts (torch.view_as_real), or freeze them"
+        problems.append(Problem((listed(complex_ones),), what, cure))
+    half = [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]
     if half:
         what = (
             "half-precision parameters: the sum of clipped gradients would be rounded after its sensitivity was bounded"

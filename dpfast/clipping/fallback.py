@@ -46,6 +46,8 @@ def fallback_use(
     saved = tuple(tensors_in((args, kwargs)))
     target_ids = list(dict.fromkeys(id(t) for t in saved if is_tracked(t)))
     targets = {id(t): t for t in saved if is_tracked(t)}
+    device = saved[0].device.type
+    autocast, precision = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def call(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         """The call with other values of its trainable arguments and other tensors."""
@@ -57,7 +59,8 @@ def fallback_use(
             return by_target.get(id(original), current)
 
         new_args, new_kwargs = replace_tensors((args, kwargs), substitute)
-        output = func(*new_args, **new_kwargs)
+        with torch.autocast(device, precision, enabled=autocast, cache_enabled=False):
+            output = func(*new_args, **new_kwargs)
         tensor: Tensor = output if result is None else output[result]
         return tensor
 

@@ -47,7 +47,7 @@ def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 
 def storage(t: Tensor) -> int:
     """Where a tensor's numbers lie: equal for views, ``detach()`` and ``.data``."""
-    return 0 if t.is_meta else t.untyped_storage().data_ptr()
+    return t.untyped_storage().data_ptr() if t.layout == torch.strided and not t.is_meta else 0
 
 
 def random_state() -> Tensor:

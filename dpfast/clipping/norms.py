@@ -36,9 +36,15 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Use | None:
+) -> Use | Problem | None:
     if not use_input_stats:
         return None
+    if running_mean is not None:
+        return Problem(
+            (),
+            "instance_norm in training mode keeps statistics of private activations",
+            "use track_running_stats=False, or keep the layer in eval mode (layer.eval())",
+        )
     return _channel_norm(is_tracked, input, weight, bias, lambda x: F.instance_norm(x, eps=eps))
 
 
@@ -164,3 +170,18 @@ def torch_batch_norm(
     cudnn_enabled: bool = True,
 ) -> Use | Problem | None:
     return batch_norm(is_tracked, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def torch_instance_norm(
+    is_tracked: IsTracked,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Use | Problem | None:
+    return instance_norm(is_tracked, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)

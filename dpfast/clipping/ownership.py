@@ -27,7 +27,7 @@ from dpfast.clipping.trees import replace_tensors, tensors_in
 Signature = tuple[Any, ...]  # of a step: its uses with their shapes, and the modes of the layers
 ENOUGH_STEPS = 8  # probed, when there are never gradients of half of the examples: a choice, not a measurement
 MANY_PATHS = 32  # of one model: then probes are a cost to speak of
-SYNTHETIC_EXAMPLES = 4  # of the forward probe: a first, a last and two in between
+PROBED_EXAMPLES = 4  # changed by the forward probe: a first, a last and two in between
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Ownership:
 
     evidence: dict[tuple[Signature, Site], Evidence] = field(default_factory=dict)
     dims: dict[Signature, dict[Site, int]] = field(default_factory=dict)
+    idle: dict[Signature, set[Site]] = field(default_factory=dict)  # that no gradient has reached
 
     def known(self, signature: Signature) -> dict[Site, int]:
         """Row dimensions of the uses that are settled."""
@@ -80,8 +81,9 @@ class Ownership:
                 site.names,
                 f"{site.function}: the gradient of one example's loss reaches rows of other examples (or the result"
                 " has no dimension that holds the rows)",
-                "keep examples apart along one dimension: no statistics, attention or means over the batch; register"
-                " constant tensors as buffers",
+                "keep examples apart along one dimension, the rows of each next to each other (stack them along a new"
+                " dimension 1 and flatten): no statistics, attention or means over the batch; register constant tensors"
+                " as buffers",
             )
             for site, found in evidence.items()
             if not found.dims
@@ -119,12 +121,15 @@ def weigh(evidence: Evidence, g: Tensor, group: Sequence[int], examples: int) ->
 
 # The forward probe
 
+# No example changed another; one did; nothing with rows went in, changed or came out; twice the same gave two results.
+Verdict = Literal["apart", "mixed", "unseen", "unrepeatable"]
+
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Rows of ``SYNTHETIC_EXAMPLES`` examples in place of a batch's; those of example ``changed`` are others.
+    """Synthetic rows in place of a batch's; those of example ``changed`` are others.
 
-    rows: how many the batch has; augmult: K; dim: where they are.
+    rows: how many the batch has, and keeps; augmult: K; dim: where they are.
     """
 
     rows: int
@@ -133,88 +138,108 @@ class Synthetic:
     changed: int | None = None
 
     @property
-    def size(self) -> int:
-        return SYNTHETIC_EXAMPLES * self.augmult
+    def examples(self) -> int:
+        return self.rows // self.augmult
 
     def fits(self, t: Tensor) -> bool:
         return t.ndim > self.dim and t.shape[self.dim] == self.rows
 
     def __call__(self, t: Tensor) -> Tensor:
-        """Floating-point numbers become uniform random ones, whole numbers (labels, timesteps) those of other rows."""
+        """Floating-point numbers become uniform random ones; whole numbers (labels, tokens) change places."""
         if not self.fits(t):
             return t
-        mine = slice(0, 0) if self.changed is None else self.of(self.changed)
-        t = t.movedim(self.dim, 0)
-        if not t.is_floating_point():
-            picks = torch.arange(self.size, device=t.device) % self.rows
-            picks[mine] = (picks[mine] + max(1, self.rows // 2)) % self.rows
-            return t[picks].movedim(0, self.dim)
-        generator = torch.Generator(t.device).manual_seed(0)
-        first, other = 0.1 + 0.9 * torch.rand(2, self.size, *t.shape[1:], generator=generator, device=t.device)
-        first[mine] = other[mine]
-        return first.to(t.dtype).movedim(0, self.dim)
+        rows = t.movedim(self.dim, 0)
+        new = self._floats(rows) if t.is_floating_point() else self._wholes(rows)
+        return new.movedim(0, self.dim)
+
+    def _mine(self) -> slice:
+        return slice(0, 0) if self.changed is None else self.of(self.changed)
+
+    def _floats(self, rows: Tensor) -> Tensor:
+        generator = torch.Generator(rows.device).manual_seed(0)
+        first, other = 0.1 + 0.9 * torch.rand(2, *rows.shape, generator=generator, device=rows.device)
+        first[self._mine()] = other[self._mine()]
+        return first.to(rows.dtype)
+
+    def _wholes(self, rows: Tensor) -> Tensor:
+        """Another row in the place of each, or the row turned round where all rows are equal."""
+        new = rows.clone()
+        for row in range(self.rows)[self._mine()]:
+            others = (rows != rows[row]).reshape(self.rows, -1).any(1).nonzero()
+            new[row] = (
+                rows[others[row % len(others), 0]] if len(others) else rows[row].flip(tuple(range(rows.ndim - 1)))
+            )
+        return new
 
     def of(self, example: int) -> slice:
         return slice(example * self.augmult, (example + 1) * self.augmult)
 
 
-# No example changed another; one did; nothing with rows went in or came out.
-Verdict = Literal["apart", "mixed", "unseen"]
+def changed_examples(examples: int) -> list[int]:
+    """Which examples the probe changes: a first, a last and some in between."""
+    return sorted({round(i * (examples - 1) / (PROBED_EXAMPLES - 1)) for i in range(PROBED_EXAMPLES)})
 
 
 def forward_verdict(
-    call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], batch: Synthetic
+    run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], batch: Synthetic
 ) -> Verdict:
-    """Run ``call`` on synthetic examples and change each: the others' output must not change.
+    """``run(*args, **kwargs)`` on synthetic rows, changing one example at a time: the others' output must not change.
 
-    Rows in dimension 0 are tried first, then in dimension 1 (sequence-first models). Nothing that depends on the
-    inputs' values leaves this function but the verdict.
+    ``run`` must give the same for the same. Square tensors of as many rows as columns may be public (a causal mask):
+    where everything else keeps examples apart, they are left as they are. Nothing that depends on the inputs' values
+    leaves this function but the verdict.
     """
-    seen: list[Verdict] = []
-    for dim in (0, 1):
-        given = replace(batch, dim=dim)
-        if not any(given.fits(t) for t in tensors_in((args, dict(kwargs)))):
-            continue
-        try:
-            verdict = _verdict(call, args, kwargs, given)
-        except RuntimeError as error:
-            if dim:  # as many features as rows, by chance
-                continue
-            error.add_note(f"while showing on {SYNTHETIC_EXAMPLES} synthetic examples that the model keeps rows apart")
-            raise
-        if verdict == "apart":
-            return verdict
-        seen.append(verdict)
-    return "mixed" if "mixed" in seen else "unseen"
-
-
-def _verdict(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], batch: Synthetic) -> Verdict:
     whole = (tuple(args), dict(kwargs))
-    devices = {t.device for t in tensors_in(whole) if t.is_cuda}
+    verdict = _verdict(run, whole, batch)
+    if verdict != "mixed" or not any(_square(t, batch.rows) for t in tensors_in(whole)):
+        return verdict
+    return _verdict(run, whole, batch, leave=lambda t: _square(t, batch.rows))
 
-    def outputs(changed: int | None) -> list[Tensor]:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), torch._C.DisableTorchFunction():
-            torch.manual_seed(0)
-            new_args, new_kwargs = replace_tensors(whole, replace(batch, changed=changed))
-            return [t for t in tensors_in(call(*new_args, **new_kwargs)) if t.ndim]
 
-    before = outputs(None)
-    dims = [next((d for d in (batch.dim, 0) if t.ndim > d and t.shape[d] == batch.size), None) for t in before]
+def _square(t: Tensor, rows: int) -> bool:
+    return tuple(t.shape) == (rows, rows)
+
+
+def _verdict(
+    run: Callable[..., Any], whole: Any, batch: Synthetic, leave: Callable[[Tensor], bool] = lambda _: False
+) -> Verdict:
+    def given(changed: int | None) -> Any:
+        synthetic = replace(batch, changed=changed)
+        return replace_tensors(whole, lambda t: t if leave(t) else synthetic(t))
+
+    def outputs(inputs: Any) -> list[Tensor]:
+        args, kwargs = inputs
+        return [t for t in tensors_in(run(*args, **kwargs)) if t.ndim]
+
+    usual = given(None)
+    before = outputs(usual)
+    dims = [next((d for d in (batch.dim, 0) if t.ndim > d and t.shape[d] == batch.rows), None) for t in before]
     if all(dim is None for dim in dims):
         return "unseen"
-    for changed in range(SYNTHETIC_EXAMPLES):
-        others = torch.tensor([r for r in range(batch.size) if r // batch.augmult != changed])
-        for dim, one, other in zip(dims, before, outputs(changed), strict=True):
-            if dim is None:
-                continue
-            kept = others.to(one.device)
-            if one.shape != other.shape or _differs(one.index_select(dim, kept), other.index_select(dim, kept)):
-                return "mixed"
-    return "apart"
+    if any(_differs(one, other) for one, other in zip(before, outputs(usual), strict=True)):
+        return "unrepeatable"
+    seen = False
+    for changed in changed_examples(batch.examples):
+        inputs = given(changed)
+        pairs = zip(tensors_in(usual), tensors_in(inputs), strict=True)
+        if all(one is other or torch.equal(one, other) for one, other in pairs):
+            continue
+        seen = True
+        others = torch.tensor([r for r in range(batch.rows) if r // batch.augmult != changed])
+        for dim, one, other in zip(dims, before, outputs(inputs), strict=True):
+            if dim is not None:
+                kept = others.to(one.device)
+                if one.shape != other.shape or _differs(one.index_select(dim, kept), other.index_select(dim, kept)):
+                    return "mixed"
+    return "apart" if seen else "unseen"
 
 
 def _differs(before: Tensor, after: Tensor) -> bool:
-    if not before.is_floating_point():
+    if before.shape != after.shape or not before.is_floating_point():
         return not torch.equal(before, after)
-    tolerance = 100 * torch.finfo(before.dtype).eps * before.abs().max()
+    finite = before.isfinite()
+    if not torch.equal(finite, after.isfinite()):
+        return True
+    before, after = torch.where(finite, before, 0), torch.where(finite, after, 0)
+    tolerance = 100 * torch.finfo(before.dtype).eps * before.abs().amax() if before.numel() else 0
     return bool(((before - after).abs() > tolerance).any())

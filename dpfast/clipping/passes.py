@@ -42,7 +42,8 @@ class Pass:
         tape = self.capture.tape
         signature = self._signature()
         known = self.ownership.known(signature)
-        pending = tape.uses.keys() - known.keys() if self.examples > 1 else set()
+        idle = self.ownership.idle.setdefault(signature, set())
+        pending = tape.uses.keys() - known.keys() - idle if self.examples > 1 else set()
         records: list[Record] = []
         accumulation = self._accumulation()
         reached: set[Site] = set()
@@ -51,6 +52,9 @@ class Pass:
             reached.add(use.site)
             if use.site not in tape.uses:
                 tape.problems.append(_unseen(use))
+            elif use.site in idle:
+                idle.discard(use.site)
+                tape.problems.append(_awake(use))
             elif pending:
                 records.append((use, saved, g))
             else:
@@ -63,6 +67,7 @@ class Pass:
                 "the losses depend on no trainable parameter used since the last clipper.backward: compute them inside"
                 " `with clipper`, one forward pass before each clipper.backward"
             )
+        idle.update(pending - reached)
         dims = known | self._show_ownership(signature, [r for r in records if r[0].site in pending])
         with plain():
             for use, saved, g in records:
@@ -178,10 +183,16 @@ def _unseen(use: TapedUse) -> Problem:
     )
 
 
+def _awake(use: TapedUse) -> Problem:
+    what = f"{use.site.function}: no gradient had reached it in steps of the same path, so nothing is known of its rows"
+    return Problem(use.site.names, what, "run the step again: it will be looked at")
+
+
 def _leak(name: str) -> Problem:
     return Problem(
         (name,),
         "the losses depend on this parameter along a path that was not captured",
-        "run the whole forward pass inside `with clipper`, outside scripted functions, and checkpoint activations with"
-        " use_reentrant=False",
+        "run the whole forward pass inside `with clipper`, outside scripted functions and autograd.Function.apply"
+        " (which hide the parameter), on inputs that are made before it or go into the model (torch.tensor(...) inside"
+        " makes constants), and checkpoint activations with use_reentrant=False",
     )

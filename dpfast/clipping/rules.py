@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpfast.clipping.norms import batch_norm, group_norm, instance_norm, layer_norm, rms_norm, torch_batch_norm
+from dpfast.clipping.norms import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+    torch_batch_norm,
+    torch_instance_norm,
+)
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import IsTracked, Terms, Use, present
@@ -178,6 +186,25 @@ def torch_embedding(
     return embedding(is_tracked, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
+def embedding_bag(
+    is_tracked: IsTracked,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    *_: Any,
+    **__: Any,
+) -> Problem | None:
+    looked_up = embedding(is_tracked, input, weight, None, max_norm, norm_type, scale_grad_by_freq)
+    return looked_up if isinstance(looked_up, Problem) else None
+
+
+def fake_quant(is_tracked: IsTracked, *_: Any, **__: Any) -> Problem:
+    return Problem((), "it observes the range of private activations", "switch the observers off (disable_observer)")
+
+
 # Element by element, with broadcasting
 
 
@@ -258,6 +285,7 @@ RULES: dict[Any, Rule] = {
     F.group_norm: group_norm,
     torch.group_norm: group_norm,
     F.instance_norm: instance_norm,
+    torch.instance_norm: torch_instance_norm,
     F.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
@@ -265,6 +293,8 @@ RULES: dict[Any, Rule] = {
     F.batch_norm: batch_norm,
     torch.batch_norm: torch_batch_norm,
     F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+    torch.fused_moving_avg_obs_fake_quant: fake_quant,
     torch.embedding: torch_embedding,
     Tensor.__getitem__: getitem,
     **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), add),
@@ -274,4 +304,11 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((Tensor.mul_, Tensor.__imul__), multiply_in_place),
 }
 
-MIXES_ROWS = frozenset({F.batch_norm, torch.batch_norm})  # looked at even when no trainable parameter takes part
+MIXES_ROWS = frozenset({F.batch_norm, torch.batch_norm})
+# Looked at even when no trainable parameter takes part: they mix rows, or write what they see.
+GUARDED = frozenset(
+    {
+        *MIXES_ROWS,
+        *(F.instance_norm, torch.instance_norm, F.embedding, F.embedding_bag, torch.fused_moving_avg_obs_fake_quant),
+    }
+)

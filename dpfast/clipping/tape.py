@@ -15,6 +15,11 @@ from dpfast.clipping.terms import Term
 from dpfast.errors import CaptureError
 
 
+def traced(trace: int, func: Any) -> int:
+    """The trace after a call of ``func``."""
+    return hash((trace, func))
+
+
 @contextmanager
 def plain() -> Iterator[None]:
     """Neither recorded by autograd nor seen by the capture."""
@@ -104,9 +109,17 @@ class Tape:
             for target in targets:
                 self.times_used[id(target)] += 1
                 self.versions.setdefault(id(target), (target, target._version, site.names))
+        if not use.ruled:
+            output = output.clone()  # the function may have saved its result, which Tap would mark as changed
         saved = [t.detach() for t in use.saved]  # no edges into their graphs; the version counter is shared
         tapped: Tensor = Tap.apply(output, self.anchor, self, taped, *saved)  # type: ignore[no-untyped-call]
         return tapped
+
+    def close(self) -> None:
+        """After its backward pass: what it holds would keep the graph alive, which may hold the tape."""
+        self.closed = True
+        self.uses.clear()
+        self.versions.clear()
 
     def changed_after_use(self) -> list[Problem]:
         """Weights that were changed in place after a use: their gradients would be pulled back through the change."""

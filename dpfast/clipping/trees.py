@@ -31,7 +31,10 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
         items = [replace_tensors(item, replace) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: replace_tensors(item, replace) for key, item in value.items()}
+        changed = copy.copy(value)
+        for key, item in value.items():
+            changed[key] = replace_tensors(item, replace)
+        return changed
     if _is_record(value):
         record = copy.copy(value)
         for field in dataclasses.fields(value):

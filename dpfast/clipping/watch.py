@@ -31,6 +31,9 @@ def changed(before: Seen, now: Seen) -> list[str]:
 
 
 def _sum_of_bits(t: Tensor) -> Tensor:
+    if t.layout != torch.strided:
+        t = t.coalesce() if t.layout == torch.sparse_coo else t.to_sparse_coo().coalesce()
+        return _sum_of_bits(t.indices()) + _sum_of_bits(t.values())
     t = torch.view_as_real(t) if t.is_complex() else t
     flat = t.detach().reshape(-1)
     return flat.view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64)

@@ -39,6 +39,17 @@ class Examples:
         kept = [x[: len(ids)] for x in self._read(ids)]
         return tuple(torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])]) for x in kept)
 
+    def unlike(self, count: int) -> Tensor:
+        """Numbers of a few examples, as far as possible with different labels (the whole numbers of an example)."""
+        candidates = torch.linspace(0, len(self) - 1, min(len(self), 16 * count)).long().unique()
+        batch = self.batch(candidates, len(candidates))
+        wholes = [x.reshape(len(x), -1) for x in batch if not x.is_floating_point() and x.ndim < 3]
+        labels = torch.cat([x.long() for x in wholes], 1) if wholes else torch.zeros(len(candidates), 1)
+        _, kinds = labels.unique(dim=0, return_inverse=True)
+        firsts = [int((kinds == kind).nonzero()[0]) for kind in kinds.unique()]
+        rest = [i for i in range(len(candidates)) if i not in firsts]
+        return candidates[torch.tensor([*firsts, *rest][:count])]
+
     def _read(self, ids: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.dataset, ImageSet):
             return self.dataset.images[ids], self.dataset.labels[ids]
