@@ -1,9 +1,12 @@
 """Whose rows: what the probes find, what they need, and when they are made again."""
 
+import contextlib
 import dataclasses
 import math
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -264,3 +267,210 @@ def test_a_forward_pass_that_cannot_be_probed_is_said_once() -> None:
     with pytest.warns(UserWarning, match="not shown that the model takes no statistics .* not called with rows"):
         clip(clipper, torch.randn(8, 5), direct)
     clip(clipper, torch.randn(8, 5), direct)
+
+
+@pytest.mark.parametrize("positions", [5, 6])
+def test_statistics_where_positions_are_as_many_as_rows(positions) -> None:
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x - x.mean(0).detach())
+
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(GhostClipper(Centred(), max_grad_norm=1.0), torch.randn(6, positions, 4))
+
+
+def test_statistics_beside_infinite_outputs() -> None:
+    """Masked logits are -inf: they must not switch the comparison off."""
+
+    class Masked(Statistics):
+        def forward(self, x):
+            return super().forward(x) + torch.tensor([0.0, 0.0, -math.inf])
+
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(GhostClipper(Masked(), max_grad_norm=1.0), torch.randn(8, 4), lambda m, r: m(*r)[:, :2].square().mean(1))
+
+
+class Tokens(nn.Module):
+    """Text in, statistics of the batch inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.table(x).mean(1)
+        return self.layer(h / h.detach().abs().mean(0))
+
+
+@pytest.mark.parametrize("first", [torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 3]] * 4)], ids=["one", "all equal"])
+def test_whole_numbers_that_leave_nothing_to_change(first) -> None:
+    """A first batch that cannot show anything does not vouch for the next."""
+    clipper = GhostClipper(Tokens(), max_grad_norm=1.0)
+    with contextlib.suppress(CaptureError):
+        clip(clipper, first)
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(clipper, torch.randint(0, 7, (6, 3)))
+
+
+def test_a_second_call_with_other_arguments_is_probed_too() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x, cond=None):
+            return self.layer(x if cond is None else x + cond / cond.std(0).detach())
+
+    def both(m, rows):
+        return (m(*rows) + m(*rows, rows[0].sin())).square().mean(1)
+
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(GhostClipper(Conditioned(), max_grad_norm=1.0), torch.randn(8, 4), both)
+
+
+def test_a_path_taken_at_random_is_probed_as_it_was_taken() -> None:
+    class Sometimes(Statistics):
+        def forward(self, x):
+            return super().forward(x) if torch.rand(()) < 0.3 else self.b(self.a(x))
+
+    torch.manual_seed(0)
+    clipper = GhostClipper(Sometimes(), max_grad_norm=1.0)
+
+    def many_steps():
+        for _ in range(30):
+            clip(clipper, torch.randn(8, 4))
+
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        many_steps()
+
+
+def test_parts_called_one_by_one_are_said() -> None:
+    """Between them the user's code is out of sight."""
+    model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "decoder": nn.Linear(4, 3)})
+
+    def coded(m, rows):
+        z = m["encoder"](*rows)
+        return m["decoder"](z / z.detach().std(0)).square().mean(1)
+
+    with pytest.warns(UserWarning, match=r"its parts decoder, encoder were called one by one"):
+        clip(GhostClipper(model, max_grad_norm=1.0), torch.randn(8, 4), coded)
+
+
+def test_own_generators_and_counters_are_no_mixture() -> None:
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.generator = nn.Linear(4, 3), torch.Generator()
+
+        def forward(self, x):
+            return self.layer(x + torch.randn(x.shape, generator=self.generator))
+
+    with pytest.warns(UserWarning, match="two results for one input"):
+        clip(GhostClipper(Own(), max_grad_norm=1.0), torch.randn(8, 4))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(()).item()])
+def test_randomness_that_all_share_is_repeated(draw) -> None:
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x * draw())
+
+    clipper = GhostClipper(Noisy(), max_grad_norm=1.0)
+    clip(clipper, torch.randn(8, 4))
+    assert clipper._calls._shown
+
+
+def test_a_causal_mask_as_an_argument() -> None:
+    """As many positions as rows: it is public all the same."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            q = self.layer(x)
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    x, mask = torch.randn(6, 6, 4), torch.ones(6, 6).tril().log()
+    clip(GhostClipper(Attention(), max_grad_norm=1.0), x, lambda m, r: m(*r, mask).square().mean((1, 2)))
+
+
+def test_models_that_fail_on_synthetic_input() -> None:
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            assert x.max() > 1, "expected unscaled images"
+            return self.layer(x)
+
+    with pytest.raises(CaptureError, match=r"fails on synthetic input .*AssertionError: expected unscaled"):
+        clip(GhostClipper(Picky(), max_grad_norm=1.0), 5 + torch.rand(8, 4))
+
+
+def test_inputs_made_inside_the_block_are_data() -> None:
+    model = nn.Linear(4, 3)
+    rows = torch.randn(6, 4).tolist()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with clipper:
+        got = clipper.backward(losses(model, (torch.tensor(rows),))).norms
+    exact = per_example(model, losses, (torch.tensor(rows),), augmult=1, max_grad_norm=1.0)
+    torch.testing.assert_close(got, exact.norms, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("inputs", [torch.randint(0, 9, (5, 8)), torch.randn(5, 8, 4)], ids=["tokens", "features"])
+def test_sequence_first_inputs_are_no_averaged_losses(inputs) -> None:
+    """Five positions, then eight: more positions than rows, too."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.layer = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x if x.is_floating_point() else self.table(x))
+
+    torch.manual_seed(0)
+    model = First()
+    model.table.requires_grad_(not inputs.is_floating_point())
+
+    def per_row(m, rows):
+        return m(rows[0].transpose(0, 1)).square().mean((0, 2))
+
+    for x in (inputs, inputs.transpose(0, 1).contiguous()):
+        exact = per_example(model, per_row, (x,), augmult=1, max_grad_norm=1.0)
+        torch.testing.assert_close(
+            clip(GhostClipper(model, max_grad_norm=1.0), x, per_row), exact.norms, rtol=1e-5, atol=0
+        )
+        clip(GhostClipper(model, max_grad_norm=1.0), x, per_row)
+
+
+def test_an_output_that_no_loss_uses() -> None:
+    """It costs no probes for ever, and is looked at when it is used."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    clipper = GhostClipper(Heads(), max_grad_norm=1.0)
+
+    def first(m, rows):
+        return m(*rows)[0].square().mean(1)
+
+    with pytest.warns(UserWarning, match=r"no loss depends on b\.weight"):
+        clip(clipper, torch.randn(8, 4), first)
+    assert [count_passes(clipper, torch.randn(8, 4), first) for _ in range(2)] == [7, 1]

@@ -1,5 +1,8 @@
 """What a private step leaves as it was: buffers, parameters, gradients, however somebody tries to change them."""
 
+import copy
+import dataclasses
+import gc
 import warnings
 
 import pytest
@@ -358,3 +361,182 @@ def test_reduced_precision_of_the_process(precision) -> None:
             clipper.zero_grad()
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+class Observing(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.layer(x).flatten(1)[:, :4])
+
+
+def frozen(layer):
+    return layer.requires_grad_(False)
+
+
+OBSERVERS = {
+    "instance norm": (nn.InstanceNorm2d(2, track_running_stats=True), torch.randn(6, 2, 3, 3)),
+    "embedding": (nn.Embedding(9, 4, max_norm=0.1), torch.randint(0, 9, (6, 2))),
+    "frozen embedding": (frozen(nn.Embedding(9, 4, max_norm=0.1)), torch.randint(0, 9, (6, 2))),
+    "bag": (nn.EmbeddingBag(9, 4, max_norm=0.1), torch.randint(0, 9, (6, 2))),
+    "frozen bag": (frozen(nn.EmbeddingBag(9, 4, max_norm=0.1)), torch.randint(0, 9, (6, 2))),
+    "fake quantisation": (torch.ao.quantization.FusedMovingAvgObsFakeQuantize(), torch.randn(6, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Please use quant_min")
+@pytest.mark.parametrize("what", OBSERVERS)
+def test_layers_that_write_what_they_see(what) -> None:
+    layer, x = OBSERVERS[what]
+    model = Observing(copy.deepcopy(layer))
+    before = state(model)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match=r"statistics of private|max_norm rewrites|range of private"), clipper:
+        clipper.backward(losses(model, (x,)))
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name]), name
+
+
+def test_a_buffer_changed_behind_the_capture_is_put_back() -> None:
+    model = Keeps(lambda m, x: m.mean.numpy().__setitem__(0, x[0, 0].item()))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match="mean: changed"), clipper:
+        clipper.backward(losses(model, (torch.randn(6, 4),)))
+    assert not model.mean.any()
+
+
+class Grows(nn.Module):
+    """A cache that is computed when it is first needed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("table", torch.zeros(0, 4), persistent=False)
+
+    def forward(self, x):
+        if len(self.table) < x.shape[1]:
+            self.table = torch.arange(4.0 * x.shape[1]).view(-1, 4).sin()
+        return self.layer(x + self.table[: x.shape[1]])
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps += 1
+        return self.layer(x)
+
+
+HARMLESS = {
+    "a cache that grows": (Grows, lambda n: torch.randn(6, n, 4)),
+    "a counter": (Counting, lambda n: torch.randn(6, 4)),
+    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), lambda n: torch.randn(6, 4)),
+    "a sparse buffer": (lambda: _with_buffer(torch.eye(3).to_sparse()), lambda n: torch.randn(6, 4)),
+}
+
+
+def _with_buffer(value):
+    model = nn.Linear(4, 4)
+    model.register_buffer("constant", value)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:it was not shown", "ignore:Sparse")
+@pytest.mark.parametrize("what", HARMLESS)
+def test_buffers_that_change_without_data(what) -> None:
+    torch.manual_seed(0)
+    make, inputs = HARMLESS[what]
+    model = make()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with clipper:
+        for n in (3, 5, 5):
+            clipper.backward(losses(model, (inputs(n),)))
+            clipper.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x.abs().add(1) ** m.p,
+        lambda m, x: torch.hypot(x, m.p),
+        lambda m, x: torch.cdist(x, m.rows),
+        lambda m, x: m.p**x,
+    ],
+    ids=["power", "hypot", "cdist", "base"],
+)
+@pytest.mark.filterwarnings("ignore:dpfast has no rule", "ignore:no loss depends on")
+def test_functions_that_save_their_result(forward) -> None:
+    torch.manual_seed(0)
+    model = Raw(forward, p=(4,), rows=(5, 4))
+    model.p.data.abs_().add_(0.5)
+    x = torch.randn(6, 4)
+    exact = per_example(model, losses, (x,), augmult=2, max_grad_norm=0.1)
+    with GhostClipper(model, max_grad_norm=0.1, augmult=2) as clipper:
+        got = clipper.backward(losses(model, (x,))).norms
+    torch.testing.assert_close(got, exact.norms, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:dpfast has no rule")
+def test_the_fallback_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = Raw(lambda m, x: torch.einsum("nd,pd->np", F.linear(x, m.first), m.second), first=(4, 4), second=(3, 4))
+
+    def cast(m, rows):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(*rows).float().square().mean(1)
+
+    x = torch.randn(6, 4)
+    exact = per_example(model, cast, (x,), augmult=2, max_grad_norm=0.1)
+    with GhostClipper(model, max_grad_norm=0.1, augmult=2) as clipper:
+        got = clipper.backward(cast(model, (x,))).norms
+    torch.testing.assert_close(got, exact.norms, rtol=2e-2, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:dpfast has no rule")
+def test_the_fallback_leaves_no_activations_behind() -> None:
+    model = Raw(lambda m, x: torch.einsum("nd,pd->np", F.linear(x, m.first), m.second), first=(4, 4), second=(3, 4))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+
+    def alive() -> int:
+        clipper.zero_grad()
+        with clipper:
+            for _ in range(2):
+                clipper.backward(losses(model, (torch.randn(6, 4),)))
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    alive()
+    first = alive()
+    assert [alive() for _ in range(3)] == [first] * 3
+
+
+def test_two_optimizers_made_at_once_have_one_budget() -> None:
+    model = nn.Linear(4, 3)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    both = [DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), PLAN, clipper) for _ in range(2)]
+    both[0].step()
+    both[1].step()
+    assert [optimizer.steps_taken for optimizer in both] == [2, 2]
+    other = dataclasses.replace(PLAN, steps=3)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    old = DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), PLAN, clipper)
+    DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), other, clipper).step()
+    with pytest.raises(PrivacyError, match="another DPOptimizer of this clipper"):
+        old.step()
+
+
+def test_gradients_set_to_zero_are_no_foreign_ones() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    for _ in range(2):
+        with clipper:
+            clipper.backward(losses(model, (x,)))
+        first = model.weight.grad.clone()
+        model.zero_grad(set_to_none=False)
+    assert first.norm() <= 6
+    assert not clipper.foreign_gradients()

@@ -82,7 +82,7 @@ class Call:
             self.state.restore()
             with capture.tracing_only(self.before) as trace:
                 output = self.module(*args, **kwargs)
-            same_path = same_path and trace() == self.after
+                same_path = same_path and trace() == self.after
             return output
 
         try:

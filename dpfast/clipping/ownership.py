@@ -162,13 +162,11 @@ class Synthetic:
         return first.to(rows.dtype)
 
     def _wholes(self, rows: Tensor) -> Tensor:
-        """Another row in the place of each, or the row turned round where all rows are equal."""
+        """Another row in the place of each; where all are equal, one of its own numbers throughout."""
         new = rows.clone()
         for row in range(self.rows)[self._mine()]:
             others = (rows != rows[row]).reshape(self.rows, -1).any(1).nonzero()
-            new[row] = (
-                rows[others[row % len(others), 0]] if len(others) else rows[row].flip(tuple(range(rows.ndim - 1)))
-            )
+            new[row] = rows[others[row % len(others), 0]] if len(others) else rows[row].max()
         return new
 
     def of(self, example: int) -> slice:
