@@ -222,6 +222,8 @@ def test_the_curve_never_falls_and_ends_at_epsilon():
     assert epsilons[-1] == plan.epsilon()
     assert epsilons[2] == pytest.approx(plan.epsilon(40), abs=2e-3)
     assert plan.epsilon_curve(1)[-1] == (80, plan.epsilon())
+    assert [step for step, _ in plan.epsilon_curve(5, early=True)] == [0, 1, 2, 5, 20, 45, 80]
+    assert [step for step, _ in make(steps=1).epsilon_curve(5, early=True)] == [0, 1]
 
 
 def test_membership_accuracy_of_one_gaussian():

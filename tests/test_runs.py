@@ -150,6 +150,15 @@ def test_a_damaged_ledger_counts_as_spent(tmp_path):
         stage(tmp_path, value=2, ledger=True).check()
 
 
+def test_a_lost_record_of_spent_budget_is_named(tmp_path):
+    finish(stage(tmp_path, ledger=True), tmp_path / "out")
+    with Ledger(tmp_path / "train" / "ledger.jsonl", PLAN) as ledger:
+        ledger.charge(1)
+    (tmp_path / "train" / "stage.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"already spent[\s\S]*unknown: \S*stage\.json is missing or damaged"):
+        stage(tmp_path, ledger=True).check()
+
+
 def test_results_are_kept_as_they_come(tmp_path):
     Results(tmp_path / "r.json")["a"] = 1.0
     assert "a" in Results(tmp_path / "r.json")

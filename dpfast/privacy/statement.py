@@ -38,7 +38,8 @@ _OUT_OF_SCOPE = (
     (
         "Floating-point arithmetic. The noise is drawn in float64 (Box-Muller, from the operating system's "
         "entropy) and its mathematics assumes exact real numbers; attacks on the last bits of such noise "
-        "(Mironov 2012) are not excluded."
+        "(Mironov 2012) are not excluded. Norms and sums are computed in float32: what one image weighs may exceed the "
+        "clip norm by rounding, and by at most 0.5% where its norm is computed from a Gram matrix."
     ),
 )
 
@@ -181,8 +182,8 @@ class PrivacyStatement:
     def _together(self, composition: Composition) -> str:
         return (
             f"**Released together with {composition.other}, from the same images: epsilon = "
-            f"{_up(composition.epsilon)}, delta = {self.delta:g}, in all.** Each promise by itself holds only where "
-            "the other is not released."
+            f"{_up(composition.epsilon)}, delta = {self.delta:g}, in all.** What else is said here is for those who "
+            "see only this."
         )
 
     def _meaning(self) -> str:

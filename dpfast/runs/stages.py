@@ -133,6 +133,8 @@ class Stage:
 
     def _changes(self) -> list[str]:
         old = self._read().get("parts", {})
+        if not old:
+            return [f"what they were is unknown: {self._record} is missing or damaged, restore it"]
         keys = [*old, *(key for key in self.parts if key not in old)]
         return [
             f"{key} was {old.get(key)!r}, is now {self.parts.get(key)!r}"

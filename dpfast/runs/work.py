@@ -152,7 +152,7 @@ def _release_report(run: Run) -> ReleaseReport:
         samples=load_shards(run.directory.samples),
         public_samples=load_shards(run.directory.public_samples),
         losses=read_json(run.directory.losses, cure="delete it and run the same command again"),
-        epsilon_curve=run.plan.epsilon_curve(points=12) if run.plan.is_private else [],
+        epsilon_curve=run.plan.epsilon_curve(points=16, early=True) if run.plan.is_private else [],
         recipe=to_toml(run.recipe),
         seconds={stage.title: stage.seconds for stage in made_it},
     )
