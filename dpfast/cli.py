@@ -15,7 +15,7 @@ from dpfast.errors import DPFastError
 
 if TYPE_CHECKING:
     from dpfast.recipes import Recipe
-    from dpfast.runs.pipeline import Run
+    from dpfast.runs.run import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,10 +26,24 @@ app = typer.Typer(
     help="Differentially private fine-tuning of diffusion models.\n\nStart with: dpfast demo",
 )
 
+
+def _settings(values: list[str] | None) -> list[str] | None:
+    """Here, not where a recipe is loaded: ``--set key value`` fails before, at the stray word ``value``."""
+    for value in values or ():
+        if "=" not in value:
+            raise typer.BadParameter(f"expected key=value, got {value!r}, as in: --set {value}=...")
+    return values
+
+
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe by name (digits) or a .toml file.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; may be given several times."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        callback=_settings,
+        help="Replace a value of the recipe; may be given several times.",
+    ),
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the run; the recipe's own by default.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
@@ -58,15 +72,26 @@ def demo(
         _execute("digits", settings, name, runs, dry_run, "report")
 
 
-@app.command()
-def run(
-    recipe: RecipeArgument,
-    settings: Set = None,
-    name: Name = None,
-    runs: Runs = RUNS,
-    dry_run: DryRun = False,
-    debug: Debug = False,
-) -> None:
+def _command(name: str, until: str, text: str) -> None:
+    """A command that carries out a recipe up to the stage ``until``; ``text`` is its help."""
+
+    def command(
+        recipe: RecipeArgument,
+        settings: Set = None,
+        name: Name = None,
+        runs: Runs = RUNS,
+        dry_run: DryRun = False,
+        debug: Debug = False,
+    ) -> None:
+        with reported(debug):
+            _execute(recipe, settings, name, runs, dry_run, until)
+
+    app.command(name, help=text)(command)
+
+
+_command(
+    "run",
+    "report",
     """Carry out a recipe from pre-training to the reports. Repeated, it goes on where it stopped.
 
     \b
@@ -75,60 +100,33 @@ def run(
       dpfast run digits --set target_epsilon=1 --set private.steps=60 --name eps1
       dpfast run digits --dry-run
       dpfast run my-recipe.toml
-    """
-    with reported(debug):
-        _execute(recipe, settings, name, runs, dry_run, "report")
-
-
-@app.command()
-def pretrain(
-    recipe: RecipeArgument,
-    settings: Set = None,
-    name: Name = None,
-    runs: Runs = RUNS,
-    dry_run: DryRun = False,
-    debug: Debug = False,
-) -> None:
+    """,
+)
+_command(
+    "pretrain",
+    "pretrain",
     """Pre-train on public images only; no privacy is spent.
 
     \b
     Examples:
       dpfast pretrain digits
       dpfast pretrain digits --set pretrain.steps=500 --name quick
-    """
-    with reported(debug):
-        _execute(recipe, settings, name, runs, dry_run, "pretrain")
-
-
-@app.command()
-def train(
-    recipe: RecipeArgument,
-    settings: Set = None,
-    name: Name = None,
-    runs: Runs = RUNS,
-    dry_run: DryRun = False,
-    debug: Debug = False,
-) -> None:
+    """,
+)
+_command(
+    "train",
+    "train",
     """Fine-tune privately, after pre-training where that is not done yet.
 
     \b
     Examples:
       dpfast train digits
       dpfast train digits --set target_epsilon=1 --name eps1
-    """
-    with reported(debug):
-        _execute(recipe, settings, name, runs, dry_run, "train")
-
-
-@app.command()
-def sample(
-    recipe: RecipeArgument,
-    settings: Set = None,
-    name: Name = None,
-    runs: Runs = RUNS,
-    dry_run: DryRun = False,
-    debug: Debug = False,
-) -> None:
+    """,
+)
+_command(
+    "sample",
+    "sample",
     """Draw synthetic images, after training where that is not done yet. More images cost no privacy.
 
     \b
@@ -136,29 +134,19 @@ def sample(
       dpfast sample digits
       dpfast sample digits --set sample.count=10000
       dpfast sample runs/eps1/recipe.toml --set guidance=1.25
-    """
-    with reported(debug):
-        _execute(recipe, settings, name, runs, dry_run, "sample")
-
-
-@app.command()
-def evaluate(
-    recipe: RecipeArgument,
-    settings: Set = None,
-    name: Name = None,
-    runs: Runs = RUNS,
-    dry_run: DryRun = False,
-    debug: Debug = False,
-) -> None:
+    """,
+)
+_command(
+    "evaluate",
+    "report",
     """Measure the samples beside their baselines and write both reports.
 
     \b
     Examples:
       dpfast evaluate digits
       dpfast evaluate runs/eps1/recipe.toml --set seeds=5
-    """
-    with reported(debug):
-        _execute(recipe, settings, name, runs, dry_run, "report")
+    """,
+)
 
 
 @app.command()
@@ -183,7 +171,7 @@ def account(
       dpfast account --batch-size 16384 --dataset-size 50000 --steps 200 --delta 1e-5 --epsilon 10
     """
     with reported(debug):
-        from dpfast.runs.accounting import account as compute
+        from dpfast.runs.describe import account as compute
 
         _table(
             compute(
@@ -209,7 +197,7 @@ def plan(recipe: RecipeArgument, settings: Set = None, debug: Debug = False) -> 
       dpfast plan digits --set target_epsilon=1 --set private.steps=60
     """
     with reported(debug):
-        from dpfast.runs.accounting import describe_plan
+        from dpfast.runs.describe import describe_plan
 
         _table(describe_plan(_load(recipe, settings, None)))
 
@@ -263,20 +251,21 @@ def _execute(recipe: str, settings: list[str] | None, name: str | None, runs: Pa
         return
     typer.echo("loading ...", err=True)
     from dpfast.runs.pipeline import execute
-    from dpfast.runs.progress import Reporter
+    from dpfast.runs.terminal import TerminalProgress
 
-    done = execute(resolved, runs, Reporter(sys.stderr), until=until)
+    done = execute(resolved, runs, TerminalProgress(sys.stderr), until=until)
     _summary(done, until)
 
 
 def _dry_run(recipe: Recipe, runs: Path) -> None:
     from dpfast.recipes import to_toml
-    from dpfast.runs.accounting import describe_cost
+    from dpfast.runs.describe import describe_cost
     from dpfast.runs.pipeline import open_run
 
+    run = open_run(recipe, runs)  # a value that cannot be used is refused before anything is printed
     typer.echo(to_toml(recipe))
     typer.echo("measuring a few steps on random images ...", err=True)
-    _table(describe_cost(open_run(recipe, runs)))
+    _table(describe_cost(run))
 
 
 def _summary(run: Run, until: str) -> None:

@@ -93,3 +93,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file in ``folder`` the mode that a new file gets, whatever mode it was made with."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)

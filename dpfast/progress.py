@@ -1,4 +1,4 @@
-"""How long work tells how far it is; the command line turns the calls into a bar."""
+"""How long work tells how far it is, and how times are written; the command line turns the calls into a bar."""
 
 from typing import Protocol
 
@@ -11,3 +11,24 @@ class Progress(Protocol):
 
 def silent(step: int, total: int, message: str, /) -> None:
     """The progress callback that says nothing."""
+
+
+def duration(seconds: float) -> str:
+    """``75 -> "1 min 15 s"``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def coarse_duration(seconds: float) -> str:
+    """``75 -> "about 1 minute"``: as much as may be told of training on private images."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return "under a minute"
+    if minutes < 90:
+        return f"about {minutes} minute{'s' if minutes > 1 else ''}"
+    return f"about {round(minutes / 60)} hours"

@@ -46,6 +46,7 @@ def test_all_commands_are_listed():
         (("run", "digitz"), "nearest: 'digits'"),
         (("run", "digits", "--set", "augmlt=3"), "private.augmult"),
         (("plan", "digits", "--set", "private.steps=no"), "whole number"),
+        (("run", "digits", "--dry-run", "--set", "performance.device=nowhere"), "performance.device"),
         (("account", "--steps", "5", "--delta", "1e-5", "--sample-rate", "0.1"), "exactly one"),
         (("account", "--steps", "5", "--delta", "1e-5", "--epsilon", "1"), "--sample-rate"),
         (("account", "--steps", "5", "--delta", "1e-5", "--sample-rate", "2", "--epsilon", "1"), "at most 1"),
@@ -57,6 +58,14 @@ def test_errors_are_a_few_lines_and_exit_code_two(arguments, said):
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.output
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("words", [("target_epsilon", "1"), ("target_epsilon", "=", "1")])
+@pytest.mark.parametrize("command", [("run", "digits"), ("plan", "digits"), ("demo",)])
+def test_a_setting_without_its_sign_says_how_it_is_written(command, words):
+    assert "expected key=value, got 'target_epsilon'" in " ".join(
+        call(*command, "--set", *words, code=2).stderr.split()
+    )
 
 
 def test_debug_shows_the_traceback():

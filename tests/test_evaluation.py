@@ -16,6 +16,7 @@ from dpfast.evaluation import (
     train_classifier,
 )
 from dpfast.evaluation.frechet import EXTRACTOR, frechet_distance
+from dpfast.evaluation.intervals import accuracy_interval, differ
 
 QUICK = ClassifierSpec(widths=(8, 16), steps=80, batch_size=64)
 
@@ -97,3 +98,21 @@ def test_classes_that_never_occur_are_fine(fold):
     small = ImageSet(real.images[:20], torch.zeros(20, dtype=torch.int64), real.classes)
     model = train_classifier(small, spec=ClassifierSpec(widths=(8, 8), steps=20, batch_size=8), seed=0)
     assert accuracy(model, small) == 1.0
+
+
+def test_wilson_interval_inverts_the_score_test():
+    low, high = accuracy_interval(0.9, 360)
+    for end in (low, high):
+        assert abs(0.9 - end) / (end * (1 - end) / 360) ** 0.5 == pytest.approx(1.96, abs=1e-3)
+    assert accuracy_interval(1.0, 360) == (pytest.approx(1 - 1.96**2 / (360 + 1.96**2), abs=1e-4), 1.0)
+    assert accuracy_interval(0.0, 10)[0] == 0.0
+
+
+def test_differences_are_called_so_at_the_stated_rate():
+    """Two classifiers of one accuracy, read on images of their own, differ "measurably" in 5% of cases or fewer."""
+    random = np.random.default_rng(0)
+    shares = random.binomial(360, 0.95, size=(4000, 2)) / 360
+    found = np.mean([differ(first, second, 360) for first, second in shares])
+    assert 0.02 < found < 0.06
+    assert differ(0.95, 0.99, 360)
+    assert not differ(1.0, 1.0, 360)

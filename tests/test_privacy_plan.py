@@ -80,6 +80,39 @@ def test_calibration_of_ten_thousand_steps():
     assert 9.99 < plan.epsilon() <= 10
 
 
+@pytest.mark.parametrize("steps", [10_000, 10_001, 1_000_000])
+@pytest.mark.parametrize(("noise", "neighboring"), [(0.4, "add_remove"), (10.0, "add_remove"), (4.0, "replace")])
+def test_many_steps_are_bounded_from_above_and_tightly(steps, noise, neighboring):
+    """Full batches compose to one Gaussian mechanism, whose epsilon has a closed form."""
+    sigma = noise * math.sqrt(steps)
+    plan = make(expected_batch_size=1436, steps=steps, noise_multiplier=sigma, neighboring=neighboring)
+    exact = dp_accounting.get_epsilon_gaussian(noise / (2 if neighboring == "replace" else 1), 1e-4)
+    assert exact <= plan.epsilon() <= 1.003 * exact
+
+
+def test_a_million_steps_are_calibrated_without_huge_integers(monkeypatch):
+    """dp-accounting raises a number of points to the power of the steps it is asked for at once: minutes of work."""
+    from dp_accounting.pld import pld_pmf
+
+    real, asked = pld_pmf.SparsePLDPmf.self_compose, []
+    spy = lambda self, count, *rest: asked.append(count) or real(self, count, *rest)  # noqa: E731
+    monkeypatch.setattr(pld_pmf.SparsePLDPmf, "self_compose", spy)
+    plan = make(expected_batch_size=1436, steps=1_000_000, target_epsilon=1)
+    assert max(asked) <= 10_000
+    exact = dp_accounting.get_epsilon_gaussian(plan.noise_multiplier / 1000, 1e-4)
+    assert 0.995 < exact <= plan.epsilon() <= 1
+
+
+@pytest.mark.parametrize("target", [650, 1000, 9000])
+@pytest.mark.parametrize("neighboring", ["add_remove", "replace"])
+def test_epsilons_beyond_the_exponential_are_calibrated_quietly(target, neighboring):
+    plan = make(target_epsilon=target, neighboring=neighboring)
+    assert 0.98 * target < plan.epsilon() <= target
+    whole = make(expected_batch_size=1436, target_epsilon=target, neighboring=neighboring)
+    noise = whole.noise_multiplier / math.sqrt(80) / (2 if neighboring == "replace" else 1)
+    assert 0.98 * target < dp_accounting.get_epsilon_gaussian(noise, 1e-4) <= whole.epsilon() <= target
+
+
 def test_calibration_for_replace():
     plan = make(target_epsilon=10, neighboring="replace")
     assert 9.99 < plan.epsilon() <= 10
@@ -189,6 +222,8 @@ def test_the_curve_never_falls_and_ends_at_epsilon():
     assert epsilons[-1] == plan.epsilon()
     assert epsilons[2] == pytest.approx(plan.epsilon(40), abs=2e-3)
     assert plan.epsilon_curve(1)[-1] == (80, plan.epsilon())
+    assert [step for step, _ in plan.epsilon_curve(5, early=True)] == [0, 1, 2, 5, 20, 45, 80]
+    assert [step for step, _ in make(steps=1).epsilon_curve(5, early=True)] == [0, 1]
 
 
 def test_membership_accuracy_of_one_gaussian():

@@ -55,7 +55,7 @@ def test_every_item_is_there():
         "with n images in the data has n times epsilon",
         *WORDS["public"],
         *WORDS["not_accounted"],
-        "How long the training took exactly, how much memory it used",
+        "times rounded to minutes",
         "Box-Muller",
         "Mironov 2012",
     ):

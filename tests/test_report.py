@@ -14,9 +14,9 @@ from dpfast.data import ImageSet
 from dpfast.privacy import Ledger, Plan, PrivacyStatement
 from dpfast.report import page
 from dpfast.report.figures import contact_sheet, curve, strip
-from dpfast.report.internal import WARNING, InternalReport, standard_error
+from dpfast.report.internal import ROWS, WARNING, InternalReport, indistinguishable
 from dpfast.report.markdown import first_section, to_html
-from dpfast.report.release import ReleaseReport, rounded_duration, shown_epsilon
+from dpfast.report.release import ReleaseReport, shown_epsilon
 
 
 def images(value, count=20):
@@ -49,7 +49,7 @@ def release(said):
         losses=[1.0, 0.5, 0.4, 0.3],
         epsilon_curve=[(0, 0.0), (1, 0.5), (2, 0.7)],
         recipe='name = "test"',
-        seconds={"pretrain": 61.0, "train": 5.0, "sample": 1.0},
+        seconds={"pre-training on public images": 203.0, "private training": 5.0},
     )
 
 
@@ -58,7 +58,13 @@ METRICS = {
     "epsilon_baseline": 9.98,
     "epsilon_composed": 14.07,
     "delta": 1e-4,
-    "accuracy": {"synthetic": 0.93, "public_only": 0.55, "real": 0.99, "dp_classifier": 0.97},
+    "accuracy": {
+        "synthetic": 0.93,
+        "public_only": 0.55,
+        "public_classifier": 0.71,
+        "real": 0.99,
+        "dp_classifier": 0.97,
+    },
     "classifier_seeds": 3,
     "test_images": 360,
     "frechet": {"synthetic": 3.2, "public_only": 9.1, "extractor": "digits-cnn-fonts"},
@@ -71,8 +77,7 @@ def internal():
         metrics=METRICS,
         private=images(50),
         samples=images(200),
-        public_samples=images(100),
-        seconds={"pretrain": 61.0, "evaluate": 5.0},
+        seconds={"private training": 61.0, "evaluation": 5.0},
         recipe='name = "test"',
     )
 
@@ -105,8 +110,39 @@ def test_the_internal_page_begins_with_the_warning():
 
 def test_the_internal_page_holds_figures_baselines_and_extractor():
     text = visible(internal().html())
-    for said in ("93.0%", "55.0%", "97.0%", "99.0%", "digits-cnn-fonts", "ε = 14.07", "+38.0", "1.3 points"):
+    for said in ("93.0%", "55.0%", "71.0%", "97.0%", "99.0%", "digits-cnn-fonts", "ε = 14.07", "89.9% to 95.2%"):
         assert said in text
+    for said in (*(row.name for row in ROWS), "means over 3 classifiers", "private training 1 min 1 s"):
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    ("fonts", "said"),
+    [
+        (0.71, "+22.0 points over the public fonts themselves (71.0%)"),
+        (0.5, "+38.0 points over samples of the public model (55.0%)"),
+    ],
+)
+def test_the_headline_compares_with_the_better_of_the_public_two(fonts, said):
+    metrics = METRICS | {"accuracy": METRICS["accuracy"] | {"public_classifier": fonts}}
+    assert said in visible(dataclasses.replace(internal(), metrics=metrics).html())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"dp_classifier": 0.95}, "360 test images: the released samples and real images, by DP-SGD."),
+        ({"real": 0.95, "dp_classifier": 0.92}, "by DP-SGD and real images."),
+        ({"synthetic": 1.0, "real": 1.0}, "the released samples and real images."),
+    ],
+)
+def test_what_the_test_images_cannot_tell_apart_is_said(changes, said):
+    metrics = METRICS | {"accuracy": METRICS["accuracy"] | changes}
+    assert indistinguishable(metrics).endswith(said)
+    assert bool(indistinguishable(metrics)) == bool(said)
+    page = visible(dataclasses.replace(internal(), metrics=metrics).html())
+    assert ("No measurable difference" in page) == bool(said)
 
 
 def test_the_released_page_says_what_is_promised_and_what_is_not(released):
@@ -134,13 +170,19 @@ def test_a_run_without_protection_is_marked_in_the_first_line(case):
     assert "can be passed on" not in html
 
 
-def test_epsilon_and_times_are_rounded_to_the_safe_side():
+def test_the_released_page_gives_times_to_the_minute_and_the_statement_agrees(released):
+    text = visible(released)
+    assert "pre-training on public images about 3 minutes" in text
+    assert "private training under a minute" in text
+    assert not re.search(r"\b(203|5(\.0)? s|3 min 23)\b", text)
+    assert "Rounded to minutes" in text
+    assert any("rounded to minutes, as a report of dpfast gives them" in said for said in statement().out_of_scope)
+
+
+def test_epsilon_is_rounded_to_the_safe_side():
     assert shown_epsilon(9.9991) == "10"
     assert shown_epsilon(1.001) == "1.01"
     assert shown_epsilon(math.inf) == "∞"
-    assert rounded_duration(3) == "1 min"
-    assert rounded_duration(61) == "2 min"
-    assert standard_error(0.5, 100) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

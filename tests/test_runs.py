@@ -1,6 +1,7 @@
 """Runs: stages done once, resumed after any interruption, never paid for twice; two outputs."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -17,14 +18,17 @@ from typer.testing import CliRunner
 from dpfast import checkpoint
 from dpfast.cli import app
 from dpfast.data import real_digits
-from dpfast.errors import ConfigError, RunLocked
+from dpfast.errors import ConfigError, FileError, RunLocked
 from dpfast.privacy import Ledger, Plan, read_ledger
+from dpfast.progress import coarse_duration, duration
 from dpfast.recipes import load
+from dpfast.report.internal import ROWS
+from dpfast.runs import build
 from dpfast.runs.directory import RunDirectory
+from dpfast.runs.metrics import Results
 from dpfast.runs.pipeline import execute, open_run
-from dpfast.runs.progress import Reporter, duration
 from dpfast.runs.stages import Stage
-from dpfast.runs.work import Results
+from dpfast.runs.terminal import TerminalProgress
 
 TINY = (
     "name=tiny", "widths=[8, 8]", "norm_groups=4", "public_count=40", "pretrain.steps=3", "pretrain.batch_size=8",
@@ -39,7 +43,7 @@ def silent(step, total, message):
     pass
 
 
-class Recorder(Reporter):
+class Recorder(TerminalProgress):
     """Says nothing, remembers all, and raises when a stage reaches a step."""
 
     def __init__(self, stop=None):
@@ -80,7 +84,8 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path):
 
 def stage(folder, value=1, ledger=False):
     path = folder / "train" / "ledger.jsonl" if ledger else None
-    return Stage("train", folder / "train", {"private.steps": value}, outputs=[folder / "out"], ledger=path)
+    parts = {"private.steps": value}
+    return Stage("train", folder / "train", parts, title="training", act=fail, outputs=[folder / "out"], ledger=path)
 
 
 def finish(entry, output):
@@ -145,9 +150,24 @@ def test_a_damaged_ledger_counts_as_spent(tmp_path):
         stage(tmp_path, value=2, ledger=True).check()
 
 
+def test_a_lost_record_of_spent_budget_is_named(tmp_path):
+    finish(stage(tmp_path, ledger=True), tmp_path / "out")
+    with Ledger(tmp_path / "train" / "ledger.jsonl", PLAN) as ledger:
+        ledger.charge(1)
+    (tmp_path / "train" / "stage.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"already spent[\s\S]*unknown: \S*stage\.json is missing or damaged"):
+        stage(tmp_path, ledger=True).check()
+
+
 def test_results_are_kept_as_they_come(tmp_path):
     Results(tmp_path / "r.json")["a"] = 1.0
     assert "a" in Results(tmp_path / "r.json")
+    with pytest.raises(FileError, match="lacks 'b'; delete it"):
+        Results(tmp_path / "r.json")["b"]
+    for content in ("[1, 2]", '{"a": 1'):
+        (tmp_path / "r.json").write_text(content)
+        with pytest.raises(FileError, match=r"r\.json is damaged.*delete it and run the same command again"):
+            Results(tmp_path / "r.json")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (75, "1 min 15 s"), (7260, "2 h 1 min")])
@@ -155,10 +175,18 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(59.9, "under a minute"), (60, "about 1 minute"), (170, "about 3 minutes"), (7300, "about 2 hours")],
+)
+def test_coarse_duration(seconds, text):
+    assert coarse_duration(seconds) == text
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
     clock = iter([0.0, 1.0, 11.0, 12.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    reporter = Reporter(sys.stdout)
+    reporter = TerminalProgress(sys.stdout)
     reporter.stage("train")
     for step in range(1, 5):
         reporter(step, 4, "private training")
@@ -185,7 +213,7 @@ def runs(tmp_path_factory):
 
 def test_the_command_ends_with_the_table_and_the_reports(runs):
     text = (runs / "output.txt").read_text()
-    for said in ("360 real test images", "synthetic", "public only", "DP-SGD classifier", "real images", "epsilon 1 "):
+    for said in ("360 real test images", *(row.name for row in ROWS), "epsilon 1 "):
         assert said in text
     for folder in ("release", "internal"):
         assert str(runs / "tiny" / folder / "report.html") in text
@@ -225,6 +253,31 @@ def test_the_release_is_complete_and_every_part_carries_its_statement(runs):
     assert (release / "samples" / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_folder_that_must_stay_says_so(runs):
+    marked = {path.parent.name for path in (runs / "tiny").rglob("DO_NOT_RELEASE.txt")}
+    assert marked == {"internal", "state"}
+    assert "keep it in the house" in (runs / "tiny" / "state" / "DO_NOT_RELEASE.txt").read_text()
+
+
+def test_the_baseline_says_what_releasing_both_costs(runs):
+    folder = runs / "tiny" / "internal" / "baselines" / "dp_classifier"
+    metrics = json.loads((runs / "tiny" / "internal" / "metrics.json").read_text())
+    (composition,) = json.loads((folder / "privacy.json").read_text())["compositions"]
+    assert composition["epsilon"] == metrics["epsilon_composed"] > metrics["epsilon_spent"]
+    shown = math.ceil(1000 * metrics["epsilon_composed"]) / 1000
+    said = f"Released together with {composition['other']}, from the same images: epsilon = {shown:g}"
+    assert said in (folder / "PRIVACY.md").read_text()
+    assert "Released together" not in (runs / "tiny" / "release" / "PRIVACY.md").read_text()
+
+
+def test_the_released_files_can_be_read_by_whom_the_umask_lets(runs):
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in (runs / "tiny" / "release").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+
+
 def test_nothing_measured_on_private_images_is_released(runs):
     release, metrics = runs / "tiny" / "release", json.loads((runs / "tiny/internal/metrics.json").read_text())
     text = "".join(p.read_text() for p in release.rglob("*") if p.suffix in (".html", ".json", ".md"))
@@ -246,6 +299,17 @@ def test_the_released_model_loads_with_diffusers(runs):
         output = model(torch.zeros(1, 1, 8, 8), 5, torch.tensor([10])).sample
     assert output.isfinite().all()
     assert scheduler.config.prediction_type == load("digits").diffusion.prediction
+
+
+def test_damaged_results_are_named_and_deleting_them_helps(runs):
+    results = runs / "tiny" / "state" / "evaluate" / "results.json"
+    results.write_text(results.read_text()[:40])
+    with pytest.raises(FileError, match=r"results\.json is damaged.*delete it"):
+        execute(load("digits", TINY), runs, Recorder())
+    results.unlink()
+    recorder = Recorder()
+    execute(load("digits", TINY), runs, recorder)
+    assert {name for name, _ in recorder.steps} == {"evaluate", "report"}
 
 
 def test_changing_the_evaluation_trains_nothing_private_again(runs):
@@ -275,6 +339,19 @@ def test_what_a_spent_budget_depends_on_cannot_change(runs, change):
         execute(load("digits", [*TINY, change]), runs, Recorder())
 
 
+def test_other_private_images_under_the_same_recipe_are_refused(runs, monkeypatch):
+    others = build.private_data(load("digits", TINY))
+    others.images[0, 0, 0, 0] ^= 1
+    monkeypatch.setattr(build, "private_data", lambda recipe: others)
+    with pytest.raises(ConfigError, match="private images was"):
+        execute(load("digits", TINY), runs, Recorder())
+
+
+def test_other_test_images_are_measured_anew(runs, monkeypatch):
+    monkeypatch.setattr(build, "test_data", lambda recipe: real_digits("test").select(range(300)))
+    assert not open_run(load("digits", TINY), runs).stages["evaluate"].done()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -282,6 +359,12 @@ def test_what_a_spent_budget_depends_on_cannot_change(runs, change):
         ("sample.steps=2000", "sampling steps"),
         ("timesteps=[[1.0, 500, 2000]]", "timestep mixture"),
         ("norm_groups=3", "norm_groups"),
+        ("performance.device=nowhere", "performance.device = 'nowhere': it cannot be used here"),
+        pytest.param(
+            "performance.device=cuda",
+            r"performance\.device = 'cuda'.*--set performance\.device=cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_what_would_fail_late_is_refused_before_anything_is_spent(tmp_path, change, said):
@@ -294,6 +377,7 @@ def test_a_run_without_noise_does_not_call_itself_a_release(tmp_path):
     execute(load("digits", [*TINY, "target_epsilon=inf", "baseline.steps=1", "private.steps=1", "seeds=1"]),
             tmp_path, Recorder())  # fmt: skip
     assert not (tmp_path / "tiny" / "release").exists()
+    assert (tmp_path / "tiny" / "not-private" / "DO_NOT_RELEASE.txt").exists()
     page = (tmp_path / "tiny" / "not-private" / "report.html").read_text()
     assert "NOT PRIVATE" in page
     assert json.loads((tmp_path / "tiny/internal/metrics.json").read_text())["epsilon_spent"] == "inf"

@@ -16,6 +16,7 @@ from dpfast.clipping.capture import Capture
 from dpfast.clipping.ownership import ENOUGH_STEPS, Synthetic, Verdict, forward_verdict
 from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.trees import tensors_in
+from dpfast.clipping.watch import changed, seen
 from dpfast.errors import CaptureError
 
 
@@ -38,15 +39,16 @@ class RandomState:
 @contextmanager
 def no_trace_left(model: nn.Module) -> Iterator[None]:
     """What a probe does to random states and buffers is undone."""
-    state, buffers = RandomState(), [(b, b.clone()) for b in model.buffers()]
+    state, buffers = RandomState(), dict(model.named_buffers())
+    copies, before = {name: b.clone() for name, b in buffers.items()}, seen(buffers)
     try:
         with torch.no_grad():
             yield
     finally:
         state.restore()
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for name in changed(before, seen(buffers)):  # the others may be saved for a backward pass
+                buffers[name].copy_(copies[name])
 
 
 @dataclass

@@ -29,15 +29,27 @@ _UNIT = (
 )
 
 _OUT_OF_SCOPE = (
-    "How long the training took exactly, how much memory it used, whether and when it crashed: do not publish these.",
+    (
+        "How long the training took, how much memory it used, whether and when it crashed: this depends on the actual "
+        "batches. Publish none of it, or times rounded to minutes, as a report of dpfast gives them."
+    ),
     "Who could watch the training: the promise is about what is released, not about the computer it ran on.",
     "Whatever else is or was published from the same images, unless it is listed under other releases.",
     (
         "Floating-point arithmetic. The noise is drawn in float64 (Box-Muller, from the operating system's "
         "entropy) and its mathematics assumes exact real numbers; attacks on the last bits of such noise "
-        "(Mironov 2012) are not excluded."
+        "(Mironov 2012) are not excluded. Norms and sums are computed in float32: what one image weighs may exceed the "
+        "clip norm by rounding, and by at most 0.5% where its norm is computed from a Gram matrix."
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """``other``: something else made from the same images. ``epsilon``: of releasing both, at the same delta."""
+
+    other: str
+    epsilon: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,7 @@ class PrivacyStatement:
     public: what is treated as known to everybody: data set size, class list, preprocessing, test split.
     not_accounted: what was learned from private data outside the accounting: how hyperparameters were chosen.
     membership_accuracy: upper bound on the rate of right guesses about one image; 0.5 is a coin toss.
+    compositions: what releasing this beside something else from the same images costs.
     """
 
     subject: str
@@ -67,6 +80,7 @@ class PrivacyStatement:
     max_grad_norm: float
     augmult: int
     other_releases: tuple[str, ...]
+    compositions: tuple[Composition, ...]
     public: tuple[str, ...]
     not_accounted: tuple[str, ...]
     out_of_scope: tuple[str, ...]
@@ -83,6 +97,7 @@ class PrivacyStatement:
         public: Sequence[str],
         not_accounted: Sequence[str],
         subject: str = "the model and every image sampled from it",
+        compositions: Sequence[Composition] = (),
     ) -> "PrivacyStatement":
         """The statement for what has been charged so far; ``public`` and ``not_accounted`` are sentences."""
         plan, charged = ledger.plan, ledger.charged_steps
@@ -106,6 +121,7 @@ class PrivacyStatement:
             max_grad_norm=plan.max_grad_norm,
             augmult=augmult,
             other_releases=tuple(_described(release) for release in plan.other_releases),
+            compositions=tuple(compositions),
             public=tuple(public),
             not_accounted=tuple(not_accounted),
             out_of_scope=_OUT_OF_SCOPE,
@@ -151,7 +167,8 @@ class PrivacyStatement:
     def _summary(self) -> str:
         subject = f"{self.subject[0].upper()}{self.subject[1:]}"
         if self.is_private:
-            return f"**{subject}: {self._verdict()}.**\n\n{self._meaning()}"
+            alone = f"**{subject}: {self._verdict()}.**"
+            return "\n\n".join([alone, *(self._together(one) for one in self.compositions), self._meaning()])
         reason = (
             "The random numbers behind it can be repeated by whoever knows the seed of a test."
             if self.test_entropy
@@ -160,6 +177,13 @@ class PrivacyStatement:
         return (
             f"**{self._verdict()}.** {reason} {subject} may reveal the training images. "
             "Treat this release as you treat the private images themselves."
+        )
+
+    def _together(self, composition: Composition) -> str:
+        return (
+            f"**Released together with {composition.other}, from the same images: epsilon = "
+            f"{_up(composition.epsilon)}, delta = {self.delta:g}, in all.** What else is said here is for those who "
+            "see only this."
         )
 
     def _meaning(self) -> str:

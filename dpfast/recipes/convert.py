@@ -12,10 +12,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dpfast.errors import ConfigError
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """`` (nearest: 'x')`` for the entry of ``known`` most like ``word``, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (nearest: {found[0]!r})" if found else ""
+    return f" (nearest: {prefix + found[0]!r})" if found else ""
 
 
 def build(table: type[Any], values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -27,7 +27,8 @@ def build(table: type[Any], values: Mapping[str, Any], prefix: str = "") -> Any:
     entries: dict[str, Field[Any]] = {entry.name: entry for entry in fields(table)}
     for key in values:
         if key not in entries:
-            raise ConfigError(f"unknown recipe key {prefix + key!r}{_hint(prefix, key, entries)}")
+            hint = nearest(key, entries, prefix) or f"; known keys: {', '.join(entries)}"
+            raise ConfigError(f"unknown recipe key {prefix + key!r}{hint}")
     missing = [prefix + k for k, e in entries.items() if k not in values and e.default is MISSING]
     if missing:
         raise ConfigError(
@@ -45,11 +46,6 @@ def _check_range(key: str, value: Any, entry: Field[Any]) -> None:
     accepts = entry.metadata.get("accepts")
     if accepts is not None and value is not None and not accepts(value):  # NaN is accepted by no range
         raise ConfigError(f"recipe key {key} = {value!r}: expected {entry.metadata['expected']}")
-
-
-def _hint(prefix: str, key: str, entries: Iterable[str]) -> str:
-    found = difflib.get_close_matches(key, list(entries), n=1, cutoff=0.5)
-    return f"; the nearest key is {prefix + found[0]!r}" if found else f"; known keys: {', '.join(entries)}"
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
+from dpfast.performance import Performance
+
 
 def above(low: float, *, default: Any = MISSING) -> Any:
     """A number greater than ``low``."""
@@ -149,16 +151,6 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
-    """How it is computed (``dpfast.Performance``): may move time and memory, not the result or epsilon."""
-
-    device: str
-    form: Literal["auto", "gram", "direct", "materialise", "example"]
-    microbatch: int | None = above(0, default=None)
-    memory_budget: int | None = above(0, default=None)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything a run depends on. ``seed`` reaches initial weights, augmentations and samples, but never the
     privacy noise or the choice of batches, which come from the operating system.
@@ -174,4 +166,4 @@ class Recipe:
     sample: Sample
     baseline: Baseline
     evaluate: Evaluate
-    performance: Speed
+    performance: Performance

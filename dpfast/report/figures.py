@@ -67,7 +67,7 @@ def curve(
 ) -> str:
     """A line as inline SVG, read aloud as ``label``.
 
-    smooth: width of a running mean, drawn over the faint raw line. level: a dashed line and its name.
+    smooth: width of a running mean, drawn over the faint raw line. level: a dashed line above it and its name.
     """
     from matplotlib.figure import Figure
     from matplotlib.style import context
@@ -83,7 +83,8 @@ def curve(
         axes.plot(x, y, color=ACCENT, linewidth=2, solid_capstyle="round")
         if level is not None:
             axes.axhline(level[0], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(level[1], (x[0], level[0]), (0, -11), textcoords="offset points", color=MUTED)
+            axes.annotate(level[1], (x[0], level[0]), (2, 4), textcoords="offset points", color=MUTED)
+            axes.set_ylim(top=1.15 * level[0])  # room for its name above it, clear of the curve
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel(xlabel)

@@ -6,32 +6,43 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpfast.data import ImageSet
+from dpfast.evaluation.intervals import accuracy_interval, differ
+from dpfast.progress import duration
 from dpfast.report import page as html
-from dpfast.report.release import STAGE_NAMES, shown_epsilon
-from dpfast.runs.progress import duration
+from dpfast.report.release import shown_epsilon
 
 WARNING = "contains private data, do not release"
 
+
+class Row(NamedTuple):
+    """One classifier: its ``key`` in the metrics, what it was trained on, and what that means."""
+
+    key: str
+    name: str
+    meaning: str
+
+
 ROWS = (
-    ("public_only", "public only", "classifier trained on samples of the model before private training"),
-    ("synthetic", "synthetic", "classifier trained on the released samples alone"),
-    ("dp_classifier", "DP-SGD classifier", "trained privately on the real images: no images to release"),
-    ("real", "real images", "classifier trained on the private images: no protection"),
+    Row("public_classifier", "the public fonts themselves", "no private image is used"),
+    Row("public_only", "samples of the public model", "the model before private training: no private image is used"),
+    Row("synthetic", "the released samples", "the model after private training; nothing else is used"),
+    Row("dp_classifier", "real images, by DP-SGD", "a private classifier in its own right: no images to release"),
+    Row("real", "real images", "the private images as they are: no protection"),
 )
+PUBLIC = ROWS[:2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class InternalReport:
-    """What ``internal/report.html`` shows: ``metrics`` as in ``metrics.json``, and images."""
+    """What ``internal/report.html`` shows: ``metrics`` as in ``metrics.json``, images, and seconds by stage."""
 
     name: str
     metrics: Mapping[str, Any]
     private: ImageSet
     samples: ImageSet
-    public_samples: ImageSet
     seconds: Mapping[str, float]
     recipe: str
 
@@ -51,49 +62,58 @@ class InternalReport:
 
     def _figures(self) -> list[tuple[str, str]]:
         accuracy = self.metrics["accuracy"]
-        gain = 100 * (accuracy["synthetic"] - accuracy["public_only"])
+        best = max(PUBLIC, key=lambda row: accuracy[row.key])
+        gain = 100 * (accuracy["synthetic"] - accuracy[best.key])
         return [
-            (
-                percent(accuracy["synthetic"]),
-                "of real test images read after training on synthetic ones alone",
-            ),
-            (f"{gain:+.1f}", "points over public images only"),
-            (
-                f"ε = {shown_epsilon(float(self.metrics['epsilon_spent']))}",
-                f"at δ = {self.metrics['delta']:g}",
-            ),
+            (percent(accuracy["synthetic"]), "of real test images read after training on the released samples alone"),
+            (f"{gain:+.1f} points", f"over {best.name} ({percent(accuracy[best.key])}), the better of the public two"),
+            (f"ε = {shown_epsilon(float(self.metrics['epsilon_spent']))}", f"at δ = {self.metrics['delta']:g}"),
             (f"{self.metrics['test_images']:,}", "real test images"),
         ]
 
     def _accuracies(self) -> str:
-        rows = "".join(self._row(*row) for row in ROWS)
+        rows = "".join(self._row(row) for row in ROWS)
         table = (
-            '<div class="scroll"><table><thead><tr><th>trained on</th><th class="number">ε</th>'
-            f'<th class="number">accuracy</th></tr></thead><tbody>{rows}</tbody></table></div>'
+            '<div class="scroll"><table><thead><tr><th>classifier trained on</th><th class="number">ε</th>'
+            '<th class="number">accuracy</th><th class="number">95% interval</th></tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>"
         )
-        error = standard_error(self.metrics["accuracy"]["synthetic"], self.metrics["test_images"])
-        return html.section(
-            "Accuracy on real test images",
-            table,
-            html.paragraph(
-                f"Classifiers averaged for each figure: {self.metrics['classifier_seeds']}; the DP-SGD"
-                f" classifier is a single one. On {self.metrics['test_images']} test images the standard"
-                f" error of the synthetic figure is {100 * error:.1f} points.",
-                note=True,
-            ),
+        parts = [html.paragraph(f"{self._averaging()} {self._uncertainty()}", note=True)]
+        alike = indistinguishable(self.metrics)
+        if alike:
+            parts.insert(0, html.paragraph(alike))
+        return html.section("Accuracy on real test images", table, *parts)
+
+    def _row(self, row: Row) -> str:
+        value, images = self.metrics["accuracy"][row.key], self.metrics["test_images"]
+        low, high = accuracy_interval(value, images)
+        bar = f'<div class="bar"><i style="width:{100 * value:.1f}%"></i></div>'
+        kind = " class=main" if row.key == "synthetic" else ""
+        return (
+            f"<tr{kind}><td>{escape(row.name)}<small>{escape(row.meaning)}</small>{bar}</td>"
+            f'<td class="number">{shown_epsilon(self._epsilon(row.key))}</td><td class="number">{percent(value)}</td>'
+            f'<td class="number">{percent(low)} to {percent(high)}</td></tr>'
         )
 
-    def _row(self, key: str, name: str, meaning: str) -> str:
-        value = self.metrics["accuracy"][key]
-        private = float(self.metrics["epsilon_spent"])
-        rival = float(self.metrics["epsilon_baseline"])
-        epsilon = {"public_only": 0.0, "synthetic": private, "dp_classifier": rival, "real": math.inf}[key]
-        bar = f'<div class="bar"><i style="width:{100 * value:.1f}%"></i></div>'
-        kind = " class=main" if key == "synthetic" else ""
+    def _epsilon(self, key: str) -> float:
+        spent = {"synthetic": "epsilon_spent", "dp_classifier": "epsilon_baseline"}
+        if key in spent:
+            return float(self.metrics[spent[key]])
+        return math.inf if key == "real" else 0.0
+
+    def _averaging(self) -> str:
+        seeds = self.metrics["classifier_seeds"]
+        if seeds == 1:
+            return "Each figure is of one classifier."
         return (
-            f"<tr{kind}><td>{escape(name)}<small>{escape(meaning)}</small>"
-            f'{bar}</td><td class="number">{shown_epsilon(epsilon)}</td>'
-            f'<td class="number">{percent(value)}</td></tr>'
+            f"Figures of {ROWS[1].name}, of {ROWS[2].name} and of {ROWS[4].name} are means over {seeds} classifiers;"
+            " the other two are of one each."
+        )
+
+    def _uncertainty(self) -> str:
+        return (
+            f"The intervals say how far {self.metrics['test_images']} test images can tell, and no more: another"
+            " training, with other noise, gives other figures."
         )
 
     def _frechet(self) -> str:
@@ -137,7 +157,7 @@ class InternalReport:
         )
 
     def _details(self) -> str:
-        times = [(text, duration(self.seconds[key])) for key, text in STAGE_NAMES.items() if key in self.seconds]
+        times = [(title, duration(seconds)) for title, seconds in self.seconds.items()]
         return html.section(
             "Details",
             html.table(("stage", "time"), times, numbers=(1,)),
@@ -150,6 +170,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def standard_error(share: float, count: int) -> float:
-    """Of a share measured on ``count`` independent images."""
-    return math.sqrt(max(share * (1 - share), 0.0) / count)
+def indistinguishable(metrics: Mapping[str, Any]) -> str:
+    """A sentence that names the classifiers which the test images cannot tell from the synthetic one, or nothing."""
+    accuracy, images = metrics["accuracy"], metrics["test_images"]
+    ours = next(row for row in ROWS if row.key == "synthetic")
+    alike = [row.name for row in ROWS if row != ours and not differ(accuracy["synthetic"], accuracy[row.key], images)]
+    if not alike:
+        return ""
+    return f"No measurable difference on {images} test images: {ours.name} and {' and '.join(alike)}."

@@ -11,17 +11,10 @@ from dataclasses import dataclass
 from dpfast.data import ImageSet
 from dpfast.privacy.accounting import rounded_up
 from dpfast.privacy.statement import PrivacyStatement
+from dpfast.progress import coarse_duration
 from dpfast.report import page as html
 from dpfast.report.figures import curve
 from dpfast.report.markdown import first_section, to_html
-
-STAGE_NAMES = {
-    "pretrain": "pre-training on public images",
-    "train": "private training",
-    "sample": "drawing samples",
-    "baseline": "baseline classifier",
-    "evaluate": "evaluation",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +23,7 @@ class ReleaseReport:
 
     samples, public_samples: of the private model, and of the model before it saw a private image.
     losses: of the public pre-training, one a step. epsilon_curve: (step, epsilon), empty without noise. recipe: TOML.
+    seconds: by stage; shown to the minute.
     """
 
     name: str
@@ -155,15 +149,15 @@ class ReleaseReport:
         return html.section("In this folder", html.table(("file", "content"), rows))
 
     def _details(self) -> str:
-        times = [
-            (meaning, rounded_duration(self.seconds[stage]))
-            for stage, meaning in STAGE_NAMES.items()
-            if stage in self.seconds
-        ]
+        times = [(title, coarse_duration(seconds)) for title, seconds in self.seconds.items()]
         return html.section(
             "Details",
             html.table(("stage", "time"), times, numbers=(1,)),
-            html.paragraph("Rounded up to minutes: exact times are outside the promise.", note=True),
+            html.paragraph(
+                "Rounded to minutes. How long private training takes depends on the actual batches, which the promise"
+                " does not cover: publish no finer times than these.",
+                note=True,
+            ),
             html.folded("The full privacy statement", to_html(self.statement.text())),
             html.folded("The resolved recipe", html.code(self.recipe)),
         )
@@ -172,11 +166,6 @@ class ReleaseReport:
 def shown_epsilon(epsilon: float) -> str:
     """Epsilon to two decimals, rounded up: a rounded promise must not be a better one."""
     return "∞" if math.isinf(epsilon) else f"{rounded_up(epsilon, 2):g}"
-
-
-def rounded_duration(seconds: float) -> str:
-    """Whole minutes, rounded up: seconds of private training are nobody's business."""
-    return f"{max(1, math.ceil(seconds / 60))} min"
 
 
 def _failure(said: PrivacyStatement) -> str:

@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 
-from dpfast.data import ImageSet, font_digits, real_digits
-from dpfast.data.augment import Augment
+from dpfast.data import Augment, ImageSet, font_digits, real_digits
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
 from dpfast.diffusion.pretrain import PretrainSpec
 from dpfast.diffusion.timesteps import MixtureOfUniforms, TimestepDistribution, Uniform
-from dpfast.evaluation import ClassifierSpec
-from dpfast.performance import Performance
+from dpfast.evaluation import ClassifierObjective, ClassifierSpec
+from dpfast.objective import Objective
 from dpfast.privacy.plan import Plan
+from dpfast.progress import Progress, silent
 from dpfast.recipes.schema import Baseline, Private, Recipe
+from dpfast.trainer import DPTrainer
 
 # Parts of a run that draw at random from the recipe's seed do so from streams of their own.
 SEEDS = {
@@ -54,16 +55,7 @@ def public_data(recipe: Recipe) -> ImageSet:
 def unet(recipe: Recipe, images: ImageSet) -> Any:
     """An untrained UNet2DModel for images of this shape and these classes."""
     channels, height, _ = images.image_shape
-    spec = UNetSpec(
-        image_size=height,
-        channels=channels,
-        num_classes=images.num_classes,
-        widths=recipe.model.widths,
-        layers_per_block=recipe.model.layers_per_block,
-        norm_groups=recipe.model.norm_groups,
-        attention=recipe.model.attention,
-        mid_attention=recipe.model.mid_attention,
-    )
+    spec = UNetSpec(image_size=height, channels=channels, num_classes=images.num_classes, **vars(recipe.model))
     return build_unet(spec, seed=seed_for(recipe, "model"))
 
 
@@ -105,14 +97,7 @@ def timesteps(recipe: Recipe) -> TimestepDistribution:
 
 def pretrain_spec(recipe: Recipe) -> PretrainSpec:
     """Steps, batch size and learning rate of pre-training."""
-    return PretrainSpec(
-        steps=recipe.pretrain.steps,
-        batch_size=recipe.pretrain.batch_size,
-        learning_rate=recipe.pretrain.learning_rate,
-        weight_decay=recipe.pretrain.weight_decay,
-        ema_decay=recipe.pretrain.ema_decay,
-        seed=seed_for(recipe, "pretrain"),
-    )
+    return PretrainSpec(**vars(recipe.pretrain), seed=seed_for(recipe, "pretrain"))
 
 
 def plan(recipe: Recipe, dataset_size: int) -> Plan:
@@ -151,19 +136,33 @@ def public_classifier_spec(recipe: Recipe) -> ClassifierSpec:
     return ClassifierSpec(steps=recipe.evaluate.extractor_steps)
 
 
-def performance(recipe: Recipe) -> Performance:
-    """How a private step is computed."""
-    return Performance(
-        form=recipe.performance.form,
-        microbatch=recipe.performance.microbatch,
-        memory_budget=recipe.performance.memory_budget,
-        device=recipe.performance.device,
+def private_trainer(
+    recipe: Recipe,
+    training: Private | Baseline,
+    model: torch.nn.Module,
+    dataset: ImageSet,
+    plan: Plan,
+    objective: Objective,
+    *,
+    seed: int = 0,
+    state_dir: Path | None = None,
+    progress: Progress = silent,
+) -> DPTrainer:
+    """DP-SGD as ``[private]`` or ``[baseline]`` says."""
+    return DPTrainer(
+        model.train(),
+        dataset,
+        plan,
+        objective=objective,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=training.learning_rate),
+        augmult=training.augmult,
+        seed=seed,
+        performance=recipe.performance,
+        state_dir=state_dir,
+        ema_decay=training.ema_decay,
+        warmup_steps=training.warmup_steps,
+        progress=progress,
     )
-
-
-def adam(learning_rate: float) -> Any:
-    """What ``DPTrainer`` makes its optimizer with."""
-    return lambda parameters: torch.optim.Adam(parameters, lr=learning_rate)
 
 
 def load_unet(folder: Path) -> Any:
@@ -176,6 +175,6 @@ def load_unet(folder: Path) -> Any:
     return model.eval()
 
 
-def classifier_augment(recipe: Recipe) -> Augment:
-    """Shifts of the baseline classifier; beyond the border lies background."""
-    return Augment(shift=recipe.baseline.shift, fill=-1.0)
+def classifier_objective(recipe: Recipe) -> ClassifierObjective:
+    """The loss of the baseline classifier, under shifts; beyond the border lies background."""
+    return ClassifierObjective(augment=Augment(shift=recipe.baseline.shift, fill=-1.0))

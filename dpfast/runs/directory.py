@@ -1,4 +1,4 @@
-"""The folder of one run: where everything lies, one process at a time."""
+"""The folder of one run: where everything lies, what of it may leave, one process at a time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpfast.errors import RunLocked
-from dpfast.files import lock
+from dpfast.files import lock, write_atomic
+
+MARKER = "DO_NOT_RELEASE.txt"
+_MARKED = "This folder holds private images, or what was computed from them without protection: keep it in the house.\n"
 
 
 class RunDirectory:
     """``runs/<name>/``: ``recipe.toml``, ``lock``, ``state/``, ``internal/``, and what may leave the house.
 
     The last is ``release/``, or ``not-private/`` for a run without noise, so that the name of a folder never
-    promises what the training did not keep.
+    promises what the training did not keep. In every other folder a file says that it must stay.
     """
 
     def __init__(self, root: Path, *, private: bool = True) -> None:
@@ -24,6 +27,21 @@ class RunDirectory:
         self.state = root / "state"
         self.internal = root / "internal"
         self.release = root / ("release" if private else "not-private")
+        self._must_stay = [self.state, self.internal, *([] if private else [self.release])]
+
+        self.public_model = self.state / "pretrain" / "model"
+        self.losses = self.state / "pretrain" / "losses.json"
+        self.training = self.state / "train"
+        self.ledger = self.training / "ledger.jsonl"
+        self.model = self.release / "model"
+        self.samples = self.release / "samples"
+        self.public_samples = self.state / "sample" / "public"
+        self.baseline = self.internal / "baselines" / "dp_classifier"
+        self.baseline_ledger = self.baseline / "ledger.jsonl"
+        self.results = self.state / "evaluate" / "results.json"
+        self.metrics = self.internal / "metrics.json"
+        self.release_report = self.release / "report.html"
+        self.internal_report = self.internal / "report.html"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -42,6 +60,11 @@ class RunDirectory:
             yield
         finally:
             os.close(descriptor)
+
+    def mark(self) -> None:
+        """Write into each folder that must not leave the house that it must not."""
+        for folder in self._must_stay:
+            write_atomic(folder / MARKER, _MARKED)
 
     def _held(self, descriptor: int) -> str:
         owner = os.pread(descriptor, 32, 0).decode().strip() or "unknown"

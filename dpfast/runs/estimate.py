@@ -1,30 +1,36 @@
-"""What a run will cost, from a few timed steps on random images: no private image is looked at."""
+"""What a run will cost, from a few steps of each kind on random images: no private image is looked at."""
 
 from __future__ import annotations
 
+import math
+import resource
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dpfast.clipping import GhostClipper
-from dpfast.data import ImageSet
-from dpfast.data.keyed import RowKeys
+from dpfast.data import ImageSet, RowKeys
 from dpfast.diffusion.sampler import generate
-from dpfast.evaluation import train_classifier
+from dpfast.evaluation import ClassifierSpec, build_classifier, train_classifier
+from dpfast.objective import Objective
+from dpfast.privacy.plan import Plan
+from dpfast.recipes.schema import Baseline, Private
 from dpfast.runs import build
-from dpfast.runs.pipeline import Run
+from dpfast.runs.run import Run
+from dpfast.trainer import NUMBERS
 
-_PRIVATE_ROWS = 256  # rows in the physical batch that is timed
+_PHYSICAL_BATCHES = 4  # of a private step that are timed; a longer step is scaled up from them
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """image_passes: by stage, forward and backward (sampling: forward only). seconds: by stage. memory: bytes of
-    weights, optimizer and activations at the largest batch.
+    """image_passes: by stage, forward and backward (sampling: forward only). seconds: by stage.
+
+    memory: bytes that this process has needed at its peak, libraries included, or those of the GPU in use.
     """
 
     image_passes: dict[str, int]
@@ -35,24 +41,87 @@ class Estimate:
 def estimate(run: Run) -> Estimate:
     """Measured on this machine; expect half to twice of it."""
     recipe = run.recipe
-    device = recipe.performance.device
-    model = build.unet(recipe, run.private).to(device)
-    public_rows = recipe.pretrain.batch_size
-    private_rows = min(_PRIVATE_ROWS, round(run.plan.expected_batch_size) * recipe.private.augmult)
-    rows = {
-        "pretrain": recipe.pretrain.steps * public_rows,
-        "train": round(recipe.private.steps * run.plan.expected_batch_size) * recipe.private.augmult,
+    model = build.unet(recipe, run.private).to(recipe.performance.device)
+    classifier = build_classifier(run.private, ClassifierSpec(), seed=0)
+    training = _Measured(run, recipe.private, run.plan, model, build.private_objective(recipe, run.private))
+    rival = _Measured(run, recipe.baseline, run.baseline_plan, classifier, build.classifier_objective(recipe))
+    public, ordinary = build.public_classifier_spec(recipe), build.classifier_spec(recipe)
+    classifiers = 3 * recipe.evaluate.seeds
+    passes = {
+        "pretrain": recipe.pretrain.steps * recipe.pretrain.batch_size,
+        "train": training.image_passes,
         "sample": 2 * recipe.sample.count * recipe.sample.steps * (1 if recipe.sample.guidance == 1 else 2),
+        "baseline": rival.image_passes,
+        "evaluate": classifiers * ordinary.steps * ordinary.batch_size,
     }
-    classifiers = 3 * recipe.evaluate.seeds * recipe.evaluate.steps + recipe.evaluate.extractor_steps
-    per_row = {
-        "pretrain": _timed(_public_step(run, model, public_rows)) / public_rows,
-        "train": _timed(_private_step(run, model, private_rows)) / private_rows,
-        "sample": _sampling_time(run, model),
+    seconds = {
+        "pretrain": recipe.pretrain.steps * _timed(_public_step(run, model)),
+        "train": training.seconds(),
+        "sample": passes["sample"] * _sampling_time(run, model),
+        "baseline": rival.seconds(),
+        "evaluate": classifiers * _classifier_time(run, ordinary),
     }
-    seconds = {name: rows[name] * per_row[name] for name in rows}
-    seconds["evaluate"] = classifiers * _classifier_time(run)
-    return Estimate(rows, seconds, _memory(run, model, max(public_rows, private_rows)))
+    # The public classifier is made by the first stage that needs it.
+    first = "baseline" if recipe.baseline.pretrained else "evaluate"
+    passes[first] += public.steps * public.batch_size
+    seconds[first] += _classifier_time(run, public)
+    return Estimate(passes, seconds, _peak_memory(recipe.performance.device))
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A private training whose first steps are taken, on random images, by the trainer that the run will use."""
+
+    run: Run
+    training: Private | Baseline
+    plan: Plan
+    model: nn.Module
+    objective: Objective
+
+    @property
+    def image_passes(self) -> int:
+        return round(self.plan.steps * self.plan.expected_batch_size) * self.training.augmult
+
+    def seconds(self) -> float:
+        """Of every step of the plan."""
+        wanted = self.plan.expected_batch_size
+        batch = min(wanted, _PHYSICAL_BATCHES * self._physical_batch())
+        seconds = self._step(batch)
+        if batch < wanted:  # not in proportion: noise and update cost the same whatever the batch
+            per_image = (seconds - self._step(batch / 2)) / (batch / 2)
+            seconds += max(0.0, per_image) * (wanted - batch)
+        return self.plan.steps * seconds
+
+    def _physical_batch(self) -> int:
+        """Images of it, as ``DPTrainer`` chooses them."""
+        performance = self.run.recipe.performance
+        if performance.form == "example":
+            return 1
+        numbers = self.training.augmult * math.prod(self.run.private.image_shape)
+        return performance.microbatch or max(1, NUMBERS // numbers)
+
+    def _step(self, batch: float) -> float:
+        """Seconds of a step with so many images on average: the mean of two, after one to warm up."""
+        images = min(len(self.run.private), math.ceil(2 * batch))
+        ticks: list[float] = []
+        trainer = build.private_trainer(
+            self.run.recipe,
+            self.training,
+            self.model,
+            _random_images(self.run, images),
+            Plan(
+                dataset_size=images,
+                expected_batch_size=min(batch, images),
+                max_grad_norm=self.plan.max_grad_norm,
+                steps=3,
+                target_delta=0.5 / images,
+                noise_multiplier=1.0,
+            ),
+            self.objective,
+            progress=lambda *_: ticks.append(_now()),
+        )
+        trainer.fit()
+        return (ticks[-1] - ticks[0]) / (len(ticks) - 1)
 
 
 def _random_images(run: Run, count: int) -> ImageSet:
@@ -62,35 +131,14 @@ def _random_images(run: Run, count: int) -> ImageSet:
     return ImageSet(images, labels, run.private.classes)
 
 
-def _loss(run: Run, model: nn.Module, examples: int, augmult: int) -> Tensor:
-    device = run.recipe.performance.device
-    batch = _random_images(run, examples)
-    keys = RowKeys(0, torch.arange(examples, device=device), 0, augmult)
-    objective = build.private_objective(run.recipe, run.private)
-    return objective(model, batch.images.to(device), batch.labels.to(device), keys)
+def _public_step(run: Run, model: nn.Module) -> Callable[[], None]:
+    size, device = run.recipe.pretrain.batch_size, run.recipe.performance.device
+    batch, objective = _random_images(run, size), build.public_objective(run.recipe, run.private)
+    keys = RowKeys(0, torch.arange(size, device=device), 0)
 
-
-def _public_step(run: Run, model: nn.Module, rows: int) -> Callable[[], None]:
     def step() -> None:
         model.zero_grad()
-        _loss(run, model, rows, 1).mean().backward()
-
-    return step
-
-
-def _private_step(run: Run, model: nn.Module, rows: int) -> Callable[[], None]:
-    augmult = run.recipe.private.augmult
-    clipper = GhostClipper(
-        model,
-        max_grad_norm=run.recipe.private.max_grad_norm,
-        augmult=augmult,
-        performance=build.performance(run.recipe),
-    )
-
-    def step() -> None:
-        clipper.zero_grad()
-        with clipper:
-            clipper.backward(_loss(run, model, max(1, rows // augmult), augmult))
+        objective(model, batch.images.to(device), batch.labels.to(device), keys).mean().backward()
 
     return step
 
@@ -113,13 +161,10 @@ def _sampling_time(run: Run, model: nn.Module) -> float:
     return _timed(draw) / (count * steps)
 
 
-def _classifier_time(run: Run) -> float:
-    """Seconds for one step of an ordinary classifier."""
-    from dataclasses import replace
-
-    images = _random_images(run, run.recipe.evaluate.batch_size)
-    spec = replace(build.classifier_spec(run.recipe), steps=4)
-    return _timed(lambda: train_classifier(images, spec=spec, seed=0)) / 4
+def _classifier_time(run: Run, spec: ClassifierSpec) -> float:
+    """Seconds for one ordinary classifier."""
+    images, few = _random_images(run, spec.batch_size), replace(spec, steps=4)
+    return spec.steps * _timed(lambda: train_classifier(images, spec=few, seed=0)) / few.steps
 
 
 def _timed(step: Callable[[], Any]) -> float:
@@ -127,25 +172,20 @@ def _timed(step: Callable[[], Any]) -> float:
     step()
     taken = []
     for _ in range(2):
-        start = time.perf_counter()
+        start = _now()
         step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
+        taken.append(_now() - start)
     return min(taken)
 
 
-def _memory(run: Run, model: nn.Module, rows: int) -> int:
-    """Weights, gradients, clipped sums, Adam's two moments and the average, and what one forward pass saves."""
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    saved: dict[int, int] = {}
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept.append(_loss(run, model, rows, 1))
-    return 6 * parameters + sum(saved.values())
+def _peak_memory(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

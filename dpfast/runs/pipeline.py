@@ -2,66 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dpfast.data import ImageSet
 from dpfast.errors import ConfigError
 from dpfast.files import remove, write_atomic, write_json
-from dpfast.privacy.plan import Plan
-from dpfast.recipes import fingerprint, parts, to_toml
+from dpfast.progress import duration
+from dpfast.recipes import parts, to_toml
 from dpfast.recipes.schema import Recipe
-from dpfast.runs import build
+from dpfast.runs import build, work
 from dpfast.runs.directory import RunDirectory
-from dpfast.runs.progress import Reporter, duration
+from dpfast.runs.metrics import read_metrics
+from dpfast.runs.run import Run
 from dpfast.runs.stages import Stage
-
-ORDER = ("pretrain", "train", "sample", "baseline", "evaluate", "report")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every stage works with."""
-
-    recipe: Recipe
-    directory: RunDirectory
-    plan: Plan
-    private: ImageSet
-    stages: dict[str, Stage]
-
-    @cached_property
-    def baseline_plan(self) -> Plan:
-        return build.baseline_plan(self.recipe, len(self.private))
-
-    @property
-    def public_model(self) -> Path:
-        return self.stages["pretrain"].folder / "model"
-
-    @property
-    def losses(self) -> Path:
-        return self.stages["pretrain"].folder / "losses.json"
-
-    @property
-    def model(self) -> Path:
-        return self.directory.release / "model"
-
-    @property
-    def samples(self) -> Path:
-        return self.directory.release / "samples"
-
-    @property
-    def public_samples(self) -> Path:
-        return self.stages["sample"].folder / "public"
-
-    @property
-    def baseline(self) -> Path:
-        return self.directory.internal / "baselines" / "dp_classifier"
+from dpfast.runs.terminal import TerminalProgress
 
 
 def open_run(recipe: Recipe, runs: Path) -> Run:
@@ -74,86 +33,80 @@ def open_run(recipe: Recipe, runs: Path) -> Run:
     directory = RunDirectory(runs / recipe.name, private=math.isfinite(recipe.private.target_epsilon))
     private = build.private_data(recipe)
     _preflight(recipe, private)
-    stages = _stages(recipe, directory, private.fingerprint())
+    stages = _stages(recipe, directory, private)
     for stage in stages.values():
         stage.check()
-    return Run(
-        recipe=recipe,
-        directory=directory,
-        plan=build.plan(recipe, len(private)),
-        private=private,
-        stages=stages,
-    )
+    plan = build.plan(recipe, len(private))
+    return Run(recipe=recipe, directory=directory, plan=plan, private=private, stages=stages)
 
 
-def execute(recipe: Recipe, runs: Path, reporter: Reporter, *, until: str = "report") -> Run:
+def execute(recipe: Recipe, runs: Path, terminal: TerminalProgress, *, until: str = "report") -> Run:
     """Do every stage up to ``until`` that is not done yet.
 
     Raises:
         RunLocked: another process works on this run.
         ConfigError: see ``open_run``.
     """
-    from dpfast.runs import work
-
-    directory = RunDirectory(runs / recipe.name)
-    with directory.locked():
+    with RunDirectory(runs / recipe.name).locked():
         run = open_run(recipe, runs)
-        write_atomic(directory.recipe, to_toml(recipe))
-        for name in ORDER[: ORDER.index(until) + 1]:
-            _do(run, name, work.STAGES[name], reporter)
+        run.directory.mark()
+        write_atomic(run.directory.recipe, to_toml(recipe))
+        names = list(run.stages)
+        for name in names[: names.index(until) + 1]:
+            _do(run, run.stages[name], terminal)
     return run
 
 
-def _do(run: Run, name: str, act: Callable[..., None], reporter: Reporter) -> None:
-    stage = run.stages[name]
-    if name == "report":
+def _do(run: Run, stage: Stage, terminal: TerminalProgress) -> None:
+    if stage.name == "report":
         remove(stage.folder)  # cheap, and its inputs include the other stages' times: written anew every time
     elif stage.done():
-        reporter.say(f"{name}: done before")
+        terminal.say(f"{stage.name}: done before")
         return
-    reporter.say(f"{name} ...")
-    reporter.stage(name, resumed=stage.begun())
-    with stage.working(reporter) as progress:
-        act(run, progress)
-    reporter.close()
-    if name == "report":
+    terminal.say(f"{stage.name} ...")
+    terminal.stage(stage.name, resumed=stage.begun())
+    with stage.working(terminal) as progress:
+        stage.act(run, progress)
+    terminal.close()
+    if stage.name == "report":
         _write_seconds(run)
-    reporter.say(f"{name}: done in {duration(stage.seconds)}")
+    terminal.say(f"{stage.name}: done in {duration(stage.seconds)}")
 
 
 def _write_seconds(run: Run) -> None:
     """The one figure that is known only when the report is written."""
-    path = run.directory.internal / "metrics.json"
-    metrics = json.loads(path.read_text())
-    metrics["seconds"] = {name: stage.seconds for name, stage in run.stages.items()}
-    write_json(path, metrics)
+    seconds = {name: stage.seconds for name, stage in run.stages.items()}
+    write_json(run.directory.metrics, read_metrics(run) | {"seconds": seconds})
 
 
-def _stages(recipe: Recipe, directory: RunDirectory, private_fingerprint: str) -> dict[str, Stage]:
-    """Every stage with the recipe parts that it depends on, its own and those of the stages before it."""
-    state, release = directory.state, directory.release
-    private = {"private images": private_fingerprint}
+def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, Stage]:
+    """Every stage, in order, with the recipe parts that it depends on: its own and those of the stages before it.
+
+    The images themselves are such a part: other ones are refused, once budget is spent, like other settings.
+    """
+    images = {"private images": private.fingerprint()}
     budget = ("private.target_epsilon", "private.target_delta", "private.neighboring")
     pretrain = parts(recipe, "seed", "model", "diffusion", "pretrain", "data.public", "data.public_count")
-    train = pretrain | parts(recipe, "data", "private") | private
+    train = pretrain | parts(recipe, "data", "private") | images
     sample = train | parts(recipe, "sample")
-    baseline = parts(recipe, "seed", "data", "baseline", *budget) | private
+    baseline = parts(recipe, "seed", "data", "baseline", *budget) | images
     if recipe.baseline.pretrained:
         baseline |= parts(recipe, "evaluate.extractor_steps", "data.public", "data.public_count")
-    evaluate = sample | baseline | parts(recipe, "evaluate")
+    evaluate = sample | baseline | parts(recipe, "evaluate") | {"test images": build.test_data(recipe).fingerprint()}
+    reports = [at.release_report, at.internal_report, at.metrics]
 
-    def stage(name: str, values: dict[str, object], *outputs: Path, ledger: Path | None = None) -> Stage:
-        return Stage(name, state / name, values, outputs=outputs, ledger=ledger)
+    def stage(act: Callable[..., None], values: dict[str, Any], outputs: list[Path], **options: Any) -> Stage:
+        name = act.__name__
+        return Stage(name, at.state / name, values, act=act, outputs=outputs, **options)
 
-    rival = directory.internal / "baselines" / "dp_classifier"
-    stages = [
-        stage("pretrain", pretrain),
-        stage("train", train, release / "model", ledger=state / "train" / "ledger.jsonl"),
-        stage("sample", sample, release / "samples"),
-        stage("baseline", baseline, rival, ledger=rival / "ledger.jsonl"),
-        stage("evaluate", evaluate),
-        stage("report", evaluate),
-    ]
+    stages = (
+        stage(work.pretrain, pretrain, [at.public_model, at.losses], title="pre-training on public images"),
+        stage(work.train, train, [at.model], title="private training", ledger=at.ledger),
+        stage(work.sample, sample, [at.samples, at.public_samples], title="drawing samples"),
+        stage(work.baseline, baseline, [at.baseline], title="baseline classifier", ledger=at.baseline_ledger),
+        stage(work.evaluate, evaluate, [at.results], title="evaluation"),
+        stage(work.report, evaluate, reports, title="reports"),
+    )
     return {entry.name: entry for entry in stages}
 
 
@@ -166,6 +119,7 @@ def _preflight(recipe: Recipe, private: ImageSet) -> None:
             f"recipe key sample.count = {recipe.sample.count}: expected a multiple of the"
             f" {private.num_classes} classes, so that each gets the same number of images"
         )
+    _check_device(recipe.performance.device)
     build.private_objective(recipe, private)
     build.timesteps(recipe).icdf(torch.zeros(1), recipe.diffusion.num_train_timesteps)
     sampling_scheduler(build.scheduler(recipe), recipe.sample.sampler, recipe.sample.steps)
@@ -173,6 +127,13 @@ def _preflight(recipe: Recipe, private: ImageSet) -> None:
     build.pretrain_spec(recipe)
 
 
-def run_fingerprint(run: Run) -> str:
-    """Of everything that the released pipeline depends on."""
-    return fingerprint(run.stages["sample"].parts)
+def _check_device(name: str) -> None:
+    """Put a number there and take it back: what that says is the one reliable answer."""
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"recipe key performance.device = {name!r}: it cannot be used here ({reason}). Expected a device that"
+            ' torch reaches, such as "cpu" or "cuda" (`dpfast doctor` lists them): --set performance.device=cpu'
+        ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ class Stage:
     """One stage, remembered in ``folder/stage.json`` with the recipe parts that it depends on.
 
     parts: recipe values and fingerprints; the stage is redone when one of them changes.
-    outputs: what it leaves behind; the stage is redone when one of them is missing.
+    title: its name for readers. act: ``(run, progress) -> None`` does the work.
+    outputs: what it leaves behind, the main thing first; the stage is redone when one of them is missing.
     ledger: set for a stage that spends privacy budget. Once it holds a step the parts can no longer
         change: redoing the stage would spend again, and the released epsilon would be a lie.
     """
@@ -32,10 +33,14 @@ class Stage:
         folder: Path,
         parts: dict[str, Any],
         *,
-        outputs: Sequence[Path] = (),
+        title: str,
+        act: Callable[..., None],
+        outputs: Sequence[Path],
         ledger: Path | None = None,
     ) -> None:
         self.name = name
+        self.title = title
+        self.act = act
         self.folder = folder
         self.parts = parts
         self.outputs = tuple(outputs)
@@ -128,6 +133,8 @@ class Stage:
 
     def _changes(self) -> list[str]:
         old = self._read().get("parts", {})
+        if not old:
+            return [f"what they were is unknown: {self._record} is missing or damaged, restore it"]
         keys = [*old, *(key for key in self.parts if key not in old)]
         return [
             f"{key} was {old.get(key)!r}, is now {self.parts.get(key)!r}"

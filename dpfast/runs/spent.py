@@ -1,14 +1,13 @@
-"""The privacy statement of a run, from what its ledgers say was spent."""
+"""What a run has spent, and the privacy statement that follows from it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dpfast.privacy.ledger import LedgerContents, read_ledger
-from dpfast.privacy.statement import PrivacyStatement
+from dpfast.privacy.plan import composed_epsilon
+from dpfast.privacy.statement import Composition, PrivacyStatement
+from dpfast.runs.run import Run
 
-if TYPE_CHECKING:
-    from dpfast.runs.pipeline import Run
+_RELEASE = "the model and every image sampled from it"
 
 
 def spent(run: Run, *, baseline: bool = False) -> LedgerContents:
@@ -18,23 +17,39 @@ def spent(run: Run, *, baseline: bool = False) -> LedgerContents:
     return read_ledger(path)
 
 
-def statement(run: Run, *, baseline: bool = False) -> PrivacyStatement:
-    """What is promised of the released model and its samples, or of the baseline classifier."""
-    subject = "the classifier" if baseline else "the model and every image sampled from it"
-    table = run.recipe.baseline if baseline else run.recipe.private
+def spent_in_all(run: Run) -> float:
+    """Epsilon of releasing the baseline classifier besides the model and its samples."""
+    both = [(ledger.plan, ledger.charged_steps) for ledger in (spent(run), spent(run, baseline=True))]
+    return composed_epsilon(both, target_delta=run.plan.target_delta)
+
+
+def model_statement(run: Run) -> PrivacyStatement:
+    """What is promised of the released model and its samples."""
     return PrivacyStatement.of(
-        spent(run, baseline=baseline),
-        augmult=table.augmult,
+        spent(run),
+        augmult=run.recipe.private.augmult,
         public=public_knowledge(run),
         not_accounted=not_accounted(run),
-        subject=subject,
+        subject=_RELEASE,
+    )
+
+
+def baseline_statement(run: Run) -> PrivacyStatement:
+    """What is promised of the baseline classifier, alone and beside the model."""
+    return PrivacyStatement.of(
+        spent(run, baseline=True),
+        augmult=run.recipe.baseline.augmult,
+        public=public_knowledge(run),
+        not_accounted=not_accounted(run),
+        subject="the classifier",
+        compositions=[Composition(other=_RELEASE, epsilon=spent_in_all(run))],
     )
 
 
 def public_knowledge(run: Run) -> list[str]:
     """What the guarantee takes to be known to everybody."""
     channels, height, width = run.private.image_shape
-    pixels = f"{height}x{width} pixels in {channels} channel(s)"
+    pixels = f"{height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}"
     return [
         f"The number of private training images ({len(run.private)}).",
         f"The list of classes ({', '.join(run.private.classes)}).",

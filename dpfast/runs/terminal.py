@@ -1,4 +1,4 @@
-"""Progress on a terminal as a bar with the time left; elsewhere as a line now and then."""
+"""Progress as a bar with the time left; where no terminal is attached, as a line now and then."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import sys
 import time
 from typing import Any, TextIO
 
+from dpfast.progress import duration
+
 INTERVAL = 10.0  # seconds between lines where no terminal is attached
 
 
-class Reporter:
+class TerminalProgress:
     """A ``dpfast.progress.Progress`` for one stage at a time. It shows steps and time, never a loss."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -79,14 +81,3 @@ class Reporter:
         if taken > 0:
             left = f", about {duration((now - self._started) / taken * (self._total - self._step))} left"
         return f"  {label} {self._step}/{self._total}{left}"
-
-
-def duration(seconds: float) -> str:
-    """``75 -> "1 min 15 s"``."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, cast
 from dpfast.errors import ConfigError
 from dpfast.privacy.accounting import Neighboring, accountant_name, rounded_up
 from dpfast.privacy.plan import Plan
+from dpfast.progress import duration
 from dpfast.recipes.schema import Recipe
-from dpfast.runs.progress import duration
 
 if TYPE_CHECKING:
-    from dpfast.runs.pipeline import Run
+    from dpfast.runs.run import Run
 
 Rows = list[tuple[str, str]]
 
@@ -106,8 +106,8 @@ def describe_cost(run: Run) -> Rows:
         ("noise multiplier", f"{run.plan.noise_multiplier:g}"),
         ("image passes", passes),
         ("time (estimate)", f"about {duration(sum(cost.seconds.values()))}: {times}"),
-        ("memory (estimate)", f"about {cost.memory / 1e6:,.0f} MB besides the libraries' own"),
-        ("baseline", "a DP-SGD classifier is trained besides, with a budget of its own; it is not released"),
+        ("memory (estimate)", f"about {cost.memory / 1e6:,.0f} MB"),
+        ("baseline", "a DP-SGD classifier with a budget of its own, to compare with; it is not released"),
     ]
 
 

@@ -1,0 +1,44 @@
+"""The classifiers that a run keeps in files: that of the public images, and the private baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dpfast import checkpoint
+from dpfast.evaluation import ClassifierSpec, SmallCNN, build_classifier, train_classifier
+from dpfast.progress import Progress
+from dpfast.recipes import fingerprint, parts
+from dpfast.runs import build
+from dpfast.runs.run import Run
+
+
+def public_classifier(run: Run, progress: Progress) -> SmallCNN:
+    """The classifier of the public images: feature extractor, and where the private classifier starts."""
+    keys = ("seed", "data.public", "data.public_count", "evaluate.extractor_steps")
+    key = fingerprint(parts(run.recipe, *keys))
+    path = run.directory.state / f"public-classifier-{key}"
+    if not path.exists():
+        seed, spec = build.seed_for(run.recipe, "classifier"), build.public_classifier_spec(run.recipe)
+        public = build.public_data(run.recipe)
+        save(path, train_classifier(public, spec=spec, seed=seed, progress=progress))
+    return load(run, path)
+
+
+def empty(run: Run) -> SmallCNN:
+    """An untrained network."""
+    seed = build.seed_for(run.recipe, "baseline")
+    return build_classifier(run.private, ClassifierSpec(), seed=seed)
+
+
+def save(path: Path, model: torch.nn.Module) -> None:
+    """Write the weights; ``load`` reads them."""
+    checkpoint.save(path, {"model": model.state_dict()}, kind="classifier", fingerprint="")
+
+
+def load(run: Run, path: Path) -> SmallCNN:
+    """A classifier that ``save`` wrote, in eval mode."""
+    model = empty(run)
+    model.load_state_dict(checkpoint.load(path, kind="classifier", fingerprint="")["model"])
+    return model.eval()

@@ -1,0 +1,54 @@
+"""What --dry-run announces is measured on the steps that the run will take."""
+
+import pytest
+
+from dpfast.data.keyed import RowKeys
+from dpfast.diffusion import DiffusionObjective
+from dpfast.evaluation import ClassifierObjective
+from dpfast.recipes import load
+from dpfast.runs import estimate as module
+from dpfast.runs.estimate import estimate
+from dpfast.runs.pipeline import open_run
+from dpfast.trainer import NUMBERS
+from test_runs import TINY
+
+LARGE = ("private.sample_rate=1", "private.augmult=8", "baseline.sample_rate=0.5", "baseline.augmult=2")
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Rows of every physical batch, by objective."""
+    seen = {DiffusionObjective: [], ClassifierObjective: []}
+
+    def spy(kind):
+        real = kind.__call__
+
+        def call(self, model, *examples):
+            assert isinstance(examples[-1], RowKeys)
+            seen[kind].append(examples[-1].rows)
+            return real(self, model, *examples)
+
+        monkeypatch.setattr(kind, "__call__", call)
+
+    spy(DiffusionObjective)
+    spy(ClassifierObjective)
+    return seen
+
+
+def test_every_stage_is_measured_with_the_batches_it_will_have(tmp_path, rows):
+    cost = estimate(open_run(load("digits", [*TINY, *LARGE]), tmp_path))
+    assert set(cost.seconds) == set(cost.image_passes) == {"pretrain", "train", "sample", "baseline", "evaluate"}
+    assert all(value > 0 for value in cost.seconds.values())
+    full = NUMBERS // 64  # what DPTrainer makes of 8x8 pixels
+    assert max(rows[DiffusionObjective]) == max(rows[ClassifierObjective]) == full
+    assert cost.image_passes["train"] == 4 * 1437 * 8
+    assert cost.image_passes["baseline"] == 4 * 1437 + 2 * 128  # the public classifier is made there
+    assert cost.memory > 1e8
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_steps_are_scaled_up_without_their_fixed_part(tmp_path, monkeypatch):
+    run = open_run(load("digits", [*TINY, *LARGE]), tmp_path)
+    monkeypatch.setattr(module._Measured, "_step", lambda self, batch: 5.0 + 0.01 * batch)
+    measured = module._Measured(run, run.recipe.private, run.plan, None, None)
+    assert measured.seconds() == pytest.approx(4 * (5.0 + 0.01 * 1437))
