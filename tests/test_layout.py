@@ -6,7 +6,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # From the top down; whatever is not named here stands on its own feet below all of these.
-ORDER = ("cli", "runs", "report", "recipes", "evaluation", "diffusion", "optimizer", "data", "privacy", "clipping")
+ORDER = (
+    "cli",
+    "runs",
+    "report",
+    "recipes",
+    "evaluation",
+    "diffusion",
+    "trainer",
+    "optimizer",
+    "data",
+    "privacy",
+    "clipping",
+)
 
 
 def imports(path: Path) -> set[str]:
