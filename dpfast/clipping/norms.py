@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rows import Rows
-from dpfast.clipping.tape import IsTracked, Terms, Use, present
+from dpfast.clipping.tape import IsTracked, Rule, Terms, Use, present
 from dpfast.clipping.terms import Stored
 from dpfast.kernels.affine import affine_grads
 from dpfast.kernels.precision import accumulation_dtype
@@ -157,31 +157,24 @@ def batch_norm(
     return _channel_norm(is_tracked, input, weight, bias, lambda x: (x - mean) * scale)
 
 
-def torch_batch_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Use | Problem | None:
-    return batch_norm(is_tracked, input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _in_order_of_torch(rule: Rule) -> Rule:
+    """``torch.batch_norm`` and ``torch.instance_norm`` take the affine before the statistics."""
+
+    def reordered(
+        is_tracked: IsTracked,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        use_input_stats: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool = True,
+    ) -> Use | Problem | None:
+        return rule(is_tracked, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+    return reordered
 
 
-def torch_instance_norm(
-    is_tracked: IsTracked,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Use | Problem | None:
-    return instance_norm(is_tracked, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+torch_batch_norm, torch_instance_norm = _in_order_of_torch(batch_norm), _in_order_of_torch(instance_norm)

@@ -6,7 +6,7 @@ Shapes in the comments use the alphabet of ``dpfast.kernels``: B examples, N row
 P outputs, C channels, S positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,10 @@ from dpfast.clipping.norms import (
 )
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rows import Rows
-from dpfast.clipping.tape import IsTracked, Terms, Use, present
+from dpfast.clipping.tape import IsTracked, Rule, Terms, Use, present
 from dpfast.clipping.terms import ConvTerm, EmbeddingTerm, LinearTerm, Stored
 from dpfast.kernels.conv import ConvSpec
 from dpfast.kernels.precision import accumulation_dtype
-
-Rule = Callable[..., Use | Problem | None]
 
 
 def _matrix_rows(x: Tensor, rows: Rows) -> Tensor:

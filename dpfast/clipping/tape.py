@@ -53,6 +53,9 @@ class Use:
     ruled: bool = True  # False: by the fallback
 
 
+Rule = Callable[..., Use | Problem | None]
+
+
 def present(is_tracked: IsTracked, pairs: Iterable[tuple[Any, Callable[[], Term]]]) -> Terms:
     """Terms of those targets that are tracked; the others (frozen or None) cost nothing."""
     return [(target, make()) for target, make in pairs if is_tracked(target)]
