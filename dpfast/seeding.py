@@ -1,8 +1,10 @@
-"""Seeds for what reads torch's global generators (dropout), without touching anybody else's random numbers."""
+"""The generators that a whole process shares (dropout reads them), without touching anybody else's random numbers."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -16,3 +18,19 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
             with torch.cuda.device(one):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+class RandomState:
+    """Of torch, Python and numpy, now; ``restore`` goes back to it."""
+
+    def __init__(self) -> None:
+        self.cpu, self.python = torch.get_rng_state(), random.getstate()
+        self.numpy = np.random.get_state()  # noqa: NPY002  # of the one generator that all share
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpfast import checkpoint
 from dpfast.clipping import GhostClipper
-from dpfast.clipping.calls import RandomState, no_trace_left
+from dpfast.clipping.calls import no_trace_left
 from dpfast.clipping.ownership import PROBED_EXAMPLES, Synthetic, forward_verdict
 from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
@@ -22,7 +22,7 @@ from dpfast.optimizer import DPOptimizer
 from dpfast.performance import Performance
 from dpfast.privacy import Ledger, Plan, poisson_sample, random_bytes
 from dpfast.progress import Progress, silent
-from dpfast.seeding import seeded
+from dpfast.seeding import RandomState, seeded
 
 CHECKPOINTS = 50  # at least this many over a run: a kill loses at most 2% of the steps
 NUMBERS = 1 << 16  # of a physical batch: 1024 rows of 8x8 pixels cost 35% less each than 256 (2 cores)

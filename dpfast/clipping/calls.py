@@ -1,13 +1,11 @@
 """The calls of a model inside a step: how many rows they take, and the forward probe of each."""
 
-import random
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -18,22 +16,7 @@ from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.trees import tensors_in
 from dpfast.clipping.watch import changed, seen
 from dpfast.errors import CaptureError
-
-
-class RandomState:
-    """Of torch, Python and numpy, now."""
-
-    def __init__(self) -> None:
-        self.cpu, self.python = torch.get_rng_state(), random.getstate()
-        self.numpy = np.random.get_state()  # noqa: NPY002  # of the one generator that all share
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
+from dpfast.seeding import RandomState
 
 
 @contextmanager
@@ -89,6 +72,8 @@ class Call:
 
         try:
             verdict = forward_verdict(run, self.args, self.kwargs, Synthetic(rows, augmult, fits[0]))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             if fits[0] == 1:  # as many features as rows, by chance
                 return "unseen", True
