@@ -225,7 +225,7 @@ class DPTrainer:
                 " statistics of the batch (means, standardisation, BatchNorm in training mode), not even behind"
                 " detach(); draw random numbers from the keys, which belong to an example"
             )
-        if verdict != "apart":
+        if verdict == "unrepeatable":
             warnings.warn(
                 "it was not shown that the objective keeps examples apart: it gives two results for the same examples"
                 " (random numbers that are not of the keys?)",

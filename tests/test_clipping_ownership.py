@@ -474,3 +474,146 @@ def test_an_output_that_no_loss_uses() -> None:
     with pytest.warns(UserWarning, match=r"no loss depends on b\.weight"):
         clip(clipper, torch.randn(8, 4), first)
     assert [count_passes(clipper, torch.randn(8, 4), first) for _ in range(2)] == [7, 1]
+
+
+@pytest.mark.parametrize("features", [7, 8])
+def test_square_batches_are_no_masks(features) -> None:
+    """As many features as rows: data all the same."""
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(features, 3)
+
+        def forward(self, x, t):
+            return self.layer(x - x.mean(0).detach()) + t[:, None]
+
+    t = torch.rand(8)
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(
+            GhostClipper(Centred(), max_grad_norm=1.0), torch.randn(8, features), lambda m, r: m(*r, t).square().mean(1)
+        )
+
+
+@pytest.mark.parametrize("masked", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_statistics_beside_hugely_negative_outputs(masked) -> None:
+    class Masked(Statistics):
+        def forward(self, x):
+            return super().forward(x) + torch.tensor([0.0, 0.0, masked])
+
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(GhostClipper(Masked(), max_grad_norm=1.0), torch.randn(8, 4), lambda m, r: m(*r)[:, :2].square().mean(1))
+
+
+def test_statistics_in_half_precision() -> None:
+    def cast(m, rows):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(*rows).float().square().mean(1)
+
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(GhostClipper(Statistics(), max_grad_norm=1.0), torch.randn(8, 4), cast)
+
+
+def test_calls_that_differ_in_an_option() -> None:
+    class Optional(Statistics):
+        def forward(self, x, normed=False):
+            return super().forward(x) if normed else self.b(self.a(x))
+
+    def both(m, rows):
+        return (m(*rows) + m(*rows, normed=True)).square().mean(1)
+
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(GhostClipper(Optional(), max_grad_norm=1.0), torch.randn(8, 4), both)
+
+
+def test_calls_without_gradients_are_probed_too() -> None:
+    model = nn.ModuleDict({"encoder": Statistics(), "head": nn.Linear(3, 3)})
+    model["encoder"].requires_grad_(False)
+
+    def latent(m, rows):
+        with torch.no_grad():
+            z = m["encoder"](*rows)
+        return m["head"](z).square().mean(1)
+
+    with pytest.raises(CaptureError, match="changing one example's input changes"):
+        clip(GhostClipper(model, max_grad_norm=1.0), torch.randn(8, 4), latent)
+
+
+@pytest.mark.filterwarnings("ignore:it was not shown")
+def test_parts_called_under_autocast() -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "head": nn.Linear(4, 3)})
+
+    def cast(m, rows):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = m["head"](m["encoder"](*rows))
+        return z.float().square().mean(1)
+
+    clip(GhostClipper(model, max_grad_norm=1.0), torch.randn(8, 4), cast)
+
+
+@pytest.mark.filterwarnings("ignore:no loss depends on")
+def test_heads_that_take_turns() -> None:
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+        def forward(self, x):
+            return [head(x) for head in self.heads]
+
+    clipper = GhostClipper(Heads(), max_grad_norm=1.0)
+    for k in (0, 1, 0, 2, 1, 2):
+        x = torch.randn(8, 4)
+        norms = clip(clipper, x, lambda m, r: m(*r)[k].square().mean(1))  # noqa: B023
+        exact = per_example(clipper.model.heads[k], losses_of_head, (x,), augmult=1, max_grad_norm=1.0)
+        torch.testing.assert_close(norms, exact.norms, rtol=1e-5, atol=0)
+
+
+def losses_of_head(m, rows):
+    return m(*rows).square().mean(1)
+
+
+def test_random_code_before_the_model_is_no_new_path() -> None:
+    clipper = GhostClipper(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), max_grad_norm=1.0)
+
+    def flipped(times):
+        def loss(m, rows):
+            x = rows[0]
+            for _ in range(times):
+                x = x.flip(1)
+            return _Counted.apply(m(x).square().mean(1), passes)
+
+        passes = []
+        clip(clipper, torch.randn(8, 4), loss)
+        return len(passes)
+
+    assert [flipped(times) for times in (1, 2, 3)] == [7, 1, 1]
+
+
+def test_k_rows_averaged_beside_as_many_positions() -> None:
+    """Four losses of eight rows of four positions: K rows were averaged, whatever the positions say."""
+    with pytest.raises(CaptureError, match="fewer losses than rows"):
+        clip(
+            GhostClipper(nn.Linear(5, 3), max_grad_norm=1.0, augmult=2),
+            torch.randn(8, 4, 5),
+            lambda m, r: m(*r).square().mean((1, 2)).view(4, 2).mean(1),
+        )
+
+
+@pytest.mark.filterwarnings("ignore:it was not shown")
+def test_constants_given_to_a_part() -> None:
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.place, self.image = nn.Embedding(5, 3), nn.Embedding(4, 3), nn.Linear(4, 3)
+            self.register_buffer("classes", torch.arange(5))
+
+    def compared(m, rows):
+        own = m.image(*rows)
+        return (own @ m.table(m.classes).mT).square().mean(1) + (own @ m.place(torch.arange(4)).mT).square().mean(1)
+
+    model = Named()
+    x = torch.randn(8, 4)
+    exact = per_example(model, compared, (x,), augmult=2, max_grad_norm=1.0)
+    norms = clip(GhostClipper(model, max_grad_norm=1.0, augmult=2), x, compared)
+    torch.testing.assert_close(norms, exact.norms, rtol=1e-5, atol=0)

@@ -540,3 +540,52 @@ def test_gradients_set_to_zero_are_no_foreign_ones() -> None:
         model.zero_grad(set_to_none=False)
     assert first.norm() <= 6
     assert not clipper.foreign_gradients()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m, x: m.mean.fill_(x.abs().max().item()),
+        lambda m, x: m.mean.mul_(0.9).add_(0.1 * float(x.max())),
+        lambda m, x: setattr(m, "mean", torch.full((4,), x.max().item())),
+    ],
+    ids=["item", "float", "another tensor"],
+)
+def test_numbers_read_out_of_the_data(write) -> None:
+    model = Keeps(lambda m, x: write(m, x.detach()))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match="mean: changed"), clipper:
+        clipper.backward(losses(model, (torch.randn(6, 4),)))
+
+
+def test_another_order_shows() -> None:
+    t = torch.arange(5.0)
+    before = seen({"t": t})
+    t.numpy()[:] = t.numpy()[::-1].copy()
+    assert changed(before, seen({"t": t})) == ["t"]
+
+
+@pytest.mark.parametrize("write", [lambda m: m.steps + 1, lambda m: torch.arange(3.0).cos()], ids=["sum", "made anew"])
+def test_buffers_that_each_pass_replaces(write) -> None:
+    class Replaces(Counting):
+        def forward(self, x):
+            self.steps = write(self)
+            return self.layer(x)
+
+    model = Replaces()
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="it was not shown")
+        for _ in range(3):
+            with clipper:
+                clipper.backward(losses(model, (torch.randn(6, 4),)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Please use quant_min")
+def test_observers_switched_off() -> None:
+    observer = torch.ao.quantization.FusedMovingAvgObsFakeQuantize()
+    observer(torch.randn(6, 4))
+    observer.disable_observer()
+    clipper = GhostClipper(Observing(observer), max_grad_norm=1.0)
+    with clipper:
+        clipper.backward(losses(clipper.model, (torch.randn(6, 4),)))

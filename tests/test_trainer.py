@@ -437,3 +437,19 @@ def test_an_optimizer_that_is_made_already() -> None:
     model = network()
     with pytest.raises(ConfigError, match="expected what makes one from parameters"):
         DPTrainer(model, images(), plan(), objective=objective, optimizer=torch.optim.Adam(model.parameters()))
+
+
+def test_square_examples_and_rare_labels() -> None:
+    """As many features as the probe has examples; one positive among four hundred."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 4, generator=generator)
+
+    def centred(model, x, keys):
+        return model((x - x.mean(0)).repeat_interleave(keys.augmult, 0)).square().mean(1)
+
+    with pytest.raises(CaptureError, match="changing one example changes the loss of another"):
+        DPTrainer(nn.Linear(4, 3), list(rows), plan(), objective=centred, optimizer=torch.optim.Adam).fit()
+    pixels = torch.zeros(400, 1, 6, 6, dtype=torch.uint8)
+    rare = ImageSet(pixels, (torch.arange(400) == 217).long(), ("a", "b", "c"))
+    with pytest.raises(CaptureError, match="changing one example changes the loss of another"):
+        DPTrainer(network(), rare, plan(dataset_size=400), objective=by_label_counts, optimizer=torch.optim.Adam).fit()

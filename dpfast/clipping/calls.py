@@ -2,27 +2,31 @@
 
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dpfast.clipping.capture import Capture
-from dpfast.clipping.ownership import ENOUGH_STEPS, Synthetic, Verdict, forward_verdict
+from dpfast.clipping.ownership import ENOUGH_STEPS, MOST_PATHS, Synthetic, Verdict, forward_verdict, is_mask
 from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.trees import tensors_in
 from dpfast.clipping.watch import changed, seen
 from dpfast.errors import CaptureError
 from dpfast.seeding import RandomState
 
+Said = Verdict | Literal["mixed, or square"]
+_PLAIN = (bool, int, float, str, type(None))
+
 
 @contextmanager
 def no_trace_left(model: nn.Module) -> Iterator[None]:
     """What a probe does to random states and buffers is undone."""
     state, buffers = RandomState(), dict(model.named_buffers())
+    held = [(module, dict(module._buffers)) for module in model.modules()]
     copies, before = {name: b.clone() for name, b in buffers.items()}, seen(buffers)
     try:
         with torch.no_grad():
@@ -30,28 +34,56 @@ def no_trace_left(model: nn.Module) -> Iterator[None]:
     finally:
         state.restore()
         with torch.no_grad(), torch._C.DisableTorchFunction():
+            for module, own in held:  # some layers put new tensors in the place of old ones
+                module._buffers.clear()
+                module._buffers.update(own)
             for name in changed(before, seen(buffers)):  # the others may be saved for a backward pass
                 buffers[name].copy_(copies[name])
 
 
+class Autocast:
+    """Of the CPU and the GPU, now."""
+
+    def __init__(self) -> None:
+        devices = ["cpu", *(["cuda"] if torch.cuda.is_initialized() else [])]
+        self.now = [(name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """As it was."""
+        with ExitStack() as stack:
+            for device, enabled, dtype in self.now:
+                stack.enter_context(torch.autocast(device, dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+
 @dataclass
 class Call:
-    """One call of a module by the user's code, and what the step had run before and after it."""
+    """One call of a module by the user's code, and what the step had run before and after it.
+
+    optional: made without gradients, and of interest only if it has the rows of the losses. state is None where
+    the paths of all steps so far were shown.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    state: RandomState
+    state: RandomState | None
+    autocast: Autocast
     before: int
+    optional: bool
     after: int = 0
 
     def shape(self) -> Hashable:
         """Calls of one shape are probed once."""
         given = (*self.args, *self.kwargs.values())
-        kinds = tuple((type(value), tuple(tuple(t.shape) for t in tensors_in(value))) for value in given)
+        kinds = tuple(
+            (repr(value) if isinstance(value, _PLAIN) else type(value), *(tuple(t.shape) for t in tensors_in(value)))
+            for value in given
+        )
         return id(self.module), kinds, tuple(self.kwargs)
 
-    def verdict(self, capture: Capture, rows: int, augmult: int) -> tuple[Verdict, bool]:
+    def verdict(self, capture: Capture, rows: int, augmult: int) -> tuple[Said, bool]:
         """Of the forward probe, in the dimension that has the rows; and whether it ran what the step ran."""
         fits = [
             dim
@@ -59,19 +91,20 @@ class Call:
             if any(Synthetic(rows, augmult, dim).fits(t) for t in tensors_in((self.args, self.kwargs)))
         ]
         if not fits:
-            return "unseen", True
-        same_path = True
+            return "apart" if self.optional else "unseen", True
+        same_path, state = True, self.state or RandomState()
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal same_path
-            self.state.restore()
-            with capture.tracing_only(self.before) as trace:
+            state.restore()
+            with self.autocast.again(), capture.tracing_only(self.before) as trace:
                 output = self.module(*args, **kwargs)
                 same_path = same_path and trace() == self.after
             return output
 
         try:
-            verdict = forward_verdict(run, self.args, self.kwargs, Synthetic(rows, augmult, fits[0]))
+            batch = Synthetic(rows, augmult, fits[0])
+            verdict: Said = forward_verdict(run, self.args, self.kwargs, batch, public=is_mask)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -81,6 +114,8 @@ class Call:
                 "the model fails on synthetic input of the batch's own shapes, by which it is shown that it keeps"
                 f" examples apart ({type(error).__name__}: {error}). Let it run on any numbers in its inputs' range"
             ) from error
+        if verdict == "mixed" and len(fits) == 2:
+            verdict = "mixed, or square"
         return verdict, same_path
 
 
@@ -97,6 +132,7 @@ class ModelCalls:
         self._capture: Capture | None = None
         self._shown: set[Hashable] = set()
         self._tries: Counter[Hashable] = Counter()
+        self._missed: set[Hashable] = set()  # paths that came when no random state was kept any more
         self._handles: list[RemovableHandle] = []
         self.restart()
 
@@ -131,18 +167,21 @@ class ModelCalls:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
         capture = self._capture
-        if self._depth > 1 or capture is None or capture.tape.receive is not None or not torch.is_grad_enabled():
+        if self._depth > 1 or capture is None or capture.tape.receive is not None:
             return
-        trace = capture.tape.trace
+        with_grad = torch.is_grad_enabled()
         with torch._C.DisableTorchFunction():
             given = list(tensors_in((args, kwargs)))
             for t in given:
-                capture.constants.pop(t, None)  # what goes into the model is data, however it was made
+                capture.take_for_data(t)
             rows = next((t.shape[0] for t in given if t.ndim), None)
-            if rows is not None and not capture.started:
+            if rows is not None and with_grad and not capture.started:
                 self.inputs = given
                 capture.detach = not (self.one_by_one and rows == self.augmult)
-            self._open = Call(module, args, kwargs, RandomState(), trace)
+            if not self._calls and not capture.started:
+                capture.tape.trace = 0  # what the user's code did before is none of the model's path
+            state = None if self._shown and not self._missed else RandomState()
+            self._open = Call(module, args, kwargs, state, Autocast(), capture.tape.trace, optional=not with_grad)
             self._calls.append(self._open)
 
     def _after(self, *_: Any) -> None:
@@ -157,7 +196,15 @@ class ModelCalls:
         if path in self._shown or rows == self.augmult:  # one example alone meets nobody
             return ""
         unseen, same_path = self._probe(rows)
+        if any(call.state is None for call in self._calls) and not same_path:
+            self._missed.add(path)  # from now on random states are kept, until it comes again
+        else:
+            self._missed.discard(path)
         self._tries[path] += 1
+        if len(self._shown) > MOST_PATHS:
+            self._shown.clear()
+            self._tries.clear()
+            self._missed.clear()
         if (same_path and not unseen) or self._tries[path] >= ENOUGH_STEPS:
             self._shown.add(path)
         return unseen
@@ -171,19 +218,21 @@ class ModelCalls:
             verdicts = [call.verdict(self._capture, rows, self.augmult) for call in calls]
         self._depth = 0
         said = {verdict for verdict, _ in verdicts}
-        same_path = all(same for _, same in verdicts)
-        if "mixed" in said:
+        same_path = all(same and verdict != "partly" for verdict, same in verdicts)
+        if said & {"mixed", "mixed, or square"}:
             what = "changing one example's input changes the model's output for another example"
             cure = (
                 "remove what mixes rows: statistics over the batch, even behind detach(). Public tensors that have as"
                 " many rows as the batch by chance belong into a buffer, not into the arguments"
             )
+            if "mixed" not in said:
+                cure += "; if the rows are in dimension 1, begin with a batch of another size than the sequence's"
             refuse([Problem((), what, cure)])
         if "unrepeatable" in said:
             return "it gives two results for one input (a generator of its own, a counter)", same_path
         if not calls or "unseen" in said:
             return "it was not called with rows [B*K, ...] from which tensors with rows come out", same_path
-        parts = sorted({names[id(call.module)] for call in calls} - {""})
+        parts = sorted({names[id(call.module)] for call in calls if not call.optional} - {""})
         if parts:
             return (
                 f"its parts {listed(parts)} were called one by one, and what happens between them is unseen",

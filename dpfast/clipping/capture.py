@@ -24,7 +24,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dpfast.clipping.fallback import fallback_use
-from dpfast.clipping.functions import AS_ANOTHER, FACTORIES, RANDOM, random_state, storage, written_by
+from dpfast.clipping.functions import (
+    AS_ANOTHER,
+    FACTORIES,
+    NUMBERS,
+    RANDOM,
+    READ_OUT,
+    random_state,
+    storage,
+    written_by,
+)
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules import GUARDED, MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use, traced
@@ -63,7 +72,6 @@ class Capture(TorchFunctionMode):
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
         self.anchor, self.on_start = anchor, on_start
         self.probe_trace: int | None = None
-        self.rewritten: set[str] = set()  # buffers that the step changes, not from data
         self._begin()
 
     def restart(self) -> None:
@@ -74,6 +82,8 @@ class Capture(TorchFunctionMode):
     def _begin(self) -> None:
         self.tape = Tape(self.anchor)
         self.started, self.detach = False, True
+        self.rewritten: set[str] = set()  # buffers that the step changes, not from data
+        self.read_out = False  # whether numbers of the data have gone to Python
         self.tracked = {id(p): Tracked(p, (name,)) for name, p in self.parameters.items()}
         self.derived: list[Tracked] = []
 
@@ -86,6 +96,15 @@ class Capture(TorchFunctionMode):
                 yield lambda: cast(int, self.probe_trace)
         finally:
             self.probe_trace = None
+
+    def take_for_data(self, t: Tensor) -> None:
+        """What goes into the model is data, unless it is the model's own or can be nothing else than a constant."""
+        if not self.constants.get(t, True) and storage(t) not in self.protected:
+            del self.constants[t]
+
+    def excuses(self, name: str, now: Tensor, *, replaced: bool) -> bool:
+        """Whether a buffer that changed was computed from constants and parameters alone."""
+        return not self.read_out and (name in self.rewritten or (replaced and now in self.constants))
 
     def is_tracked(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self.tracked
@@ -104,6 +123,7 @@ class Capture(TorchFunctionMode):
         written = written_by(func, args, kwargs)
         tracked = [self.tracked[id(t)] for t in tensors if id(t) in self.tracked]
         data = [t for t in tensors if id(t) not in self.tracked and t not in self.constants]
+        self.read_out |= bool(data) and func in READ_OUT
         if written and self._protects(func, written, data):
             return self._harmless(func, args, kwargs)
         if tracked and torch.is_grad_enabled():
@@ -242,11 +262,12 @@ class Capture(TorchFunctionMode):
     def _note_constants(self, func: Any, tensors: list[Tensor], outputs: list[Tensor]) -> None:
         if tensors:
             made_from_constants = all(t in self.constants or id(t) in self.tracked for t in tensors)
+            certain = all(self.constants.get(t, True) for t in tensors)
         else:
-            made_from_constants = func in FACTORIES
+            made_from_constants, certain = func in FACTORIES, func not in NUMBERS
         for t in outputs:
             if made_from_constants and func not in RANDOM:
-                self.constants[t] = True
+                self.constants[t] = certain
             elif t in self.constants:  # data written into it in place
                 del self.constants[t]
 

@@ -180,6 +180,7 @@ class GhostClipper:
                 unseen = self._calls.show(len(losses)) if examples else ""
                 clipped = self._clip(losses, examples, example_mask)
                 self._write(clipped.sums)
+                self._buffers = seen(self._fixed(capture.parameters))
         finally:
             capture.restart()
             self._calls.restart()
@@ -243,7 +244,12 @@ class GhostClipper:
         inputs = [t for t in self._calls.inputs if t.ndim]
         if not inputs or inputs[0].shape[0] <= losses:
             return False
-        return not any(t.shape[0] == losses or (_sequence(t) and t.shape[1] == losses) for t in inputs)
+
+        def has_as_many(t: Tensor) -> bool:
+            k_averaged = self.augmult > 1 and t.shape[0] == self.augmult * losses
+            return t.shape[0] == losses or (_sequence(t) and t.shape[1] == losses and not k_averaged)
+
+        return not any(map(has_as_many, inputs))
 
     # What must hold before and after
 
@@ -264,8 +270,7 @@ class GhostClipper:
         moved = [
             name
             for name in changed(self._buffers, seen(fixed))
-            if name not in capture.rewritten
-            and not (name in fixed and fixed[name] in capture.constants and self._replaced(name, fixed[name]))
+            if name not in fixed or not capture.excuses(name, fixed[name], replaced=self._replaced(name, fixed[name]))
         ]
         with torch.no_grad():
             for name in set(moved) & self._copies.keys() & fixed.keys():

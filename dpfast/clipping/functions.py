@@ -14,6 +14,15 @@ FACTORIES = frozenset(  # make constants out of nothing
         *(torch.zeros, torch.ones, torch.full, torch.eye, torch.empty, torch.tensor, torch.scalar_tensor),
     }
 )
+NUMBERS = frozenset(  # of these, what is made from numbers that may be data
+    {torch.zeros, torch.ones, torch.full, torch.empty, torch.tensor, torch.scalar_tensor}
+)
+READ_OUT = frozenset(  # hand numbers to Python, from where they can go anywhere
+    {
+        *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),
+        *(Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__),
+    }
+)
 RANDOM = frozenset(  # make no constants, whatever they are made from
     {
         *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.dropout, F.dropout),

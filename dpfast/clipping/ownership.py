@@ -24,9 +24,10 @@ from dpfast.clipping.problems import Problem
 from dpfast.clipping.tape import Site, TapedUse
 from dpfast.clipping.trees import replace_tensors, tensors_in
 
-Signature = tuple[Any, ...]  # of a step: its uses with their shapes, and the modes of the layers
+Signature = int  # the hash of a step's uses with their shapes, what it called, and the modes of the layers
 ENOUGH_STEPS = 8  # probed, when there are never gradients of half of the examples: a choice, not a measurement
 MANY_PATHS = 32  # of one model: then probes are a cost to speak of
+MOST_PATHS = 1024  # remembered: some 20 kB each
 PROBED_EXAMPLES = 4  # changed by the forward probe: a first, a last and two in between
 
 
@@ -54,10 +55,11 @@ class Ownership:
 
     evidence: dict[tuple[Signature, Site], Evidence] = field(default_factory=dict)
     dims: dict[Signature, dict[Site, int]] = field(default_factory=dict)
-    idle: dict[Signature, set[Site]] = field(default_factory=dict)  # that no gradient has reached
 
     def known(self, signature: Signature) -> dict[Site, int]:
-        """Row dimensions of the uses that are settled."""
+        """Row dimensions of the uses that are settled. The oldest signatures are forgotten, and shown anew."""
+        while len(self.dims) > MOST_PATHS:
+            del self.dims[next(iter(self.dims))]
         return self.dims.setdefault(signature, {})
 
     def recall(self, signature: Signature, site: Site, dims: tuple[int, ...]) -> Evidence:
@@ -74,16 +76,16 @@ class Ownership:
             if found.settled(examples):
                 self.known(signature)[site] = found.dims[0]
                 self.evidence.pop((signature, site), None)
-            elif found.dims:
+            elif found.dims and len(self.evidence) < MOST_PATHS:
                 self.evidence[signature, site] = found
         return [
             Problem(
                 site.names,
                 f"{site.function}: the gradient of one example's loss reaches rows of other examples (or the result"
                 " has no dimension that holds the rows)",
-                "keep examples apart along one dimension, the rows of each next to each other (stack them along a new"
-                " dimension 1 and flatten): no statistics, attention or means over the batch; register constant tensors"
-                " as buffers",
+                "keep examples apart along one dimension, the rows of each next to each other (the parts of an example"
+                " as [B, parts, ...], flattened inside the model): no statistics, attention or means over the batch;"
+                " register constant tensors as buffers",
             )
             for site, found in evidence.items()
             if not found.dims
@@ -121,8 +123,9 @@ def weigh(evidence: Evidence, g: Tensor, group: Sequence[int], examples: int) ->
 
 # The forward probe
 
-# No example changed another; one did; nothing with rows went in, changed or came out; twice the same gave two results.
-Verdict = Literal["apart", "mixed", "unseen", "unrepeatable"]
+# No example changed another; likewise, but some input could not be changed; one did; nothing with rows went in or came
+# out; twice the same gave two results.
+Verdict = Literal["apart", "partly", "mixed", "unseen", "unrepeatable"]
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,14 @@ class Synthetic:
         return first.to(rows.dtype)
 
     def _wholes(self, rows: Tensor) -> Tensor:
-        """Another row in the place of each; where all are equal, one of its own numbers throughout."""
+        """Another row in the place of each; where all are equal, the next smaller numbers (a label is below C)."""
         new = rows.clone()
         for row in range(self.rows)[self._mine()]:
             others = (rows != rows[row]).reshape(self.rows, -1).any(1).nonzero()
-            new[row] = rows[others[row % len(others), 0]] if len(others) else rows[row].max()
+            if len(others):
+                new[row] = rows[others[row % len(others), 0]]
+            else:
+                new[row] = ~rows[row] if rows.dtype == torch.bool else (rows[row] - 1).clamp(min=0)
         return new
 
     def of(self, example: int) -> slice:
@@ -179,23 +185,33 @@ def changed_examples(examples: int) -> list[int]:
 
 
 def forward_verdict(
-    run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], batch: Synthetic
+    run: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    batch: Synthetic,
+    public: Callable[[Tensor], bool] = lambda _: False,
 ) -> Verdict:
     """``run(*args, **kwargs)`` on synthetic rows, changing one example at a time: the others' output must not change.
 
-    ``run`` must give the same for the same. Square tensors of as many rows as columns may be public (a causal mask):
-    where everything else keeps examples apart, they are left as they are. Nothing that depends on the inputs' values
-    leaves this function but the verdict.
+    ``run`` must give the same for the same. public: tensors that may be no rows (a causal mask): where everything else
+    keeps examples apart, they are left as they are. Nothing that depends on the inputs' values leaves this function but
+    the verdict.
     """
     whole = (tuple(args), dict(kwargs))
     verdict = _verdict(run, whole, batch)
-    if verdict != "mixed" or not any(_square(t, batch.rows) for t in tensors_in(whole)):
-        return verdict
-    return _verdict(run, whole, batch, leave=lambda t: _square(t, batch.rows))
+    if verdict == "mixed" and any(map(public, tensors_in(whole))):
+        second = _verdict(run, whole, batch, leave=public)
+        return second if second in ("apart", "partly") else "mixed"
+    return verdict
 
 
-def _square(t: Tensor, rows: int) -> bool:
-    return tuple(t.shape) == (rows, rows)
+def is_mask(t: Tensor) -> bool:
+    """A square of nothing but 0 and hugely negative numbers, or of truth values on one side of its diagonal."""
+    if t.ndim != 2 or t.shape[0] != t.shape[1]:
+        return False
+    if t.dtype == torch.bool:
+        return any(torch.equal(t, half) or torch.equal(~t, half) for half in (t.tril(), t.triu()))
+    return t.is_floating_point() and bool(((t == 0) | (t <= -1e4)).all())
 
 
 def _verdict(
@@ -216,28 +232,34 @@ def _verdict(
         return "unseen"
     if any(_differs(one, other) for one, other in zip(before, outputs(usual), strict=True)):
         return "unrepeatable"
-    seen = False
+    idle = {i for i, t in enumerate(tensors_in(whole)) if batch.fits(t) and not leave(t)}
+    held = len(idle)
     for changed in changed_examples(batch.examples):
         inputs = given(changed)
-        pairs = zip(tensors_in(usual), tensors_in(inputs), strict=True)
-        if all(one is other or torch.equal(one, other) for one, other in pairs):
-            continue
-        seen = True
+        pairs = enumerate(zip(tensors_in(usual), tensors_in(inputs), strict=True))
+        idle -= {i for i, (one, other) in pairs if i in idle and not torch.equal(one, other)}
         others = torch.tensor([r for r in range(batch.rows) if r // batch.augmult != changed])
         for dim, one, other in zip(dims, before, outputs(inputs), strict=True):
             if dim is not None:
                 kept = others.to(one.device)
                 if one.shape != other.shape or _differs(one.index_select(dim, kept), other.index_select(dim, kept)):
                     return "mixed"
-    return "apart" if seen else "unseen"
+    if len(idle) == held:
+        return "unseen"
+    return "partly" if idle else "apart"
 
 
 def _differs(before: Tensor, after: Tensor) -> bool:
+    """Beyond rounding, entry by entry: one huge entry (a mask's) must not hide the others."""
     if before.shape != after.shape or not before.is_floating_point():
         return not torch.equal(before, after)
     finite = before.isfinite()
     if not torch.equal(finite, after.isfinite()):
         return True
-    before, after = torch.where(finite, before, 0), torch.where(finite, after, 0)
-    tolerance = 100 * torch.finfo(before.dtype).eps * before.abs().amax() if before.numel() else 0
+    eps = torch.finfo(before.dtype).eps
+    before, after = before[finite].double(), after[finite].double()
+    if not before.numel():
+        return False
+    scale = torch.maximum(before.abs(), after.abs())
+    tolerance = (100 * eps if eps < 1e-5 else eps) * scale.clamp(min=scale.median().item())
     return bool(((before - after).abs() > tolerance).any())

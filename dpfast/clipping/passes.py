@@ -42,8 +42,8 @@ class Pass:
         tape = self.capture.tape
         signature = self._signature()
         known = self.ownership.known(signature)
-        idle = self.ownership.idle.setdefault(signature, set())
-        pending = tape.uses.keys() - known.keys() - idle if self.examples > 1 else set()
+        unknown = tape.uses.keys() - known.keys() if self.examples > 1 else set()
+        pending = unknown & reachable(self.losses) if unknown else set()
         records: list[Record] = []
         accumulation = self._accumulation()
         reached: set[Site] = set()
@@ -52,9 +52,6 @@ class Pass:
             reached.add(use.site)
             if use.site not in tape.uses:
                 tape.problems.append(_unseen(use))
-            elif use.site in idle:
-                idle.discard(use.site)
-                tape.problems.append(_awake(use))
             elif pending:
                 records.append((use, saved, g))
             else:
@@ -67,7 +64,6 @@ class Pass:
                 "the losses depend on no trainable parameter used since the last clipper.backward: compute them inside"
                 " `with clipper`, one forward pass before each clipper.backward"
             )
-        idle.update(pending - reached)
         dims = known | self._show_ownership(signature, [r for r in records if r[0].site in pending])
         with plain():
             for use, saved, g in records:
@@ -81,7 +77,7 @@ class Pass:
             (site, tuple((size // n, "rows") if size and size % n == 0 else (size, "") for size in shape))
             for site, shape in self.capture.tape.shapes.items()
         ]
-        return self.path, tuple(uses)
+        return hash((self.path, tuple(uses)))
 
     def _show_ownership(self, signature: Signature, records: list[Record]) -> dict[Site, int]:
         """Back-propagate groups of examples alone; the row dimension of every use that received a gradient."""
@@ -183,9 +179,18 @@ def _unseen(use: TapedUse) -> Problem:
     )
 
 
-def _awake(use: TapedUse) -> Problem:
-    what = f"{use.site.function}: no gradient had reached it in steps of the same path, so nothing is known of its rows"
-    return Problem(use.site.names, what, "run the step again: it will be looked at")
+def reachable(losses: Tensor) -> set[Site]:
+    """The uses that a backward pass from ``losses`` will come by."""
+    sites, visited, waiting = set(), set(), [losses.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if isinstance(use := getattr(node, "use", None), TapedUse):
+            sites.add(use.site)
+        waiting.extend(following for following, _ in node.next_functions)
+    return sites
 
 
 def _leak(name: str) -> Problem:

@@ -199,7 +199,9 @@ def embedding_bag(
     return looked_up if isinstance(looked_up, Problem) else None
 
 
-def fake_quant(is_tracked: IsTracked, *_: Any, **__: Any) -> Problem:
+def fake_quant(is_tracked: IsTracked, input: Tensor, observer_on: Tensor, *_: Any, **__: Any) -> Problem | None:
+    if not observer_on.any():
+        return None
     return Problem((), "it observes the range of private activations", "switch the observers off (disable_observer)")
 
 

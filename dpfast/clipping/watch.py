@@ -7,6 +7,7 @@ from torch import Tensor
 
 Seen = dict[str, tuple[int, int]]  # by name: the identity of a tensor, and the sum of its bits
 
+ORDERED = 1 << 16  # numbers in a tensor up to which another order shows, too: buffers and small layers
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,4 +37,7 @@ def _sum_of_bits(t: Tensor) -> Tensor:
         return _sum_of_bits(t.indices()) + _sum_of_bits(t.values())
     t = torch.view_as_real(t) if t.is_complex() else t
     flat = t.detach().reshape(-1)
-    return flat.view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64)
+    bits = flat.view(_WHOLE[flat.element_size()])
+    if bits.numel() <= ORDERED:
+        bits = bits * torch.arange(1, bits.numel() + 1, device=bits.device)
+    return bits.sum(dtype=torch.int64)

@@ -41,10 +41,13 @@ class Examples:
 
     def unlike(self, count: int) -> Tensor:
         """Numbers of a few examples, as far as possible with different labels (the whole numbers of an example)."""
-        candidates = torch.linspace(0, len(self) - 1, min(len(self), 16 * count)).long().unique()
-        batch = self.batch(candidates, len(candidates))
-        wholes = [x.reshape(len(x), -1) for x in batch if not x.is_floating_point() and x.ndim < 3]
-        labels = torch.cat([x.long() for x in wholes], 1) if wholes else torch.zeros(len(candidates), 1)
+        if isinstance(self.dataset, ImageSet):
+            candidates, labels = torch.arange(len(self)), self.dataset.labels.view(-1, 1)
+        else:
+            candidates = torch.linspace(0, len(self) - 1, min(len(self), 16 * count)).long().unique()
+            batch = self.batch(candidates, len(candidates))
+            wholes = [x.reshape(len(x), -1).long() for x in batch if not x.is_floating_point() and x.ndim < 3]
+            labels = torch.cat(wholes, 1) if wholes else torch.zeros(len(candidates), 1)
         _, kinds = labels.unique(dim=0, return_inverse=True)
         firsts = [int((kinds == kind).nonzero()[0]) for kind in kinds.unique()]
         rest = [i for i in range(len(candidates)) if i not in firsts]
