@@ -552,7 +552,8 @@ def test_parts_called_under_autocast() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no loss depends on")
-def test_heads_that_take_turns() -> None:
+@pytest.mark.parametrize("shape", [(8, 4), (8, 5, 4)])
+def test_heads_that_take_turns(shape) -> None:
     class Heads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -563,14 +564,14 @@ def test_heads_that_take_turns() -> None:
 
     clipper = GhostClipper(Heads(), max_grad_norm=1.0)
     for k in (0, 1, 0, 2, 1, 2):
-        x = torch.randn(8, 4)
-        norms = clip(clipper, x, lambda m, r: m(*r)[k].square().mean(1))  # noqa: B023
+        x = torch.randn(shape)
+        norms = clip(clipper, x, lambda m, r: m(*r)[k].square().flatten(1).mean(1))  # noqa: B023
         exact = per_example(clipper.model.heads[k], losses_of_head, (x,), augmult=1, max_grad_norm=1.0)
         torch.testing.assert_close(norms, exact.norms, rtol=1e-5, atol=0)
 
 
 def losses_of_head(m, rows):
-    return m(*rows).square().mean(1)
+    return m(*rows).square().flatten(1).mean(1)
 
 
 def test_random_code_before_the_model_is_no_new_path() -> None:

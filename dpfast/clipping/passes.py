@@ -1,7 +1,9 @@
 """The two ways through a private backward pass: a batch of examples, or one example alone."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ class Pass:
         signature = self._signature()
         known = self.ownership.known(signature)
         unknown = tape.uses.keys() - known.keys() if self.examples > 1 else set()
-        pending = unknown & reachable(self.losses) if unknown else set()
+        pending = reachable(self.losses, unknown) if unknown else unknown
         records: list[Record] = []
         accumulation = self._accumulation()
         reached: set[Site] = set()
@@ -54,6 +56,8 @@ class Pass:
                 tape.problems.append(_unseen(use))
             elif pending:
                 records.append((use, saved, g))
+            elif use.site in unknown:
+                tape.problems.append(_unseen(use))
             else:
                 accumulation.add(use, saved, g, self._rows(use, g, known.get(use.site)))
 
@@ -174,23 +178,30 @@ class Pass:
 def _unseen(use: TapedUse) -> Problem:
     return Problem(
         use.site.names,
-        f"{use.site.function}: first run during the backward pass, so nothing is known of its rows",
+        f"{use.site.function}: first seen during the backward pass, so nothing is known of its rows",
         "checkpoint activations with use_reentrant=False",
     )
 
 
-def reachable(losses: Tensor) -> set[Site]:
-    """The uses that a backward pass from ``losses`` will come by."""
-    sites, visited, waiting = set(), set(), [losses.grad_fn]
+def reachable(losses: Tensor, sites: AbstractSet[Site]) -> AbstractSet[Site]:
+    """Those of ``sites`` that a backward pass from ``losses`` may come by.
+
+    All of them where a view was changed in place: autograd does not tell what lies behind that (``CopySlices``).
+    """
+    found: set[Site] = set()
+    visited: set[Any] = set()
+    waiting: list[Any] = [losses.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in visited:
             continue
+        if "CopySlices" in node.name():
+            return sites
         visited.add(node)
         if isinstance(use := getattr(node, "use", None), TapedUse):
-            sites.add(use.site)
+            found.add(use.site)
         waiting.extend(following for following, _ in node.next_functions)
-    return sites
+    return found & sites
 
 
 def _leak(name: str) -> Problem:
