@@ -10,14 +10,23 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Inside, the generators of the CPU and of ``device`` start from ``seed``; afterwards they are as they were."""
+    """Inside, the generators of torch (the CPU's and that of ``device``), numpy and Python start from ``seed``;
+    afterwards they are as they were.
+    """
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    python, shared = random.getstate(), np.random.get_state()  # noqa: NPY002  # the one generator that all share
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF])  # noqa: NPY002
         for one in cuda:
             with torch.cuda.device(one):
                 torch.cuda.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(shared)  # noqa: NPY002
 
 
 class RandomState:

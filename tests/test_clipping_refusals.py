@@ -279,7 +279,7 @@ def test_layers_that_first_run_in_the_backward_pass() -> None:
 
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     message = refusal(model, (torch.randn(4, 3),), loss=lambda m, r: Recompute.apply(m[0](*r), m[1]).square().mean(1))
-    assert "1.weight, 1.bias: linear: first seen during the backward pass" in message
+    assert "1.weight, 1.bias: linear: reached by a backward pass inside the backward pass" in message
 
 
 def test_a_backward_pass_inside_the_backward_pass() -> None:

@@ -422,19 +422,34 @@ class Grows(nn.Module):
 
 
 class Counting(nn.Module):
-    def __init__(self):
+    def __init__(self, number):
         super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.register_buffer("steps", torch.zeros(()))
+        self.layer, self.number = nn.Linear(4, 4), number
+        self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x):
-        self.steps += 1
+        self.count += self.number(x)
         return self.layer(x)
+
+
+COUNTED = {
+    "steps": lambda x: 1,  # of the physical batches of a sample, which tell its size
+    "rows": lambda x: x.shape[0],
+    "rows as a tensor": lambda x: torch.tensor(x.shape[0]),
+    "outliers": lambda x: x[x > 1].shape[0],
+}
+
+
+@pytest.mark.parametrize("what", COUNTED)
+def test_counters_are_refused(what) -> None:
+    clipper = GhostClipper(Counting(COUNTED[what]), max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match="count: changed during a private step"), clipper:
+        clipper.backward(losses(clipper.model, (torch.randn(6, 4),)))
+    assert clipper.model.count == 0
 
 
 HARMLESS = {
     "a cache that grows": (Grows, lambda n: torch.randn(6, n, 4)),
-    "a counter": (Counting, lambda n: torch.randn(6, 4)),
     "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), lambda n: torch.randn(6, 4)),
     "a sparse buffer": (lambda: _with_buffer(torch.eye(3).to_sparse()), lambda n: torch.randn(6, 4)),
 }
@@ -565,14 +580,21 @@ def test_another_order_shows() -> None:
     assert changed(before, seen({"t": t})) == ["t"]
 
 
-@pytest.mark.parametrize("write", [lambda m: m.steps + 1, lambda m: torch.arange(3.0).cos()], ids=["sum", "made anew"])
-def test_buffers_that_each_pass_replaces(write) -> None:
-    class Replaces(Counting):
-        def forward(self, x):
-            self.steps = write(self)
-            return self.layer(x)
+class Replaces(Counting):
+    def forward(self, x):
+        self.count = self.number(self)
+        return self.layer(x)
 
-    model = Replaces()
+
+def test_counters_in_new_tensors_are_refused() -> None:
+    clipper = GhostClipper(Replaces(lambda m: m.count + 1), max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match="count: changed during a private step"), clipper:
+        clipper.backward(losses(clipper.model, (torch.randn(6, 4),)))
+
+
+@pytest.mark.parametrize("make", [lambda m: m.count.cos(), lambda m: torch.arange(3.0).cos()], ids=["of itself", "anew"])
+def test_buffers_that_each_pass_replaces(make) -> None:
+    model = Replaces(make)
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="it was not shown")

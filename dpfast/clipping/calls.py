@@ -1,7 +1,8 @@
 """The calls of a model inside a step: how many rows they take, and the forward probe of each."""
 
+import math
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from dpfast.clipping.capture import Capture
 from dpfast.clipping.ownership import ENOUGH_STEPS, MOST_PATHS, Synthetic, Verdict, forward_verdict, is_mask
 from dpfast.clipping.problems import Problem, listed, refuse
-from dpfast.clipping.trees import tensors_in
+from dpfast.clipping.trees import leaves, tensors_in
 from dpfast.clipping.watch import changed, seen
 from dpfast.errors import CaptureError
 from dpfast.seeding import RandomState
 
 Said = Verdict | Literal["mixed, or square"]
 _PLAIN = (bool, int, float, str, type(None))
+FAINT = 1e-2  # times an activation of 1, and rounding to 1e-5 of it: a tenth of a percent still shows
 
 
 @contextmanager
@@ -61,14 +63,13 @@ class Autocast:
 class Call:
     """One call of a module by the user's code, and what the step had run before and after it.
 
-    optional: made without gradients, and of interest only if it has the rows of the losses. state is None where
-    the paths of all steps so far were shown.
+    optional: made without gradients, and of interest only if it has the rows of the losses.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    state: RandomState | None
+    state: RandomState
     autocast: Autocast
     before: int
     optional: bool
@@ -84,39 +85,84 @@ class Call:
         return id(self.module), kinds, tuple(self.kwargs)
 
     def verdict(self, capture: Capture, rows: int, augmult: int) -> tuple[Said, bool]:
-        """Of the forward probe, in the dimension that has the rows; and whether it ran what the step ran."""
-        fits = [
-            dim
-            for dim in (0, 1)
-            if any(Synthetic(rows, augmult, dim).fits(t) for t in tensors_in((self.args, self.kwargs)))
-        ]
-        if not fits:
+        """Of the forward probe, with the weights as they are and without those that hide; whether it ran what the step
+        ran.
+        """
+        given = list(tensors_in((self.args, self.kwargs)))
+        batch = Synthetic(rows, augmult)
+        dims = {batch.dim(t) for t in given} - {None}
+        if not dims:
             return "apart" if self.optional else "unseen", True
-        same_path, state = True, self.state or RandomState()
+        same_path = True
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal same_path
-            state.restore()
+            self.state.restore()
             with self.autocast.again(), capture.tracing_only(self.before) as trace:
                 output = self.module(*args, **kwargs)
                 same_path = same_path and trace() == self.after
             return output
 
+        def probed() -> Said:
+            return forward_verdict(run, self.args, self.kwargs, batch, public=is_mask)
+
         try:
-            batch = Synthetic(rows, augmult, fits[0])
-            verdict: Said = forward_verdict(run, self.args, self.kwargs, batch, public=is_mask)
+            said = probed()
+            was_same = same_path
+            with brought_out(capture.parameters.values()) as any_was_faint:
+                if any_was_faint and said in ("apart", "partly", "unmoved"):
+                    loud = probed()
+                    said = loud if loud in ("mixed", "apart", "partly") else said
+            same_path = was_same  # what another weight calls is not what the step called
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if fits[0] == 1:  # as many features as rows, by chance
+            if dims == {1}:  # as many features as rows, by chance
                 return "unseen", True
             raise CaptureError(
                 "the model fails on synthetic input of the batch's own shapes, by which it is shown that it keeps"
                 f" examples apart ({type(error).__name__}: {error}). Let it run on any numbers in its inputs' range"
             ) from error
-        if verdict == "mixed" and len(fits) == 2:
-            verdict = "mixed, or square"
-        return verdict, same_path
+        if said == "mixed" and any(map(batch.square, given)):
+            said = "mixed, or square"
+        return said, same_path
+
+    def hidden(self, rows: int, augmult: int) -> list[str]:
+        """What the probe cannot vary: arguments of types it does not look into, and tensors left on modules."""
+        opaque = [type(value).__name__ for value in leaves((self.args, self.kwargs)) if not _looked_into(value)]
+        batch = Synthetic(rows, augmult)
+        left = [
+            f"{type(module).__name__}.{name}"
+            for module in self.module.modules()
+            for name, value in vars(module).items()
+            if name not in ("_parameters", "_buffers", "_modules")
+            and any(t.ndim and t.shape[0] == batch.rows and batch.dim(t) == 0 for t in tensors_in(value))
+        ]
+        return sorted({*opaque, *left})
+
+
+def _looked_into(value: Any) -> bool:
+    known = (*_PLAIN, Tensor, nn.Module, torch.dtype, torch.device, torch.Generator, torch.memory_format)
+    return isinstance(value, known) or callable(value)
+
+
+@contextmanager
+def brought_out(parameters: Iterable[nn.Parameter]) -> Iterator[bool]:
+    """Random numbers in the place of parameters so small that what goes through them does not show.
+
+    Yields whether there are any. What autograd has saved of them is not counted as changed.
+    """
+    faint = [p for p in parameters if p.numel() and bool(p.detach().abs().amax() < FAINT)]
+    kept = [p.detach().clone() for p in faint]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for p in faint:
+            noise = torch.randn(p.shape, generator=generator)
+            p.data.copy_(noise / math.sqrt(p[0].numel() if p.ndim > 1 else 4))
+        yield bool(faint)
+    finally:
+        for p, value in zip(faint, kept, strict=True):
+            p.data.copy_(value)
 
 
 class ModelCalls:
@@ -132,7 +178,6 @@ class ModelCalls:
         self._capture: Capture | None = None
         self._shown: set[Hashable] = set()
         self._tries: Counter[Hashable] = Counter()
-        self._missed: set[Hashable] = set()  # paths that came when no random state was kept any more
         self._handles: list[RemovableHandle] = []
         self.restart()
 
@@ -180,15 +225,18 @@ class ModelCalls:
                 capture.detach = not (self.one_by_one and rows == self.augmult)
             if not self._calls and not capture.started:
                 capture.tape.trace = 0  # what the user's code did before is none of the model's path
-            state = None if self._shown and not self._missed else RandomState()
-            self._open = Call(module, args, kwargs, state, Autocast(), capture.tape.trace, optional=not with_grad)
+            self._open = Call(
+                module, args, kwargs, RandomState(), Autocast(), capture.tape.trace, optional=not with_grad
+            )
             self._calls.append(self._open)
+            capture.inside_model = True
 
     def _after(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0 and self._capture is not None and self._open is not None:
             self._open.after = self._capture.tape.trace
             self._open = None
+            self._capture.inside_model = False
 
     def show(self, rows: int) -> str:
         """Probe what was called; refused if it mixes examples. What could not be shown, in words, or nothing."""
@@ -196,18 +244,20 @@ class ModelCalls:
         if path in self._shown or rows == self.augmult:  # one example alone meets nobody
             return ""
         unseen, same_path = self._probe(rows)
-        if any(call.state is None for call in self._calls) and not same_path:
-            self._missed.add(path)  # from now on random states are kept, until it comes again
-        else:
-            self._missed.discard(path)
         self._tries[path] += 1
         if len(self._shown) > MOST_PATHS:
-            self._shown.clear()
-            self._tries.clear()
-            self._missed.clear()
-        if (same_path and not unseen) or self._tries[path] >= ENOUGH_STEPS:
+            self.forget()
+        given_up = self._tries[path] >= ENOUGH_STEPS
+        if (same_path and not unseen) or given_up:
             self._shown.add(path)
+        if given_up and not unseen:
+            return "on synthetic input it calls other functions than on the batch's own"
         return unseen
+
+    def forget(self) -> None:
+        """Show every path anew."""
+        self._shown.clear()
+        self._tries.clear()
 
     def _probe(self, rows: int) -> tuple[str, bool]:
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -223,7 +273,7 @@ class ModelCalls:
             what = "changing one example's input changes the model's output for another example"
             cure = (
                 "remove what mixes rows: statistics over the batch, even behind detach(). Public tensors that have as"
-                " many rows as the batch by chance belong into a buffer, not into the arguments"
+                " many rows as the batch, or examples, by chance belong into a buffer, not into the arguments"
             )
             if "mixed" not in said:
                 cure += "; if the rows are in dimension 1, begin with a batch of another size than the sequence's"
@@ -232,6 +282,11 @@ class ModelCalls:
             return "it gives two results for one input (a generator of its own, a counter)", same_path
         if not calls or "unseen" in said:
             return "it was not called with rows [B*K, ...] from which tensors with rows come out", same_path
+        if "unmoved" in said:
+            return "its output does not depend on its input", same_path
+        hidden = sorted({name for call in calls for name in call.hidden(rows, self.augmult)})
+        if hidden:
+            return f"it reads {listed(hidden)}, which the probe cannot vary: hand tensors over as arguments", same_path
         parts = sorted({names[id(call.module)] for call in calls if not call.optional} - {""})
         if parts:
             return (

@@ -1,12 +1,13 @@
 """Intercept every use of a trainable parameter, whatever module or function it happens in.
 
-For the length of one step a ``TorchFunctionMode`` sees each torch call. Tensors fall in three kinds:
+For the length of one step a ``TorchFunctionMode`` sees each torch call. Tensors fall in four kinds:
 
 - *tracked*: trainable parameters, and what is computed from them and constants alone (a scaled or standardised
   weight, a view, a concatenation). Derived tensors keep their graph, through which per-example gradients are pulled
   back to the parameters (``accumulate``).
 - *constant*: buffers, frozen parameters, whole-number ranges and the like made during the step, and what is computed
   from constants alone. A tensor taken for a constant by mistake costs speed, never exactness: the pull-back is exact.
+- *drawn*: random numbers, made of nothing else. They differ from *data* in one thing: reading them out is harmless.
 - *data*: everything else.
 
 A call with tracked and data arguments is a *use*: it runs with the tracked arguments detached, so that autograd
@@ -16,6 +17,7 @@ computes input gradients as always but no weight gradient, and a ``Tap`` on its 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dpfast.clipping.fallback import fallback_use
 from dpfast.clipping.functions import (
+    ARITHMETIC,
     AS_ANOTHER,
     FACTORIES,
     NUMBERS,
@@ -37,7 +40,7 @@ from dpfast.clipping.functions import (
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules import GUARDED, MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use, traced
-from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
+from dpfast.clipping.trees import function_name, leaves, replace_tensors, tensors_in
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,12 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.parameters = dict(parameters)
         self.constants = WeakTensorKeyDictionary(dict.fromkeys(fixed.values(), True))
+        self.drawn = WeakTensorKeyDictionary()
+        self.counted = WeakTensorKeyDictionary()  # a buffer plus a number of Python's: of rows, of physical batches
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
         self.anchor, self.on_start = anchor, on_start
         self.probe_trace: int | None = None
+        self.inside_model = False
         self._begin()
 
     def restart(self) -> None:
@@ -104,7 +110,8 @@ class Capture(TorchFunctionMode):
 
     def excuses(self, name: str, now: Tensor, *, replaced: bool) -> bool:
         """Whether a buffer that changed was computed from constants and parameters alone."""
-        return not self.read_out and (name in self.rewritten or (replaced and now in self.constants))
+        kept = replaced and now in self.constants and now not in self.counted
+        return not self.read_out and (name in self.rewritten or kept)
 
     def is_tracked(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self.tracked
@@ -123,8 +130,11 @@ class Capture(TorchFunctionMode):
         written = written_by(func, args, kwargs)
         tracked = [self.tracked[id(t)] for t in tensors if id(t) in self.tracked]
         data = [t for t in tensors if id(t) not in self.tracked and t not in self.constants]
-        self.read_out |= bool(data) and func in READ_OUT
-        if written and self._protects(func, written, data):
+        if data and func in READ_OUT:
+            self.read_out = True
+            if self.inside_model and not all(t in self.drawn for t in data):
+                self.tape.read_out.add(function_name(func))
+        if written and self._protects(func, args, kwargs, written, data):
             return self._harmless(func, args, kwargs)
         if tracked and torch.is_grad_enabled():
             if not data or (func in AS_ANOTHER and self.is_tracked(args[0])):
@@ -136,7 +146,10 @@ class Capture(TorchFunctionMode):
         if func in GUARDED:
             return self._guarded(func, args, kwargs)
         output = func(*args, **kwargs)
-        self._note_constants(func, tensors, [*tensors_in(output), *written])
+        outputs = [*tensors_in(output), *written]
+        self._note_constants(func, tensors, outputs)
+        if func in ARITHMETIC and all(storage(t) in self.protected for t in tensors):
+            self.counted.update(dict.fromkeys(outputs, True))
         return output
 
     def _broadcast(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -144,11 +157,12 @@ class Capture(TorchFunctionMode):
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         return tuple(self.__torch_function__(Tensor.expand, (), (t, shape)) for t in tensors)
 
-    def _protects(self, func: Any, written: list[Tensor], data: list[Tensor]) -> bool:
+    def _protects(self, func: Any, args: Any, kwargs: Any, written: list[Tensor], data: list[Tensor]) -> bool:
         """Whether a call would write data into a parameter or buffer, by whatever name: it is refused, not run."""
         names = [self.protected[storage(t)] for t in written if storage(t) in self.protected]
         if all(storage(t) in self.protected for t in data):
-            self.rewritten.update(names)
+            if names and not self._counts(args, kwargs, written):
+                self.rewritten.update(names)
             return False
         if not names:
             return False
@@ -159,6 +173,13 @@ class Capture(TorchFunctionMode):
         )
         self.tape.problems.append(Problem(tuple(names), what, cure))
         return True
+
+    def _counts(self, args: Any, kwargs: Any, written: list[Tensor]) -> bool:
+        """Whether Python's numbers go into what is written: they may be the size of the batch."""
+        given = [value for value in leaves((args, kwargs)) if not any(value is t for t in written)]
+        numbers = any(isinstance(value, int | float) and not isinstance(value, bool) for value in given)
+        sources = [value for value in given if isinstance(value, Tensor)]
+        return (numbers and not sources) or not all(self.constants.get(t, True) for t in sources)
 
     def _derive(self, func: Any, args: Any, kwargs: Any, sources: list[Tracked]) -> Any:
         """Run a call on tracked tensors and constants; what requires grad among its outputs is tracked."""
@@ -196,13 +217,14 @@ class Capture(TorchFunctionMode):
             )
         targets = [source.tensor for source in tracked]  # twice in one call is used twice
         if isinstance(output, Tensor):
-            return self._attach(output, use, func, names, targets)
+            return self._attach(output, use, func, names, targets, in_place=bool(written_by(func, args, kwargs)))
         if isinstance(output, tuple | list):  # each result is a use of its own: gradients add up
             uses = [
                 fallback_use(func, args, kwargs, self.is_tracked, names=names, result=i) for i in range(len(output))
             ]
             results = zip(output, uses, strict=True)
-            return type(output)([self._attach(o, cast(Use, u), func, names, targets) for o, u in results])
+            attach = partial(self._attach, func=func, names=names, targets=targets, in_place=False)
+            return type(output)([attach(o, cast(Use, u)) for o, u in results])
         return output
 
     def _use_of(self, func: Any, args: Any, kwargs: Any, names: tuple[str, ...]) -> Use | Problem:
@@ -215,14 +237,16 @@ class Capture(TorchFunctionMode):
         use = self._rule(func, args, kwargs)
         return fallback_use(func, args, kwargs, self.is_tracked, names=names) if use is None else use
 
-    def _attach(self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: list[Tensor]) -> Any:
+    def _attach(
+        self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: list[Tensor], *, in_place: bool
+    ) -> Any:
         if self.detach and isinstance(output, Tensor) and output.is_complex():
             what = f"{function_name(func)}: a complex result, of which per-example gradients are not computed"
             cure = "compute with real and imaginary parts (torch.view_as_real), or freeze the parameter"
             self.tape.problems.append(Problem(names, what, cure))
         if not self.detach or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        return self.tape.attach(output, use, self.tape.site(function_name(func), names), targets)
+        return self.tape.attach(output, use, self.tape.site(function_name(func), names), targets, in_place=in_place)
 
     def _rule(self, func: Any, args: Any, kwargs: Any) -> Use | Problem | None:
         rule = RULES.get(func)
@@ -270,6 +294,10 @@ class Capture(TorchFunctionMode):
                 self.constants[t] = certain
             elif t in self.constants:  # data written into it in place
                 del self.constants[t]
+            elif all(s in self.drawn or s in self.constants for s in tensors):
+                self.drawn[t] = True
+            elif t in self.drawn:
+                del self.drawn[t]
 
     def _check_fallback(self, func: Any, names: tuple[str, ...], random_before: Tensor) -> None:
         """The fallback runs the call again: it must not be random."""

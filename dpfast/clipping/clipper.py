@@ -92,6 +92,8 @@ class GhostClipper:
         self._warned: set[str] = set()
         self._anchor = torch.zeros((), requires_grad=True)
         self._capture: Capture | None = None
+        self._last: Seen = {}  # the parameters, when the last step began
+        self._updates = -1  # how often they have changed since
         refuse(_model_problems(model, self.parameters))
 
     @property
@@ -134,7 +136,8 @@ class GhostClipper:
         refuse(_model_problems(self.model, parameters))
         self._buffers = seen(self._fixed(parameters))
         self._copies = {name: b.detach().clone() for name, b in self.model.named_buffers()}
-        self._parameters: Seen | None = seen(parameters)
+        self._parameters: Seen | None = None
+        self._see_parameters()
         self._capture = Capture(parameters, self._fixed(parameters), self._anchor, on_start=self._see_parameters)
         self._calls.begin(self._capture)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
@@ -230,8 +233,8 @@ class GhostClipper:
         if self._averages_rows(len(losses)):
             raise CaptureError(
                 f"there are fewer losses than rows in the model's input: expected {rows}; do not average over rows, not"
-                " even over the K rows of an example (the clipper does). What belongs to one row goes into the model as"
-                " [B*K, parts, ...]"
+                " even over the K rows of an example (the clipper does), and put no other rows beside them (public"
+                " ones, an unconditional half). What belongs to one row goes into the model as [B*K, parts, ...]"
             )
         if mask is not None and (mask.shape != (examples,) or mask.dtype != torch.bool):
             raise CaptureError(
@@ -244,12 +247,10 @@ class GhostClipper:
         inputs = [t for t in self._calls.inputs if t.ndim]
         if not inputs or inputs[0].shape[0] <= losses:
             return False
-
-        def has_as_many(t: Tensor) -> bool:
-            k_averaged = self.augmult > 1 and t.shape[0] == self.augmult * losses
-            return t.shape[0] == losses or (_sequence(t) and t.shape[1] == losses and not k_averaged)
-
-        return not any(map(has_as_many, inputs))
+        k_averaged = self.augmult > 1 and inputs[0].shape[0] == self.augmult * losses
+        return k_averaged or not any(
+            t.shape[0] == losses or (_sequence(t) and t.shape[1] == losses) for t in inputs
+        )
 
     # What must hold before and after
 
@@ -260,9 +261,16 @@ class GhostClipper:
 
     def _see_parameters(self) -> None:
         """At the first use of a step: a step after another in the same block begins with what the optimizer left."""
-        if self._parameters is None:
-            with torch._C.DisableTorchFunction():
-                self._parameters = seen(self.parameters)
+        if self._parameters is not None:
+            return
+        with torch._C.DisableTorchFunction():
+            self._parameters = seen(self.parameters)
+        if self._parameters != self._last:
+            self._last = self._parameters
+            self._updates += 1
+            if self._updates & (self._updates - 1) == 0:  # 0, 1, 2, 4, 8, ...: other weights, other things to be seen
+                self._ownership.forget()
+                self._calls.forget()
 
     def _buffer_problems(self, capture: Capture) -> list[Problem]:
         """Buffers and frozen parameters that a step has changed, unless from constants; buffers are put back."""
@@ -278,7 +286,8 @@ class GhostClipper:
                     fixed[name].copy_(self._copies[name])
         what = "changed during a private step: a buffer would carry private data"
         cure = "freeze it (eval mode, no running statistics), or update it from public data outside `with clipper`"
-        return [Problem((name,), what, cure) for name in moved]
+        said = {name.rpartition(".")[0] for problem in capture.tape.problems for name in problem.names}
+        return [Problem((name,), what, cure) for name in moved if name.rpartition(".")[0] not in said]
 
     def _replaced(self, name: str, now: Tensor) -> bool:
         """Whether another tensor stands in a buffer's place (a cache that grew)."""
@@ -330,6 +339,13 @@ class GhostClipper:
                 "paths",
                 f"the model has taken more than {MANY_PATHS} different paths (layers left out at random?): each new one"
                 " costs some backward passes, which show that it keeps examples apart",
+            )
+        if tape.read_out:
+            self._warn_once(
+                "read out",
+                f"the model reads numbers out of the batch ({listed(sorted(tape.read_out))}), and what it does with them"
+                " may depend on all examples at once, which no probe can show. Use torch.where, or decide outside of"
+                " the model from what is public",
             )
         if unseen:
             self._warn_once(

@@ -17,6 +17,12 @@ FACTORIES = frozenset(  # make constants out of nothing
 NUMBERS = frozenset(  # of these, what is made from numbers that may be data
     {torch.zeros, torch.ones, torch.full, torch.empty, torch.tensor, torch.scalar_tensor}
 )
+ARITHMETIC = frozenset(
+    {
+        *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__),
+        *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
+    }
+)
 READ_OUT = frozenset(  # hand numbers to Python, from where they can go anywhere
     {
         *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),

@@ -9,11 +9,13 @@ it:
 - forward, on synthetic input: changing the rows of one example must not change the output of another (what a gradient
   cannot show: statistics over the batch behind a ``detach``).
 
-Both are done anew when the uses, their shapes or the training modes of the model's layers change. What depends on the
-values of the data (rows that meet only for certain images) no probe can exclude.
+Weights that are (nearly) zero, as zero-initialised gates and last layers are, hide what lies behind them: the forward
+probe runs a second time with random numbers in their place. Both probes are done when a step takes a path that was not
+shown, and again after 1, 2, 4, 8, ... updates of the parameters. What depends on the values of the data (rows that meet
+only for certain images) no probe can exclude.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -62,6 +64,10 @@ class Ownership:
             del self.dims[next(iter(self.dims))]
         return self.dims.setdefault(signature, {})
 
+    def forget(self) -> None:
+        """Show every use anew."""
+        self.dims.clear()
+
     def recall(self, signature: Signature, site: Site, dims: tuple[int, ...]) -> Evidence:
         """What earlier steps left of ``dims``."""
         before = self.evidence.get((signature, site))
@@ -69,10 +75,17 @@ class Ownership:
             return Evidence(dims)
         return Evidence(tuple(d for d in dims if d in before.dims), steps=before.steps)
 
-    def settle(self, signature: Signature, evidence: Mapping[Site, Evidence], examples: int) -> list[Problem]:
-        """Remember what a step has shown; a use left without a possible row dimension is a problem."""
+    def settle(
+        self, signature: Signature, evidence: Mapping[Site, Evidence], examples: int, fleeting: Collection[Site]
+    ) -> list[Problem]:
+        """Remember what a step has shown, but for ``fleeting`` uses, whose rows may have other owners in the next step.
+
+        A use left without a possible row dimension is a problem.
+        """
         for site, found in evidence.items():
             found = replace(found, steps=found.steps + (len(found.informative) >= 2))
+            if site in fleeting:
+                continue
             if found.settled(examples):
                 self.known(signature)[site] = found.dims[0]
                 self.evidence.pop((signature, site), None)
@@ -85,7 +98,7 @@ class Ownership:
                 " has no dimension that holds the rows)",
                 "keep examples apart along one dimension, the rows of each next to each other (the parts of an example"
                 " as [B, parts, ...], flattened inside the model): no statistics, attention or means over the batch;"
-                " register constant tensors as buffers",
+                " call the model once, on all rows; register constant tensors as buffers",
             )
             for site, found in evidence.items()
             if not found.dims
@@ -102,6 +115,11 @@ def possible_dims(use: TapedUse, g: Tensor, examples: int) -> tuple[int, ...]:
     """Dimensions of the output that can be cut into one block per example."""
     dims = use.row_dims if use.row_dims is not None else tuple(range(g.ndim))
     return tuple(d for d in dims if d < g.ndim and g.shape[d] and g.shape[d] % examples == 0)
+
+
+def is_fleeting(g: Tensor, dims: Sequence[int], examples: int, rows: int) -> bool:
+    """Whether a use has neither a place for each row nor one for each example: a selection of rows, which may vary."""
+    return any(g.shape[d] % rows and g.shape[d] != examples for d in dims)
 
 
 def weigh(evidence: Evidence, g: Tensor, group: Sequence[int], examples: int) -> Evidence:
@@ -124,59 +142,67 @@ def weigh(evidence: Evidence, g: Tensor, group: Sequence[int], examples: int) ->
 # The forward probe
 
 # No example changed another; likewise, but some input could not be changed; one did; nothing with rows went in or came
-# out; twice the same gave two results.
-Verdict = Literal["apart", "partly", "mixed", "unseen", "unrepeatable"]
+# out; what came out does not depend on what went in; twice the same gave two results.
+Verdict = Literal["apart", "partly", "mixed", "unseen", "unmoved", "unrepeatable"]
 
 
 @dataclass(frozen=True)
 class Synthetic:
     """Synthetic rows in place of a batch's; those of example ``changed`` are others.
 
-    rows: how many the batch has, and keeps; augmult: K; dim: where they are.
+    rows: N, how many the batch has, and keeps; augmult: K. Each tensor holds its rows along dimension 0 or 1 if that
+    has N entries, or else along dimension 0 if that has B = N / K, one for each example. Others are left as they are.
     """
 
     rows: int
     augmult: int
-    dim: int = 0
     changed: int | None = None
 
     @property
     def examples(self) -> int:
         return self.rows // self.augmult
 
-    def fits(self, t: Tensor) -> bool:
-        return t.ndim > self.dim and t.shape[self.dim] == self.rows
+    def dim(self, t: Tensor) -> int | None:
+        """The dimension that holds rows."""
+        found = next((d for d, size in enumerate(t.shape[:2]) if size == self.rows), None)
+        per_example = found is None and t.ndim > 0 and t.shape[0] == self.examples > 1
+        return 0 if per_example else found
+
+    def square(self, t: Tensor) -> bool:
+        """Whether a second dimension looks the same."""
+        return t.ndim > 1 and t.shape[0] == t.shape[1] == self.rows
 
     def __call__(self, t: Tensor) -> Tensor:
         """Floating-point numbers become uniform random ones; whole numbers (labels, tokens) change places."""
-        if not self.fits(t):
+        dim = self.dim(t)
+        if dim is None:
             return t
-        rows = t.movedim(self.dim, 0)
-        new = self._floats(rows) if t.is_floating_point() else self._wholes(rows)
-        return new.movedim(0, self.dim)
+        rows = t.movedim(dim, 0)
+        mine = slice(0, 0) if self.changed is None else self.of(self.changed, len(rows))
+        new = self._floats(rows, mine) if t.is_floating_point() else self._wholes(rows, mine)
+        return new.movedim(0, dim)
 
-    def _mine(self) -> slice:
-        return slice(0, 0) if self.changed is None else self.of(self.changed)
-
-    def _floats(self, rows: Tensor) -> Tensor:
+    def _floats(self, rows: Tensor, mine: slice) -> Tensor:
         generator = torch.Generator(rows.device).manual_seed(0)
         first, other = 0.1 + 0.9 * torch.rand(2, *rows.shape, generator=generator, device=rows.device)
-        first[self._mine()] = other[self._mine()]
+        first[mine] = other[mine]
         return first.to(rows.dtype)
 
-    def _wholes(self, rows: Tensor) -> Tensor:
+    def _wholes(self, rows: Tensor, mine: slice) -> Tensor:
         """Another row in the place of each; where all are equal, the next smaller numbers (a label is below C)."""
         new = rows.clone()
-        for row in range(self.rows)[self._mine()]:
-            others = (rows != rows[row]).reshape(self.rows, -1).any(1).nonzero()
+        for row in range(len(rows))[mine]:
+            others = (rows != rows[row]).reshape(len(rows), -1).any(1).nonzero()
             if len(others):
                 new[row] = rows[others[row % len(others), 0]]
             else:
                 new[row] = ~rows[row] if rows.dtype == torch.bool else (rows[row] - 1).clamp(min=0)
         return new
 
-    def of(self, example: int) -> slice:
-        return slice(example * self.augmult, (example + 1) * self.augmult)
+    def of(self, example: int, rows: int) -> slice:
+        """Those of ``rows`` rows that belong to an example."""
+        each = rows // self.examples
+        return slice(example * each, (example + 1) * each)
 
 
 def changed_examples(examples: int) -> list[int]:
@@ -227,25 +253,32 @@ def _verdict(
 
     usual = given(None)
     before = outputs(usual)
-    dims = [next((d for d in (batch.dim, 0) if t.ndim > d and t.shape[d] == batch.rows), None) for t in before]
+    dims = [batch.dim(t) for t in before]
     if all(dim is None for dim in dims):
         return "unseen"
     if any(_differs(one, other) for one, other in zip(before, outputs(usual), strict=True)):
         return "unrepeatable"
-    idle = {i for i, t in enumerate(tensors_in(whole)) if batch.fits(t) and not leave(t)}
-    held = len(idle)
+    idle = {i for i, t in enumerate(tensors_in(whole)) if batch.dim(t) is not None and not leave(t)}
+    held, moved = len(idle), False
     for changed in changed_examples(batch.examples):
         inputs = given(changed)
         pairs = enumerate(zip(tensors_in(usual), tensors_in(inputs), strict=True))
         idle -= {i for i, (one, other) in pairs if i in idle and not torch.equal(one, other)}
-        others = torch.tensor([r for r in range(batch.rows) if r // batch.augmult != changed])
         for dim, one, other in zip(dims, before, outputs(inputs), strict=True):
-            if dim is not None:
-                kept = others.to(one.device)
-                if one.shape != other.shape or _differs(one.index_select(dim, kept), other.index_select(dim, kept)):
-                    return "mixed"
+            if dim is None:
+                continue
+            if one.shape != other.shape:
+                return "mixed"
+            mine = torch.zeros(one.shape[dim], dtype=torch.bool, device=one.device)
+            mine[batch.of(changed, len(mine))] = True
+            one, other = one.movedim(dim, 0), other.movedim(dim, 0)
+            if _differs(one[~mine], other[~mine]):
+                return "mixed"
+            moved |= not torch.equal(one[mine], other[mine])
     if len(idle) == held:
         return "unseen"
+    if not moved:
+        return "unmoved"
     return "partly" if idle else "apart"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpfast.clipping.accumulate import Accumulation, Clipped
 from dpfast.clipping.capture import Capture
-from dpfast.clipping.ownership import Ownership, Signature, groups, possible_dims, weigh
+from dpfast.clipping.ownership import Ownership, Signature, groups, is_fleeting, possible_dims, weigh
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
@@ -51,13 +51,12 @@ class Pass:
         reached: set[Site] = set()
 
         def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+            again = use.site in reached
             reached.add(use.site)
-            if use.site not in tape.uses:
+            if again or use.site not in tape.uses or (use.site in unknown and use.site not in pending):
                 tape.problems.append(_unseen(use))
             elif pending:
                 records.append((use, saved, g))
-            elif use.site in unknown:
-                tape.problems.append(_unseen(use))
             else:
                 accumulation.add(use, saved, g, self._rows(use, g, known.get(use.site)))
 
@@ -90,6 +89,11 @@ class Pass:
             for use, _, g in records
             if bool((g != 0).any())
         }
+        fleeting = {
+            use.site
+            for use, _, g in records
+            if use.site in evidence and is_fleeting(g, evidence[use.site].dims, self.examples, len(self.losses))
+        }
 
         def observe(group: Sequence[int]) -> None:
             def receive(use: TapedUse, _saved: tuple[Tensor, ...], g: Tensor) -> None:
@@ -100,7 +104,7 @@ class Pass:
 
         for group in groups(self.examples) if evidence else []:
             observe(group)
-        refuse(self.ownership.settle(signature, evidence, self.examples))
+        refuse(self.ownership.settle(signature, evidence, self.examples, fleeting))
         return {site: found.dims[0] for site, found in evidence.items()}
 
     def _one_example(self) -> Clipped:
@@ -178,8 +182,10 @@ class Pass:
 def _unseen(use: TapedUse) -> Problem:
     return Problem(
         use.site.names,
-        f"{use.site.function}: first seen during the backward pass, so nothing is known of its rows",
-        "checkpoint activations with use_reentrant=False",
+        f"{use.site.function}: reached by a backward pass inside the backward pass (a hook, an autograd.Function,"
+        " reentrant checkpointing), so nothing is known of its rows",
+        "checkpoint activations with use_reentrant=False; write implicit layers and custom gradients with operations"
+        " that autograd differentiates",
     )
 
 

@@ -85,6 +85,7 @@ class Tape:
     versions: dict[int, tuple[Tensor, int, tuple[str, ...]]] = field(default_factory=dict)  # of what was used
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # functions without a rule: parameters
     used_without_grad: set[str] = field(default_factory=set)  # parameters
+    read_out: set[str] = field(default_factory=set)  # functions by which the model gave numbers of the data to Python
     problems: list[Problem] = field(default_factory=list)
     receive: Receive | None = None  # set during a backward pass only
     closed: bool = False  # after its backward pass
@@ -103,8 +104,11 @@ class Tape:
         finally:
             self.receive = None
 
-    def attach(self, output: Tensor, use: Use, site: Site, targets: Iterable[Tensor]) -> Tensor:
-        """``output``, with a ``Tap`` as the last node of its graph; ``targets`` are the tracked tensors used."""
+    def attach(self, output: Tensor, use: Use, site: Site, targets: Iterable[Tensor], *, in_place: bool) -> Tensor:
+        """``output``, with a ``Tap`` as the last node of its graph; ``targets`` are the tracked tensors used.
+
+        in_place: whether ``output`` is one of the call's arguments, which it changed.
+        """
         taped = TapedUse(site, use.terms, use.row_dims)
         if self.receive is None:  # a forward recomputed during backward (checkpointing) is no new use
             self.uses[site] = taped
@@ -115,7 +119,7 @@ class Tape:
         if not use.ruled:
             output = output.clone()  # the function may have saved its result, which Tap would mark as changed
         saved = [t.detach() for t in use.saved]  # no edges into their graphs; the version counter is shared
-        tapped: Tensor = Tap.apply(output, self.anchor, self, taped, *saved)  # type: ignore[no-untyped-call]
+        tapped: Tensor = Tap.apply(output, self.anchor, self, taped, in_place, *saved)  # type: ignore[no-untyped-call]
         return tapped
 
     def close(self) -> None:
@@ -159,15 +163,21 @@ class Tap(torch.autograd.Function):
     """The identity; its backward hands the gradient and the saved tensors to the tape.
 
     Saved tensors go through ``save_for_backward``, so a change in place before the backward pass is an error.
-    Marked as in-place, so that the output may be changed in place afterwards (``ReLU(inplace=True)``).
+    The output may be changed in place afterwards (``ReLU(inplace=True)``): it is marked as in-place itself or, where it
+    is a view (of linear layers with 3-d inputs), a new tensor over the same memory. Marked views would hide their graph
+    behind CopySlices and copy every gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, _anchor: Tensor, tape: Tape, use: TapedUse, *saved: Tensor) -> Tensor:
-        ctx.mark_dirty(output)
+    def forward(
+        ctx: Any, output: Tensor, _anchor: Tensor, tape: Tape, use: TapedUse, in_place: bool, *saved: Tensor
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.tape, ctx.use = tape, use
+        if output._is_view() and not in_place:
+            return output.new_empty(0).set_(output)
+        ctx.mark_dirty(output)
         return output
 
     @staticmethod

@@ -3,24 +3,34 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in order, also inside lists, tuples, dicts and dataclasses."""
+    """Tensors in order, also inside lists, tuples, dicts, namespaces and dataclasses."""
+    return (leaf for leaf in leaves(value) if isinstance(leaf, Tensor))
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What lists, tuples, dicts, namespaces and dataclasses hold, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from tensors_in(item)
+            yield from leaves(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors_in(item)
+            yield from leaves(item)
+    elif isinstance(value, SimpleNamespace):
+        yield from leaves(vars(value))
     elif _is_record(value):
         for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
+            yield from leaves(getattr(value, field.name))
+    else:
+        yield value
 
 
 def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
@@ -35,6 +45,8 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
         for key, item in value.items():
             changed[key] = replace_tensors(item, replace)
         return changed
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**replace_tensors(vars(value), replace))
     if _is_record(value):
         record = copy.copy(value)
         for field in dataclasses.fields(value):

@@ -10,7 +10,7 @@ from dpfast.data.augment import Augment
 from dpfast.data.images import to_signed
 from dpfast.data.keyed import RowKeys
 from dpfast.diffusion.timesteps import TimestepDistribution, Uniform, draw_timesteps
-from dpfast.errors import ConfigError
+from dpfast.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,29 @@ class DiffusionObjective:
             raise ConfigError(f"prediction_type {prediction!r}: expected 'epsilon', 'v_prediction' or 'sample'")
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, keys: RowKeys) -> Tensor:
-        """Images uint8 ``[B, C, H, W]``, labels int64 ``[B]`` -> squared error per row, mean over pixels, ``[N]``."""
+        """Images uint8 ``[B, C, H, W]``, labels int64 ``[B]`` -> squared error per row, mean over pixels, ``[N]``.
+
+        Raises ``DataError`` for other images and labels.
+        """
+        self._check(images, labels)
         clean = self.augment(to_signed(images), keys)
         noise = keys.normal(*clean.shape[1:], stream="noise")
         t = draw_timesteps(self.timesteps, keys, self.scheduler.config.num_train_timesteps, stratified=self.stratified)
         noisy = self.scheduler.add_noise(clean, noise, t)
         prediction = predict(model, noisy, t, self.drop_labels(labels, keys))
         return (prediction - self.target(clean, noise, t)).square().flatten(1).mean(1)
+
+    def _check(self, images: Tensor, labels: Tensor) -> None:
+        problems = []
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            problems.append(
+                f"images are {images.dtype} with {images.ndim} dimensions; expected torch.uint8 [B, C, H, W] in 0..255"
+                " (without ToTensor or Normalize: the objective scales them)"
+            )
+        if labels.dtype != torch.int64 or labels.ndim != 1:
+            problems.append(f"labels are {labels.dtype} with {labels.ndim} dimensions; expected torch.int64 [B]")
+        if problems:
+            raise DataError("DiffusionObjective: " + "; ".join(problems))
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the model should predict, by the scheduler's ``prediction_type``."""
