@@ -78,7 +78,9 @@ def _read(path: Path) -> tuple[dict[str, str], bytes]:
     if not first.startswith(_MAGIC):
         raise CheckpointError(f"checkpoint {path}: this is not a checkpoint of dpfast")
     if first[len(_MAGIC) :] != hashlib.sha256(rest).hexdigest().encode():
-        raise CheckpointError(f"checkpoint {path}: wrong checksum, the file is damaged; delete it to start again")
+        raise CheckpointError(
+            f"checkpoint {path}: wrong checksum, the file is damaged; restore a copy, or start anew in another folder"
+        )
     header, _, payload = rest.partition(b"\n")
     return json.loads(header), payload
 

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from dpfast.clipping.problems import listed
 from dpfast.errors import BudgetExhausted, ConfigError, DPFastError, PrivacyError
 from dpfast.privacy.entropy import standard_normal
 from dpfast.privacy.ledger import Ledger
@@ -170,11 +171,14 @@ class DPOptimizer(torch.optim.Optimizer):
             found.append("step(closure): a closure would evaluate private data unaccounted; call step() without one")
         if self._in_memory and _memory.get(self.clipper) is not self.ledger:
             found.append("another DPOptimizer of this clipper was made since with another plan; use that one")
-        foreign = [
-            f"{name}.grad was not written by the clipper alone; call zero_grad() before it"
-            for name in self.clipper.foreign_gradients()
-        ]
-        return found + self._clip_norm_problems() + self._coverage_problems() + foreign
+        foreign = list(self.clipper.foreign_gradients())
+        if foreign:
+            found.append(
+                f"{listed(foreign)}: the gradient is not what the clipper wrote. Call clipper.backward(losses) in the"
+                " place of losses.backward(), use neither GradScaler nor clip_grad_norm_, leave p.grad alone, and"
+                " call zero_grad() first"
+            )
+        return found + self._clip_norm_problems() + self._coverage_problems()
 
     def _clip_norm_problems(self) -> list[str]:
         if self.clipper.max_grad_norm == self.plan.max_grad_norm:

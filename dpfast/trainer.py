@@ -1,7 +1,8 @@
 """DPTrainer: a model, a data set and a plan in; a privately trained model out."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dpfast.errors import CaptureError, CheckpointError, ConfigError, PrivacyErr
 from dpfast.objective import Objective
 from dpfast.optimizer import DPOptimizer
 from dpfast.performance import Performance
-from dpfast.privacy import Ledger, Plan, poisson_sample, random_bytes
+from dpfast.privacy import Ledger, Plan, PrivacyStatement, poisson_sample, random_bytes, read_ledger
 from dpfast.progress import Progress, silent
 from dpfast.seeding import RandomState, seeded
 
@@ -57,6 +58,9 @@ class DPTrainer:
     seed: of augmentation, timesteps and diffusion noise, keyed by example. It reaches neither the privacy noise nor the
         sampling nor dropout nor random transforms of the data set, which come from the operating system.
     state_dir: ledger and checkpoint, of one data set; None keeps the ledger in memory and writes nothing.
+    performance: ``microbatch`` examples run at a time; by default as many as make some 65,000 numbers of input, and no
+        more than the expected batch.
+    progress: called as ``progress(step, steps, message)`` after each step.
     ema_decay: of the averaged copy of the model, ``ema_model``.
 
     Guarantee: ``model``, ``ema_model`` and everything in ``state_dir`` are an (epsilon, delta)-private function of
@@ -108,7 +112,7 @@ class DPTrainer:
         self.learning_rates = [group["lr"] for group in self.inner_optimizer.param_groups]
         self.ema = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.lost_steps = 0
-        self.charged_steps = 0
+        self.charged_steps = self._charged()
         self._memory = Ledger(None, plan)
         self._numbers_per_example = self.examples.batch(torch.arange(min(1, len(dataset))), 1)[0].numel()
 
@@ -143,14 +147,43 @@ class DPTrainer:
                     self._save(step)
                 self.progress(step, self.plan.steps, self._message())
 
+    def statement(
+        self,
+        *,
+        public: Sequence[str] = ("The number of examples.", "The weights that training began with."),
+        not_accounted: Sequence[str] = ("How settings (learning rate, steps, clip norm) were chosen.",),
+    ) -> PrivacyStatement:
+        """What to give away with the model and its samples: ``trainer.statement().write(folder)``.
+
+        public: what is treated as known to everybody; not_accounted: what was learned from the data beside the training
+        (sentences, for the reader).
+        """
+        path = self._ledger_path()
+        spent = self._memory if path is None or not path.exists() else read_ledger(path)
+        return PrivacyStatement.of(spent, augmult=self.augmult, public=public, not_accounted=not_accounted)
+
+    def _ledger_path(self) -> Path | None:
+        return None if self.state_dir is None else self.state_dir / "ledger.jsonl"
+
+    def _charged(self) -> int:
+        """By earlier processes."""
+        path = self._ledger_path()
+        return read_ledger(path).charged_steps if path is not None and path.exists() else 0
+
     @contextmanager
     def _ledger(self) -> Iterator[Ledger]:
         """The ledger on disk, locked for as long as it is used, or the one in memory, which lives with the trainer."""
-        if self.state_dir is None:
+        path = self._ledger_path()
+        if path is None:
             yield self._memory
         else:
-            self.state_dir.mkdir(parents=True, exist_ok=True)
-            with Ledger(self.state_dir / "ledger.jsonl", self.plan) as ledger:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"state_dir={str(path.parent)!r}: no folder can be made there ({error.strerror})"
+                ) from error
+            with Ledger(path, self.plan) as ledger:
                 yield ledger
 
     # One step
@@ -181,7 +214,8 @@ class DPTrainer:
         """Examples of a full physical batch."""
         if self.performance.form == "example":
             return 1
-        return self.performance.microbatch or max(1, NUMBERS // (self.augmult * self._numbers_per_example))
+        fits = max(1, NUMBERS // (self.augmult * self._numbers_per_example))
+        return self.performance.microbatch or min(fits, math.ceil(self.plan.expected_batch_size))
 
     def _accumulate(self, step: int, ids: Tensor, mask: Tensor) -> None:
         device = self.performance.device
@@ -249,12 +283,17 @@ class DPTrainer:
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.inner_optimizer}
         return parts if self.ema is None else {**parts, "averaged model": self.ema}
 
+    def _settings(self) -> dict[str, Any]:
+        """What must not change between the parts of one training, beside the plan."""
+        return {"optimizer": type(self.inner_optimizer).__name__, "augmult": self.augmult, "seed": self.seed}
+
     def _save(self, step: int) -> None:
         if self.state_dir is not None:
             state = {
                 "parts": {name: part.state_dict() for name, part in self._parts().items()},
                 "step": step,
                 "lost_steps": self.lost_steps,
+                "settings": self._settings(),
             }
             checkpoint.save(
                 self.state_dir / "checkpoint", state, kind="private training", fingerprint=self.plan.fingerprint()
@@ -278,6 +317,11 @@ class DPTrainer:
             raise PrivacyError(
                 f"the checkpoint is at step {saved}, the ledger at {charged}: the ledger was cut or replaced. Restore"
                 " the ledger that belongs to the checkpoint, or start anew in another folder with a new budget"
+            )
+        if state["settings"] != self._settings():
+            raise CheckpointError(
+                f"the training in {self.state_dir} was begun with {state['settings']}, and goes on with"
+                f" {self._settings()}: give what it was begun with, or another folder with a new budget"
             )
         self._load(state["parts"])
         self.lost_steps = state["lost_steps"] + charged - saved

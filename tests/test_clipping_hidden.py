@@ -38,7 +38,9 @@ def step(clipper, *inputs, call=None):
 
 
 MIXTURES = {
-    "zero output layer, as ADM, DiT and ControlNet have": lambda: Two(lambda m, h: standardised(h).detach() + h, last=0),
+    "zero output layer, as ADM, DiT and ControlNet have": lambda: Two(
+        lambda m, h: standardised(h).detach() + h, last=0
+    ),
     "output layer of 1e-5, as EDM has": lambda: Two(lambda m, h: standardised(h), last=1e-5),
     "zero gate": lambda: Two(lambda m, h: h + m.gate * (h - h.mean(0)), gate=0),
 }
@@ -74,14 +76,16 @@ def test_probes_are_repeated_after_updates() -> None:
     plan = Plan(dataset_size=100, expected_batch_size=12, max_grad_norm=1, steps=9, target_delta=1e-3, target_epsilon=9)
     clipper = GhostClipper(model, max_grad_norm=1)
     optimizer = DPOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), plan, clipper)
-    for _ in range(3):
-        step(clipper, torch.randn(ROWS, 6))
-        optimizer.step()
-    model.switch.fill_(1)
-    with pytest.raises(CaptureError, match="cannot be clipped per example"):
-        for _ in range(2):  # the fourth update is due for a probe
+
+    def steps(count):
+        for _ in range(count):
             step(clipper, torch.randn(ROWS, 6))
             optimizer.step()
+
+    steps(3)
+    model.switch.fill_(1)
+    with pytest.raises(CaptureError, match="cannot be clipped per example"):
+        steps(2)  # after the fourth update a probe is due
 
 
 class Conditioned(nn.Module):

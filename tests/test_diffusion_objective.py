@@ -1,5 +1,7 @@
 """Losses per row, public pre-training and its resumption."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from dpfast.data import Augment, RowKeys, font_digits
 from dpfast.data.images import to_signed
 from dpfast.diffusion import DiffusionObjective, NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.pretrain import PretrainSpec, pretrain
-from dpfast.errors import CheckpointError, ConfigError
+from dpfast.errors import CheckpointError, ConfigError, DataError
 
 TINY = UNetSpec(widths=(8, 8), norm_groups=4)
 
@@ -49,6 +51,20 @@ def test_loss_is_the_mean_squared_error_of_the_target(fonts, prediction):
     assert losses.shape == (12,)
     # The test recovers the noise by a division by sigma, at least 0.006: two roundings of 6e-8 grow to 1e-4.
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_batches_that_do_not_fit(fonts):
+    model, images, labels = build_unet(TINY, seed=0), fonts.images[:3], fonts.labels[:3]
+    with pytest.raises(DataError, match=r"images are torch\.float32 with 4 dimensions; expected torch\.uint8"):
+        objective()(model, images / 255, labels, keys())
+    with pytest.raises(DataError, match=r"images are torch\.uint8 with 3 dimensions"):
+        objective()(model, images[:, 0], labels, keys())
+    with pytest.raises(DataError, match=r"labels are torch\.float32 with 1 dimensions; expected torch\.int64"):
+        objective()(model, images, labels.float(), keys())
+    few = build_unet(dataclasses.replace(TINY, num_classes=9), seed=0)
+    assert objective()(few, images, labels, keys()).shape == (12,)
+    with pytest.raises(DataError, match=r"num_class_embeds=10; expected 11: .* one for a dropped label"):
+        objective(label_drop=0.1)(few, images, labels, keys())
 
 
 def test_rows_follow_the_example_not_its_place(fonts):

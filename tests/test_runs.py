@@ -383,6 +383,7 @@ def test_a_run_without_noise_does_not_call_itself_a_release(tmp_path):
     assert json.loads((tmp_path / "tiny/internal/metrics.json").read_text())["epsilon_spent"] == "inf"
 
 
+@pytest.mark.timeout(900)  # eleven processes one after another
 def test_a_run_killed_at_ten_random_moments_charges_every_step_once(tmp_path):
     """SIGKILL, then the same command, ten times: in start-up, pre-training, between charge and update, in a save."""
     steps, random = 60, Random(0)

@@ -4,8 +4,11 @@ import copy
 import dataclasses
 import itertools
 import math
+import random
+import re
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -49,13 +52,16 @@ def plan(**changes) -> Plan:
     return Plan(**{**settings, **changes})
 
 
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
 def trainer(model=None, *, plan=plan(), state_dir=None, **options) -> DPTrainer:
-    settings = {"objective": objective, "augmult": K, "ema_decay": 0.5}
+    settings = {"objective": objective, "augmult": K, "ema_decay": 0.5, "optimizer": sgd}
     return DPTrainer(
         model or network(),
         images(plan.dataset_size),
         plan,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
         state_dir=state_dir,
         **{**settings, **options},
     )
@@ -158,6 +164,38 @@ def test_dropout_is_secret() -> None:
     first.fit()
     second.fit()
     assert not torch.equal(weights(first.model), weights(second.model))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: int(torch.randint(99, ())), lambda: random.randrange(99), lambda: int(np.random.randint(99))],  # noqa: NPY002
+    ids=["torch", "python", "numpy"],
+)
+def test_transforms_of_the_data_set_are_secret(draw) -> None:
+    """As dropout: torchvision's transforms draw from the generators that all share, in the order of the batch."""
+
+    class Shifted:
+        def __init__(self):
+            self.images, self.drawn = images(), []
+
+        def __len__(self):
+            return EXAMPLES
+
+        def __getitem__(self, i):
+            self.drawn.append(draw())
+            return self.images.images[i].roll(self.drawn[-1]), self.images.labels[i]
+
+    def drawn() -> list[int]:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        data = Shifted()
+        t = DPTrainer(network(), data, plan(), objective=objective, optimizer=torch.optim.Adam, augmult=K)
+        data.drawn.clear()
+        t._accumulate(1, torch.arange(EXAMPLES), torch.ones(EXAMPLES, dtype=torch.bool))
+        return data.drawn
+
+    assert drawn() != drawn()
 
 
 def test_an_interrupted_step_leaves_no_sum_behind(monkeypatch) -> None:
@@ -355,8 +393,10 @@ def bigger() -> nn.Module:
     [
         ({"ema_decay": None}, "it holds model, optimizer, averaged model"),
         ({"model": bigger()}, "size mismatch|Missing key"),
+        ({"augmult": 1}, "begun with .*'augmult': 3.* goes on with .*'augmult': 1"),
+        ({"optimizer": torch.optim.Adam}, "begun with .*'optimizer': 'SGD'.* goes on with .*'Adam'"),
     ],
-    ids=["without an average", "another model"],
+    ids=["without an average", "another model", "another K", "another optimizer"],
 )
 def test_a_checkpoint_of_another_training(options, what, tmp_path) -> None:
     with pytest.raises(Cut):
@@ -364,7 +404,7 @@ def test_a_checkpoint_of_another_training(options, what, tmp_path) -> None:
     other = trainer(state_dir=tmp_path, **options)
     with pytest.raises(CheckpointError, match=what) as caught:
         other.fit()
-    assert "another model, optimizer or ema_decay" in str(caught.value)
+    assert re.search("another model, optimizer or ema_decay|another folder with a new budget", str(caught.value))
     assert read_ledger(tmp_path / "ledger.jsonl").charged_steps == 3, "refused before a step is spent"
 
 
@@ -373,6 +413,39 @@ def test_what_was_spent_can_be_asked() -> None:
     assert (t.charged_steps, t.epsilon) == (0, 0.0)
     t.fit()
     assert (t.charged_steps, t.epsilon) == (6, plan().epsilon())
+
+
+def test_what_an_earlier_process_spent(tmp_path) -> None:
+    with pytest.raises(Cut):
+        trainer(state_dir=tmp_path, progress=cut_at(3)).fit()
+    t = trainer(state_dir=tmp_path)
+    assert (t.charged_steps, t.epsilon) == (3, plan().epsilon(3))
+    said = t.statement()
+    assert (said.steps_charged, said.epsilon, said.augmult) == (3, plan().epsilon(3), K)
+
+
+def test_the_statement_of_a_training_in_memory() -> None:
+    t = trainer()
+    t.fit()
+    said = t.statement(not_accounted=["The learning rate was tried out."])
+    assert (said.epsilon, said.not_accounted) == (t.epsilon, ("The learning rate was tried out.",))
+
+
+def test_a_state_folder_that_cannot_be_made(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="no folder can be made there"):
+        trainer(state_dir=tmp_path / "file" / "state").fit()
+
+
+def test_physical_batches_are_no_larger_than_the_expected_one() -> None:
+    sizes = []
+
+    def noted(model, pixels, labels, keys):
+        sizes.append(len(pixels))
+        return objective(model, pixels, labels, keys)
+
+    trainer(objective=noted).fit()
+    assert max(sizes) <= plan().expected_batch_size
 
 
 def standardised(model, pixels, labels, keys):
@@ -399,6 +472,26 @@ def test_objectives_that_mix_examples(mixing) -> None:
         t.fit()
     assert t.charged_steps == 0
     assert torch.equal(weights(t.model), before)
+
+
+def test_a_zero_output_layer_hides_no_objective() -> None:
+    model = network()
+    torch.nn.init.zeros_(model[-1].weight)
+    with pytest.raises(CaptureError, match="changing one example changes the loss of another"):
+        trainer(model, objective=standardised).fit()
+    assert not model[-1].weight.any()
+
+
+def test_objectives_are_shown_again_while_weights_move() -> None:
+    def later(model, pixels, labels, keys):
+        """Begins to mix with the second step."""
+        return (objective if keys.step < 2 and not later.moved else standardised)(model, pixels, labels, keys)
+
+    later.moved = False
+    t = trainer(objective=later, progress=lambda step, *_: setattr(later, "moved", step >= 1))
+    with pytest.raises(CaptureError, match="changing one example changes the loss of another"):
+        t.fit()
+    assert t.charged_steps == 1
 
 
 def test_objectives_that_reduce_or_know_no_keys() -> None:

@@ -162,6 +162,9 @@ class GhostClipper:
     def backward(self, losses: Tensor, *, example_mask: Tensor | None = None) -> ClipResult:
         """Clip and add to ``p.grad`` (created if None).
 
+        Each example of a batch is to be in one call only: several losses of one row are added up before, since every
+        call clips to C by itself.
+
         losses: ``[B*K]``, one per row, not reduced, not scaled.
         example_mask: ``[B]`` of bool; False marks padding, which contributes exactly 0.
 
@@ -248,9 +251,7 @@ class GhostClipper:
         if not inputs or inputs[0].shape[0] <= losses:
             return False
         k_averaged = self.augmult > 1 and inputs[0].shape[0] == self.augmult * losses
-        return k_averaged or not any(
-            t.shape[0] == losses or (_sequence(t) and t.shape[1] == losses) for t in inputs
-        )
+        return k_averaged or not any(t.shape[0] == losses or (_sequence(t) and t.shape[1] == losses) for t in inputs)
 
     # What must hold before and after
 
@@ -331,7 +332,7 @@ class GhostClipper:
             self._warned.update(unused)
             self._warn_once(
                 "unused " + unused[0],
-                f"no loss depends on {listed(unused)}: noise is added to them all the same; freeze what is not trained"
+                f"no loss depends on {listed(unused)}: noise is added all the same; freeze what is not trained"
                 + _without_grad(tape.used_without_grad.intersection(unused)),
             )
         if len(self._ownership.dims) > MANY_PATHS:

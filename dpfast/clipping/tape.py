@@ -143,8 +143,9 @@ class Tape:
     def record(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
         if self.closed:
             raise CaptureError(
-                f"{use.site}: the losses come from a forward pass before the last clipper.backward; call"
-                " clipper.backward(losses) after each forward pass, or once for all losses together"
+                f"{use.site}: the losses come from a forward pass before the last clipper.backward; add up all losses"
+                " of a row and call clipper.backward(losses) once for each forward pass (a second call may only be for"
+                " other examples)"
             )
         if self.receive is None:
             self.problems.append(
@@ -176,7 +177,8 @@ class Tap(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.tape, ctx.use = tape, use
         if output._is_view() and not in_place:
-            return output.new_empty(0).set_(output)
+            memory = output.untyped_storage()
+            return output.new_empty(0).set_(memory, output.storage_offset(), output.shape, output.stride())
         ctx.mark_dirty(output)
         return output
 

@@ -2,6 +2,7 @@
 
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
+from dpfast.diffusion.sampler import generate, generate_shards
 from dpfast.diffusion.timesteps import MixtureOfUniforms, TimestepDistribution, Uniform
 
 __all__ = [
@@ -13,4 +14,6 @@ __all__ = [
     "Uniform",
     "build_scheduler",
     "build_unet",
+    "generate",
+    "generate_shards",
 ]

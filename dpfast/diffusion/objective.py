@@ -43,9 +43,9 @@ class DiffusionObjective:
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, keys: RowKeys) -> Tensor:
         """Images uint8 ``[B, C, H, W]``, labels int64 ``[B]`` -> squared error per row, mean over pixels, ``[N]``.
 
-        Raises ``DataError`` for other images and labels.
+        Raises ``DataError`` for other images and labels, or a model that cannot take these labels.
         """
-        self._check(images, labels)
+        self._check(model, images, labels)
         clean = self.augment(to_signed(images), keys)
         noise = keys.normal(*clean.shape[1:], stream="noise")
         t = draw_timesteps(self.timesteps, keys, self.scheduler.config.num_train_timesteps, stratified=self.stratified)
@@ -53,8 +53,15 @@ class DiffusionObjective:
         prediction = predict(model, noisy, t, self.drop_labels(labels, keys))
         return (prediction - self.target(clean, noise, t)).square().flatten(1).mean(1)
 
-    def _check(self, images: Tensor, labels: Tensor) -> None:
+    def _check(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         problems = []
+        config = getattr(model, "config", {})
+        wanted = self.num_classes + (self.label_drop > 0)
+        if "num_class_embeds" in config and (config["num_class_embeds"] or 0) < wanted:
+            problems.append(
+                f"the model has num_class_embeds={config['num_class_embeds']}; expected {wanted}: one for each of"
+                f" {self.num_classes} classes{' and one for a dropped label' if self.label_drop > 0 else ''}"
+            )
         if images.dtype != torch.uint8 or images.ndim != 4:
             problems.append(
                 f"images are {images.dtype} with {images.ndim} dimensions; expected torch.uint8 [B, C, H, W] in 0..255"

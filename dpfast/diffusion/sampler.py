@@ -98,10 +98,10 @@ def _guided(model: nn.Module, labels: Tensor, num_classes: int, guidance: float)
 def generate_shards(
     model: nn.Module,
     scheduler: Any,
-    folder: Path,
+    folder: str | Path,
     *,
     count: int,
-    shard_size: int,
+    shard_size: int = 1000,
     image_shape: tuple[int, int, int],
     classes: tuple[str, ...],
     sampler: SamplerName = "ddim",
@@ -127,7 +127,7 @@ def generate_shards(
         "scheduler": scheduler.__class__.__name__, "scheduler_config": dict(scheduler.config),
         "model": weights_fingerprint(model),
     }  # fmt: skip
-    shards = ShardFolder.claim(folder, settings)
+    shards = ShardFolder.claim(Path(folder), settings)
     for number, labels in shards:
         if shards.read(number, labels) is None:
             images = generate(

@@ -185,10 +185,9 @@ def _noise_problems(plan: Plan) -> list[str]:
     target, sigma = plan.target_epsilon, plan.noise_multiplier
     if (target is None) == (sigma is None):
         came = "neither" if target is None else f"target_epsilon={target!r} and noise_multiplier={sigma!r}"
-        return [
-            f"expected exactly one of target_epsilon and noise_multiplier, got {came}; drop or add one"
-            " (dataclasses.replace of a calibrated plan: noise_multiplier=None calibrates anew)"
-        ]
+        wanted = "expected exactly one of target_epsilon and noise_multiplier"
+        cure = "drop or add one (dataclasses.replace of a calibrated plan: noise_multiplier=None calibrates anew)"
+        return [f"{wanted}, got {came}; {cure}"]
     if target is not None and not (_number(target) and (0 < target <= 1e4 or target == math.inf)):
         return [f"target_epsilon={target!r}: expected a number above 0, up to 1e4, or math.inf for no privacy"]
     if target is None and not (_number(sigma) and 0 < sigma < math.inf):
