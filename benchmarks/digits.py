@@ -56,7 +56,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         cells = [spread([100 * run["accuracy"][name] for run in runs]) for name in SHOWN]
         frechet = statistics.mean(run["frechet"]["synthetic"] for run in runs)
-        minutes = statistics.mean(sum(run["seconds"].values()) for run in runs) / 60
+        minutes = statistics.median(sum(run["seconds"].values()) for run in runs) / 60  # machines are shared
         name = "none (clipped only)" if epsilon == "inf" else epsilon
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {frechet:.1f} | {minutes:.1f} |")
     return "\n".join(lines)

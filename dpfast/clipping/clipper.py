@@ -332,7 +332,7 @@ class GhostClipper:
             self._warned.update(unused)
             self._warn_once(
                 "unused " + unused[0],
-                f"no loss depends on {listed(unused)}: noise is added all the same; freeze what is not trained"
+                f"no loss depends on {listed(unused)}: noise is added all the same; freeze what stays"
                 + _without_grad(tape.used_without_grad.intersection(unused)),
             )
         if len(self._ownership.dims) > MANY_PATHS:
