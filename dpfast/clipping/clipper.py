@@ -344,7 +344,7 @@ class GhostClipper:
         if tape.read_out:
             self._warn_once(
                 "read out",
-                f"the model reads numbers out of the batch ({listed(sorted(tape.read_out))}), and what it does with them"
+                f"the model reads numbers out of the batch ({listed(sorted(tape.read_out))}): what it does with them"
                 " may depend on all examples at once, which no probe can show. Use torch.where, or decide outside of"
                 " the model from what is public",
             )
