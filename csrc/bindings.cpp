@@ -1,8 +1,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "dpfast.h"
 
@@ -22,6 +25,53 @@ void affine_grads(std::uintptr_t a, const Four& a_stride, std::uintptr_t g, cons
                          reinterpret_cast<float*>(bias), threads);
 }
 
+std::vector<std::uint64_t> fingerprints(const std::vector<std::pair<std::uintptr_t, std::int64_t>>& memory, int threads) {
+    std::vector<dpfast::Memory> places;
+    for (const auto& [at, bytes] : memory) places.push_back({reinterpret_cast<const void*>(at), bytes});
+    std::vector<std::uint64_t> out(memory.size());
+    py::gil_scoped_release release;
+    dpfast::fingerprints(places.data(), static_cast<std::int64_t>(places.size()), out.data(), threads);
+    return out;
+}
+
+using Three = std::array<std::int64_t, 3>;
+using Five = std::array<std::int64_t, 5>;
+
+dpfast::Conv conv(const Five& sizes, const std::array<Three, 6>& geometry, const Five& x_stride, const Five& y_stride,
+                  int dtype, bool patches) {
+    dpfast::Conv c{};
+    c.examples = sizes[0], c.rows = sizes[1], c.groups = sizes[2], c.c = sizes[3], c.p = sizes[4];
+    std::int64_t* to[6] = {c.in, c.out, c.kernel, c.stride, c.dilation, c.pad};
+    for (int i = 0; i < 6; ++i) std::copy(geometry[i].begin(), geometry[i].end(), to[i]);
+    std::copy(x_stride.begin(), x_stride.end(), c.x_stride);
+    std::copy(y_stride.begin(), y_stride.end(), c.y_stride);
+    c.dtype = static_cast<dpfast::Dtype>(dtype);
+    c.patches = patches;
+    return c;
+}
+
+void conv_grads(const dpfast::Conv& c, std::uintptr_t x, std::uintptr_t y, std::uintptr_t weights, std::uintptr_t out,
+                std::uintptr_t sq, std::uintptr_t scratch, int threads) {
+    py::gil_scoped_release release;
+    dpfast::conv_grads(c, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(y),
+                       reinterpret_cast<const float*>(weights), reinterpret_cast<float*>(out),
+                       reinterpret_cast<double*>(sq), reinterpret_cast<double*>(scratch), threads);
+}
+
+void sq_norms(std::uintptr_t grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,
+              std::uintptr_t parts, std::uintptr_t sq, int threads) {
+    py::gil_scoped_release release;
+    dpfast::sq_norms(reinterpret_cast<const float*>(grads), examples, numbers, stride,
+                     reinterpret_cast<double*>(parts), reinterpret_cast<double*>(sq), threads);
+}
+
+void clipped_sum(std::uintptr_t grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,
+                 std::uintptr_t weights, std::uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    dpfast::clipped_sum(reinterpret_cast<const float*>(grads), examples, numbers, stride,
+                        reinterpret_cast<const float*>(weights), reinterpret_cast<float*>(out), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -33,6 +83,19 @@ PYBIND11_MODULE(_native, m) {
     m.attr("openmp") = false;
 #endif
     m.attr("compiler") = __VERSION__;
+    m.attr("instruction_set") = dpfast::instruction_set();
+    py::class_<dpfast::Conv>(m, "Conv")
+        .def(py::init(&conv), py::arg("sizes"), py::arg("geometry"), py::arg("x_stride"), py::arg("y_stride"),
+             py::arg("dtype"), py::arg("patches"))
+        .def("scratch", &dpfast::conv_scratch, py::arg("sum"), py::arg("threads"));
+    m.def("conv_grads", &conv_grads, py::arg("conv"), py::arg("x"), py::arg("y"), py::arg("weights"), py::arg("out"),
+          py::arg("sq"), py::arg("scratch"), py::arg("threads"));
+    m.def("square_blocks", &dpfast::square_blocks, py::arg("numbers"));
+    m.def("sq_norms", &sq_norms, py::arg("grads"), py::arg("examples"), py::arg("numbers"), py::arg("stride"),
+          py::arg("parts"), py::arg("sq"), py::arg("threads"));
+    m.def("clipped_sum", &clipped_sum, py::arg("grads"), py::arg("examples"), py::arg("numbers"), py::arg("stride"),
+          py::arg("weights"), py::arg("out"), py::arg("threads"));
+    m.def("fingerprints", &fingerprints, py::arg("memory"), py::arg("threads"));
     m.def("affine_grads", &affine_grads, py::arg("a"), py::arg("a_stride"), py::arg("g"), py::arg("g_stride"),
           py::arg("size"), py::arg("weight"), py::arg("bias"), py::arg("threads"));
 }

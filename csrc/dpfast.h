@@ -8,7 +8,7 @@ namespace dpfast {
 
 // Raised whenever a signature below changes; dpfast/kernels/dispatch.py refuses another value, so that a module built
 // from older sources is never called.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 // Sizes, or strides in elements, of a tensor [B, M, C, S]: examples, rows of an example, channels, positions.
 struct Dims {
@@ -19,5 +19,48 @@ struct Dims {
 // Any strides, 0 included. Uses at most `threads` threads.
 void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, Dims size, float* weight, float* bias,
                   int threads);
+
+// sq[e] = the sum of squares of gradient e, added up in double; `parts` has room for examples * square_blocks(numbers).
+// A gradient is `numbers` floats in a row, the next one `stride` further.
+void sq_norms(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride, double* parts,
+              double* sq, int threads);
+std::int64_t square_blocks(std::int64_t numbers);
+
+// out = sum over e of weights[e] * gradient e; one with weights[e] = 0 is not looked at.
+void clipped_sum(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,
+                 const float* weights, float* out, int threads);
+
+struct Memory {
+    const void* at;
+    std::int64_t bytes;
+};
+
+// out[i] = a number by which a change of memory[i] shows.
+void fingerprints(const Memory* memory, std::int64_t count, std::uint64_t* out, int threads);
+
+enum Dtype : int { Float32 = 0, BFloat16 = 1 };
+
+// A convolution x -> y with up to three spatial dimensions (fewer: the first ones are 1); sizes are of one group.
+// Strides, in elements, are those of [rows, channels, three dimensions]; the rows of an example follow each other.
+struct Conv {
+    std::int64_t examples, rows, groups, c, p;  // rows of an example; input and output channels
+    std::int64_t in[3], out[3], kernel[3], stride[3], dilation[3], pad[3];  // pad: before
+    std::int64_t x_stride[5], y_stride[5];
+    Dtype dtype;   // of x and y
+    bool patches;  // write patches down, and order a G by channel and tap: for few input channels
+};
+
+// Doubles of scratch that conv_grads needs.
+std::int64_t conv_scratch(const Conv& c, bool sum, int threads);
+
+// With G[e] the gradient of example e by the weight, from inputs x and output gradients y, sums in float:
+//   weights null:  out (if not null) = G, sq (if not null) = |G[e]|^2, added up in double;
+//   else:          out = sum over e of weights[e] * G[e], where examples with weights[e] = 0 are not looked at.
+// The same G in both cases, bit by bit. Layout of a G: [taps, groups * p, c] or, with patches, [groups * p, c * taps].
+void conv_grads(const Conv& c, const void* x, const void* y, const float* weights, float* out, double* sq,
+                double* scratch, int threads);
+
+// Instruction set in use: "v4" (AVX-512), "v3" (AVX2) or "base".
+const char* instruction_set();
 
 }  // namespace dpfast

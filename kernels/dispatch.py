@@ -17,7 +17,7 @@ from dpfast.errors import ConfigError, DPFastError
 
 Backend = Literal["native", "reference"]
 
-_ABI = 1  # kAbi of csrc/dpfast.h
+_ABI = 2  # kAbi of csrc/dpfast.h
 _VARIABLE = "DPFAST_BACKEND"
 
 
@@ -61,21 +61,24 @@ def native_module() -> ModuleType:
     return module
 
 
-def choose(requested: Backend | None, *tensors: Tensor) -> Backend:
-    """The backend for these tensors: ``requested``, or native when the native module can read them all."""
+def choose(requested: Backend | None, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Backend:
+    """The backend for these tensors: ``requested``, or native when the native module can read them all.
+
+    dtypes: those that the op's native kernel takes.
+    """
     if requested is not None:
         if requested not in ("native", "reference"):
             raise KernelError(f"backend={requested!r}: expected 'native', 'reference' or None")
         return requested
-    if backend() == "native" and all(map(native_can_read, tensors)):
+    if backend() == "native" and all(native_can_read(t, dtypes) for t in tensors):
         return "native"
     return "reference"
 
 
-def native_can_read(tensor: Tensor) -> bool:
-    """Whether a tensor is plain float32 memory on the CPU that autograd and transforms need not follow."""
+def native_can_read(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether a tensor is plain memory on the CPU that autograd and transforms need not follow."""
     return (
-        tensor.dtype == torch.float32
+        tensor.dtype in dtypes
         and tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)  # no FakeTensor or other subclass
         and tensor.layout == torch.strided

@@ -1,106 +1,292 @@
 """The ops by themselves: fast paths against the reference formulas, float64, layouts, and the one-sided bound."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from cases import LAYOUTS, relayout
-from dpfast.kernels import clip, conv, embedding, linear
+from dpfast.kernels import affine, clip, conv, dispatch, embedding, linear
 from dpfast.kernels.conv import ConvSpec, library, reference
 
-GEOMETRIES = {
-    "3x3": ((6, 4, 3, 3), {"padding": 1}),
-    "1x1": ((6, 4, 1, 1), {}),
-    "grouped": ((6, 2, 3, 3), {"groups": 2, "padding": 1}),
-    "strided, dilated": ((6, 4, 3, 2), {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 2)}),
-    "same, even": ((6, 4, 4, 2), {"padding": "same"}),
-    "transposed": ((4, 6, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}),
-    "transposed, grouped": ((4, 3, 4, 4), {"stride": 2, "groups": 2, "transposed": True}),
+GEOMETRIES = {  # weight shape, space of the input, options
+    "3x3": ((6, 4, 3, 3), (8, 7), {"padding": 1}),
+    "3x3, two vectors and more": ((13, 40, 3, 3), (5, 6), {"padding": 1}),
+    "3x3, one channel more than a vector": ((3, 9, 3, 3), (6, 6), {"padding": 1}),
+    "1x1": ((6, 16, 1, 1), (8, 7), {}),
+    "1x1, many positions": ((7, 17, 1, 1), (20, 21), {}),
+    "one channel": ((5, 1, 3, 3), (8, 8), {"padding": 1}),
+    "one output": ((1, 24, 3, 3), (8, 8), {"padding": 1}),
+    "grouped": ((6, 2, 3, 3), (8, 7), {"groups": 2, "padding": 1}),
+    "grouped, wide": ((14, 18, 3, 3), (4, 5), {"groups": 2, "padding": 1}),
+    "depthwise": ((8, 1, 3, 3), (6, 6), {"groups": 8, "padding": 1}),
+    "strided, dilated": ((6, 4, 3, 2), (8, 7), {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 2)}),
+    "strided, dilated, wide": ((6, 12, 3, 2), (8, 9), {"stride": (2, 3), "dilation": (2, 1), "padding": (2, 1)}),
+    "no padding, rows cut off": ((4, 10, 2, 2), (7, 9), {"stride": 2}),
+    "same, even": ((6, 12, 4, 2), (8, 7), {"padding": "same"}),
+    "one position": ((6, 12, 4, 4), (4, 4), {}),
+    "1-d, a long line": ((5, 11, 3), (700,), {"padding": 1}),
+    "3-d": ((4, 9, 2, 3, 3), (3, 5, 4), {"padding": (0, 1, 1), "stride": (1, 2, 1)}),
+    "transposed": ((4, 6, 3, 3), (8, 7), {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}),
+    "transposed, wide": ((10, 20, 4, 4), (4, 3), {"stride": 2, "padding": 1, "transposed": True}),
+    "transposed, grouped": ((4, 3, 4, 4), (8, 7), {"stride": 2, "groups": 2, "transposed": True}),
 }
+NATIVE = dispatch.why_not_native() is None
+needs_native = pytest.mark.skipif(not NATIVE, reason=str(dispatch.why_not_native()))
+BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory holds NaN: a number that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def convolution(geometry: str, rows: int, dtype=torch.float64):
     """Input, output gradient and spec; the output's shape comes from torch itself."""
-    shape, options = GEOMETRIES[geometry]
+    shape, space, options = GEOMETRIES[geometry]
+    transposed = bool(options.get("transposed"))
     torch.manual_seed(0)
-    weight, a = torch.randn(shape, dtype=dtype), torch.randn(rows, 4, 8, 7, dtype=dtype)
-    function = torch.conv_transpose2d if options.get("transposed") else torch.conv2d
-    out = function(a, weight, **{k: v for k, v in options.items() if k != "transposed"})
+    channels = shape[0] if transposed else shape[1] * options.get("groups", 1)
+    weight, a = torch.randn(shape, dtype=dtype), torch.randn(rows, channels, *space, dtype=dtype)
+    out = function_of(geometry)(a, weight)
     return a, torch.randn_like(out), ConvSpec.of(weight, **options), weight
+
+
+def function_of(geometry: str):
+    shape, _, options = GEOMETRIES[geometry]
+    dims, kwargs = len(shape) - 2, {k: v for k, v in options.items() if k != "transposed"}
+    name = f"conv_transpose{dims}d" if options.get("transposed") else f"conv{dims}d"
+    return lambda a, weight: getattr(torch, name)(a, weight, **kwargs)
 
 
 def by_autograd(geometry: str, a, g, weight, examples: int) -> torch.Tensor:
     """Per-example gradients from torch alone."""
-    options = {k: v for k, v in GEOMETRIES[geometry][1].items() if k != "transposed"}
-    function = torch.conv_transpose2d if GEOMETRIES[geometry][1].get("transposed") else torch.conv2d
-    weight = weight.detach().requires_grad_()
+    weight = weight.detach().to(a.dtype).requires_grad_()
     rows = a.shape[0] // examples
     parts = [slice(i * rows, (i + 1) * rows) for i in range(examples)]
-    return torch.stack([torch.autograd.grad(function(a[p], weight, **options), weight, g[p])[0] for p in parts])
+    return torch.stack([torch.autograd.grad(function_of(geometry)(a[p], weight), weight, g[p])[0] for p in parts])
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+def relative(got, exact) -> float:
+    """Error of a tensor relative to its norm."""
+    return ((got.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-@pytest.mark.parametrize("library_flops", [0.0, 1e12], ids=["library", "patches"])
+def assert_all_forms(geometry, a, g, weight, spec, examples, backend) -> None:
+    """The 2x rule: an error at most twice that of torch in the same dtype, plus a few roundings."""
+    exact = by_autograd(geometry, a.double().contiguous(), g.double().contiguous(), weight, examples)
+    plain = by_autograd(geometry, a.float().contiguous(), g.float().contiguous(), weight, examples)
+    squares, w = exact.flatten(1).square().sum(1), torch.rand(examples, dtype=torch.float64)
+    theirs = relative(plain, exact)
+
+    def check(got, wanted) -> None:
+        assert got.shape == wanted.shape
+        assert relative(got, wanted) <= 2 * theirs + 4e-7
+
+    grads, sq = conv.per_example_grads(a, g, spec, examples, backend=backend)
+    check(grads, exact)
+    check(sq, squares)
+    torch.testing.assert_close(sq, grads.double().flatten(1).square().sum(1), rtol=1e-6, atol=0)
+    check(conv.sq_norms(a, g, spec, examples, backend=backend), squares)
+    check(conv.clipped_sum(a, g, spec, w, backend=backend), torch.tensordot(w, exact, 1))
+
+
+@pytest.mark.parametrize("examples", [1, 3, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_convolution_forms(geometry, library_flops, monkeypatch) -> None:
-    monkeypatch.setattr(conv, "LIBRARY_FLOPS", library_flops)
-    monkeypatch.setattr(conv, "PATCH_BYTES", 100_000)  # several chunks
+def test_convolution_forms(geometry, backend, examples) -> None:
+    a, g, spec, weight = convolution(geometry, rows=2 * examples, dtype=torch.float32)
+    assert_all_forms(geometry, a, g, weight, spec, examples, backend)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_convolution_formulas(geometry, monkeypatch) -> None:
+    monkeypatch.setattr(reference, "PATCH_BYTES", 100_000)  # several chunks
     a, g, spec, weight = convolution(geometry, rows=10)
     exact = by_autograd(geometry, a, g, weight, 5)
     squares = exact.flatten(1).square().sum(1)
     w = torch.rand(5, dtype=torch.float64)
-    torch.testing.assert_close(conv.per_example_grads(a, g, spec, 5), exact)
     torch.testing.assert_close(reference.per_example_grads(a, g, spec, 5), exact)
-    torch.testing.assert_close(conv.direct_sq_norms(a, g, spec, 5), squares)
     torch.testing.assert_close(conv.gram_sq_norms(a, g, spec, 5)[0], squares)
-    torch.testing.assert_close(conv.clipped_sum(a, g, spec, w), torch.tensordot(w, exact, 1))
     torch.testing.assert_close(reference.clipped_sum(a, g, spec, w), torch.tensordot(w, exact, 1))
+    torch.testing.assert_close(conv.clipped_sum(a, g, spec, w), torch.tensordot(w, exact, 1))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_convolution_layouts(geometry, layout) -> None:
-    a, g, spec, weight = convolution(geometry, rows=6)
-    a, g = relayout(a, layout), relayout(g, layout)
-    exact = by_autograd(geometry, a.contiguous(), g.contiguous(), weight, 3)
-    torch.testing.assert_close(conv.per_example_grads(a, g, spec, 3), exact)
-    torch.testing.assert_close(conv.direct_sq_norms(a, g, spec, 3), exact.flatten(1).square().sum(1))
-    torch.testing.assert_close(conv.gram_sq_norms(a, g, spec, 3)[0], exact.flatten(1).square().sum(1))
-    torch.testing.assert_close(conv.clipped_sum(a, g, spec, torch.ones(3)), exact.sum(0))
+@pytest.mark.parametrize("geometry", ["3x3", "3x3, two vectors and more", "1x1", "1x1, many positions", "strided, dilated, wide",
+                                      "no padding, rows cut off", "grouped, wide", "transposed, wide", "3-d"])  # fmt: skip
+def test_convolution_layouts(geometry, layout, backend) -> None:
+    a, g, spec, weight = convolution(geometry, rows=6, dtype=torch.float32)
+    assert_all_forms(geometry, relayout(a, layout), relayout(g, layout), weight, spec, 3, backend)
+    assert_all_forms(geometry, relayout(a, layout), g, weight, spec, 3, backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_float32(dtype) -> None:
-    a, g, spec, weight = convolution("3x3", rows=4)
-    a, g = a.to(dtype), g.to(dtype)
-    exact = by_autograd("3x3", a.double(), g.double(), weight, 2)
-    got = conv.per_example_grads(a, g, spec, 2)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@needs_native
+def test_many_examples_and_rows_of_few_positions(rows) -> None:
+    """Rows are taken several at a time, the last of them fewer; waves of examples and parts of the sum likewise."""
+    for examples in (2, 37):
+        a, g, spec, weight = convolution("3x3", rows=rows * examples, dtype=torch.float32)
+        assert_all_forms("3x3", a, g, weight, spec, examples, "native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("geometry", ["3x3", "3x3, two vectors and more", "transposed, wide"])
+def test_bfloat16_is_summed_in_float32(geometry, layout, backend) -> None:
+    a, g, spec, weight = convolution(geometry, rows=6, dtype=torch.float32)
+    a, g = relayout(a.bfloat16(), layout), relayout(g.bfloat16(), layout)
+    assert conv.per_example_grads(a, g, spec, 3, backend=backend)[0].dtype == torch.float32
+    assert_all_forms(geometry, a, g, weight, spec, 3, backend)
+
+
+def test_float16_is_summed_in_float32() -> None:
+    a, g, spec, weight = convolution("3x3", rows=4, dtype=torch.float32)
+    assert_all_forms("3x3", a.half(), g.half(), weight, spec, 2, None)
+
+
+@needs_native
+def test_the_sum_is_of_what_is_measured_bit_by_bit() -> None:
+    """With one example and a weight of 1, the sum is the stored gradient."""
+    for geometry in GEOMETRIES:
+        a, g, spec, _ = convolution(geometry, rows=4, dtype=torch.float32)
+        grads, _ = conv.per_example_grads(a, g, spec, 2, backend="native")
+        for i in range(2):
+            total = conv.clipped_sum(a, g, spec, torch.eye(2)[i], backend="native")
+            assert torch.equal(total, grads[i]), geometry
+
+
+SIZES = [(3, 5, 7, 6), (2, 1, 40, 30), (4, 300, 16, 13), (1, 64, 33, 1), (5, 3, 1, 9)]  # B, M, D, P
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_linear_forms(size, layout, dtype, backend) -> None:
+    torch.manual_seed(0)
+    b, m, d, p = size
+    a, g, w = torch.randn(b, m, d), torch.randn(b, m, p), torch.rand(b, dtype=torch.float64)
+    a, g = relayout(a.to(dtype), layout), relayout(g.to(dtype), layout)
+    exact = torch.einsum("bmp,bmd->bpd", g.double(), a.double())
+    plain = torch.einsum("bmp,bmd->bpd", g.float(), a.float())
+    limit = 2 * relative(plain, exact) + 4e-7
+    grads, sq = linear.per_example_grads(a, g, backend=backend)
+    assert relative(grads, exact) <= limit
+    assert relative(sq, exact.square().sum((1, 2))) <= limit
+    assert relative(linear.sq_norms(a, g, backend=backend), exact.square().sum((1, 2))) <= limit
+    assert relative(linear.gram_sq_norms(a, g)[0], exact.square().sum((1, 2))) <= 1e-5
+    for total in (linear.clipped_sum(a, g, w, backend=backend), linear.weighted_sum(a, g, w)):
+        assert relative(total, torch.tensordot(w, exact, 1)) <= limit
+
+
+def ops():
+    """A call of every op, by name."""
+    a, g, spec, _ = convolution("3x3", rows=6, dtype=torch.float32)
+    few, few_g, narrow, _ = convolution("one channel", rows=6, dtype=torch.float32)
+    x, y, w = torch.randn(3, 5, 7), torch.randn(3, 5, 6), torch.rand(3)
+    index, looked_up = torch.randint(0, 9, (3, 5)), torch.randn(3, 5, 4)
+    b, c = torch.randn(3, 2, 8, 5), torch.randn(3, 2, 8, 5)
+    n = torch.ops.dpfast
+    return {
+        "conv_per_example_grads": (n.conv_per_example_grads, (a, g, *spec.arguments(), 3, None)),
+        "conv_per_example_grads, few channels": (n.conv_per_example_grads, (few, few_g, *narrow.arguments(), 3, None)),
+        "conv_sq_norms": (n.conv_sq_norms, (a, g, *spec.arguments(), 3, None)),
+        "conv_gram_sq_norms": (n.conv_gram_sq_norms, (a, g, *spec.arguments(), 3)),
+        "conv_clipped_sum": (n.conv_clipped_sum, (a, g, *spec.arguments(), w, None)),
+        "linear_per_example_grads": (n.linear_per_example_grads, (x, y, None)),
+        "linear_sq_norms": (n.linear_sq_norms, (x, y, None)),
+        "linear_gram_sq_norms": (n.linear_gram_sq_norms, (x, y)),
+        "linear_clipped_sum": (n.linear_clipped_sum, (x, y, w, None)),
+        "linear_weighted_sum": (n.linear_weighted_sum, (x, y, w)),
+        "embedding_per_example_grads": (n.embedding_per_example_grads, (index, looked_up, 9)),
+        "embedding_sq_norms": (n.embedding_sq_norms, (index, looked_up, 9)),
+        "embedding_gram_sq_norms": (n.embedding_gram_sq_norms, (index, looked_up)),
+        "embedding_clipped_sum": (n.embedding_clipped_sum, (index, looked_up, 9, w)),
+        "embedding_weighted_sum": (n.embedding_weighted_sum, (index, looked_up, 9, w)),
+        "affine_grads": (n.affine_grads, (b, c, None)),
+        "bias_grads": (n.bias_grads, (b, None)),
+        "clip_sq_norms": (n.clip_sq_norms, (x.flatten(1), None)),
+        "clip_clipped_sum": (n.clip_clipped_sum, (x.flatten(1), w, None)),
+    }
+
+
+@pytest.mark.parametrize("name", ops())
+def test_every_op_is_registered_as_it_behaves(name) -> None:
+    op, arguments = ops()[name]
+    torch.library.opcheck(op.default, arguments)
+
+
+def test_no_op_is_left_out() -> None:
+    registered = {name.removeprefix("dpfast::").split(".")[0] for name in torch._C._dispatch_get_all_op_names()
+                  if name.startswith("dpfast::")}  # fmt: skip
+    assert registered == {name.split(",")[0] for name in ops()}
+
+
+LEVELS = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from dpfast.kernels import dispatch
+from test_kernels import GEOMETRIES, assert_all_forms, convolution
+print(dispatch.native_module().instruction_set)
+for geometry in GEOMETRIES:
+    a, g, spec, weight = convolution(geometry, rows=6, dtype=torch.float32)
+    assert_all_forms(geometry, a, g, weight, spec, 3, "native")
+    assert_all_forms(geometry, a.bfloat16(), g.bfloat16(), weight, spec, 3, "native")
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("level", ["base", "v3"])
+def test_every_instruction_set(level) -> None:
+    code = LEVELS.format(folder=str(Path(__file__).parent))
+    env = {**os.environ, "DPFAST_ISA": level}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in {"base", level}
 
 
 def test_no_examples() -> None:
     a, g, spec, _ = convolution("3x3", rows=0)
-    assert conv.per_example_grads(a, g, spec, 0).shape == (0, 6, 4, 3, 3)
-    assert conv.direct_sq_norms(a, g, spec, 0).shape == (0,)
-    assert conv.gram_sq_norms(a, g, spec, 0)[0].shape == (0,)
-    assert conv.clipped_sum(a, g, spec, torch.zeros(0)).abs().sum() == 0
-    assert linear.direct_sq_norms(torch.zeros(0, 3, 4), torch.zeros(0, 3, 5)).shape == (0,)
+    for x, y in ((a, g), (a.float(), g.float())):
+        assert [t.shape for t in conv.per_example_grads(x, y, spec, 0)] == [(0, 6, 4, 3, 3), (0,)]
+        assert conv.sq_norms(x, y, spec, 0).shape == (0,)
+        assert conv.gram_sq_norms(x, y, spec, 0)[0].shape == (0,)
+        assert conv.clipped_sum(x, y, spec, torch.zeros(0)).abs().sum() == 0
+    assert linear.sq_norms(torch.zeros(0, 3, 4), torch.zeros(0, 3, 5)).shape == (0,)
+    assert linear.clipped_sum(torch.zeros(0, 3, 4), torch.zeros(0, 3, 5), torch.zeros(0)).abs().sum() == 0
 
 
-def test_a_weight_of_zero_silences_what_is_not_finite() -> None:
-    a, g, spec, _ = convolution("3x3", rows=6)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_weight_of_zero_silences_what_is_not_finite(dtype) -> None:
+    a, g, spec, _ = convolution("3x3", rows=6, dtype=dtype)
     w = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)
     expected = conv.clipped_sum(a, g, spec, w)
     a, g = a.clone(), g.clone()
     a[2], g[3] = float("inf"), float("nan")
     torch.testing.assert_close(conv.clipped_sum(a, g, spec, w), expected)
-    x, y = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
+    x, y = torch.randn(3, 4, 5, dtype=dtype), torch.randn(3, 4, 6, dtype=dtype)
     expected = linear.clipped_sum(x, y, w)
     x[1], y[1] = float("nan"), float("inf")
     torch.testing.assert_close(linear.clipped_sum(x, y, w), expected)
-    grads = torch.randn(3, 2, 2)
+    torch.testing.assert_close(linear.weighted_sum(x, y, w), expected)
+    grads = torch.randn(3, 2, 2, dtype=dtype)
     expected = clip.clipped_sum(grads, w)
     grads[1] = float("nan")
     torch.testing.assert_close(clip.clipped_sum(grads, w), expected)
@@ -145,7 +331,7 @@ def test_norms_are_never_understated_beyond_the_bound(dtype) -> None:
         sq, bound = linear.gram_sq_norms(a, g)
         assert (sq.double() + bound.double() >= exact).all(), name
         assert (sq.double() - bound.double() <= exact).all(), name
-        direct = linear.direct_sq_norms(a, g).double()
+        direct = linear.sq_norms(a, g).double()
         scale = (a.double().norm(dim=-1) * g.double().norm(dim=-1)).sum(1).square()
         assert (direct >= exact * (1 - 1e-3) - 1e-12 * scale).all(), name
 
@@ -161,7 +347,9 @@ def test_embedding(dtype) -> None:
     )
     torch.testing.assert_close(embedding.per_example_grads(index, g, 7), exact)
     torch.testing.assert_close(embedding.gram_sq_norms(index, g)[0], exact.square().sum((1, 2)))
+    torch.testing.assert_close(embedding.sq_norms(index, g, 7), exact.double().square().sum((1, 2)))
     torch.testing.assert_close(embedding.clipped_sum(index, g, 7, w), torch.tensordot(w, exact, 1))
+    torch.testing.assert_close(embedding.weighted_sum(index, g, 7, w), torch.tensordot(w, exact, 1))
 
 
 def test_the_library_takes_low_precision_and_gives_float32() -> None:

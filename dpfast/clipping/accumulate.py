@@ -10,7 +10,7 @@ from dpfast.clipping.capture import Tracked
 from dpfast.clipping.forms import choose, stored_size
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse
-from dpfast.clipping.terms import FactoredTerm, Recomputed, Stored, Term
+from dpfast.clipping.terms import FactoredTerm, Stored, Term
 from dpfast.kernels.clip import clip_factors
 from dpfast.performance import Performance
 
@@ -74,25 +74,22 @@ class Accumulation:
         sums = {name: term.clipped_sum(factors) for name, term in self.kept.items()}
         return Clipped(total.sqrt(), factors, sums)
 
-    def keep(self, name: str, term: Term) -> None:
+    def keep(self, name: str, given: Stored | FactoredTerm) -> None:
         """Add the squared norms of a parameter's whole gradient; ``finish`` sums it."""
-        if not isinstance(term, Stored | Recomputed):
-            term = self._in_chosen_form(term)
-        if isinstance(term, Stored | Recomputed):
-            self.sq += term.sq_norms()
+        term = self._in_chosen_form(given) if isinstance(given, FactoredTerm) else given
+        self.sq += term.sq
+        if term.bound is not None:
+            self.bound += term.bound
         self.kept[name] = term
 
     def _in_chosen_form(self, term: FactoredTerm) -> Term:
         form = choose(term, self.examples, self.performance, self.stored_bytes)
-        if form == "materialise":
-            self.stored_bytes += stored_size(term, self.examples)
-            return Stored(term.materialise())
+        if form == "gram":
+            return term.by_gram()
         if form == "direct":
-            return Recomputed(term)
-        sq, bound = term.gram()
-        self.sq += sq
-        self.bound += bound
-        return term
+            return term.measured()
+        self.stored_bytes += stored_size(term, self.examples)
+        return term.stored()
 
     def _add_partial(self, key: int, grads: Tensor) -> None:
         self.partial[key] = self.partial[key] + grads if key in self.partial else grads

@@ -30,6 +30,7 @@ from dpfast.clipping.functions import (
     ARITHMETIC,
     AS_ANOTHER,
     FACTORIES,
+    METADATA,
     NUMBERS,
     RANDOM,
     READ_OUT,
@@ -120,13 +121,15 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in METADATA:
+            return func(*args, **kwargs)
         if self.probe_trace is not None:
             self.probe_trace = traced(self.probe_trace, func)
             return func(*args, **kwargs)
         self.tape.trace = traced(self.tape.trace, func)
         if func is torch.broadcast_tensors:
-            return self._broadcast(tuple(tensors_in(args)))
-        tensors = list(tensors_in((args, kwargs)))
+            return self._broadcast(tensors_in(args))
+        tensors = tensors_in((args, kwargs) if kwargs else args)
         written = written_by(func, args, kwargs)
         tracked = [self.tracked[id(t)] for t in tensors if id(t) in self.tracked]
         data = [t for t in tensors if id(t) not in self.tracked and t not in self.constants]
@@ -152,7 +155,7 @@ class Capture(TorchFunctionMode):
             self.counted.update(dict.fromkeys(outputs, True))
         return output
 
-    def _broadcast(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    def _broadcast(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         """Each tensor is expanded by itself: only their shapes meet."""
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         return tuple(self.__torch_function__(Tensor.expand, (), (t, shape)) for t in tensors)

@@ -1,7 +1,7 @@
 """GhostClipper: per-example clipping for any model in any loop."""
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -16,7 +16,7 @@ from dpfast.clipping.ownership import MANY_PATHS, Ownership
 from dpfast.clipping.passes import Pass
 from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.tape import Tape
-from dpfast.clipping.watch import Seen, changed, seen
+from dpfast.clipping.watch import Inventory, Seen, changed, seen
 from dpfast.errors import CaptureError, ConfigError
 from dpfast.performance import Performance
 
@@ -94,7 +94,7 @@ class GhostClipper:
         self._capture: Capture | None = None
         self._last: Seen = {}  # the parameters, when the last step began
         self._updates = -1  # how often they have changed since
-        refuse(_model_problems(model, self.parameters))
+        refuse(_model_problems(Inventory.of(model)))
 
     @property
     def max_grad_norm(self) -> float:
@@ -109,11 +109,14 @@ class GhostClipper:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name: those whose gradients are clipped together."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return Inventory.of(self.model).trainable
 
     def foreign_gradients(self) -> list[str]:
         """Parameters whose ``p.grad`` is neither None, nor zero, nor exactly what this clipper last wrote."""
-        present = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        return self._foreign_gradients(self.parameters)
+
+    def _foreign_gradients(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        present = {name: p for name, p in parameters.items() if p.grad is not None}
         now = seen({name: _grad(p) for name, p in present.items()})
 
         def mine(name: str, p: nn.Parameter) -> bool:
@@ -132,13 +135,13 @@ class GhostClipper:
     def __enter__(self) -> Self:
         if self._capture is not None:
             raise CaptureError("this clipper is already active: leave its `with` block before entering it again")
-        parameters = self.parameters
-        refuse(_model_problems(self.model, parameters))
-        self._buffers = seen(self._fixed(parameters))
-        self._copies = {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        model = Inventory.of(self.model)
+        refuse(_model_problems(model))
+        self._buffers = seen(model.fixed)
+        self._copies = {name: b.detach().clone() for name, b in model.buffers.items()}
         self._parameters: Seen | None = None
-        self._see_parameters()
-        self._capture = Capture(parameters, self._fixed(parameters), self._anchor, on_start=self._see_parameters)
+        self._see_parameters(model)
+        self._capture = Capture(model.trainable, model.fixed, self._anchor, on_start=self._see_parameters)
         self._calls.begin(self._capture)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -152,7 +155,7 @@ class GhostClipper:
         capture.tape.close()
         if kind is not None:
             return
-        problems = capture.tape.problems + self._buffer_problems(capture)
+        problems = capture.tape.problems + self._buffer_problems(capture, Inventory.of(self.model))
         if problems:
             self.zero_grad()
             refuse(problems)
@@ -176,26 +179,29 @@ class GhostClipper:
         tape = capture.tape
         try:
             with torch._C.DisableTorchFunction():
+                model = Inventory.of(self.model)
                 examples = self._check_losses(losses, example_mask)
-                refuse(tape.problems + tape.changed_after_use() + self._state_problems(capture))
+                refuse(tape.problems + tape.changed_after_use() + self._state_problems(capture, model))
                 if examples and not losses.requires_grad:
                     raise CaptureError(
                         "losses depend on no trainable parameter: compute them inside `with clipper`, with gradients"
                         f" enabled{_without_grad(tape.used_without_grad)}"
                     )
                 unseen = self._calls.show(len(losses)) if examples else ""
-                clipped = self._clip(losses, examples, example_mask)
-                self._write(clipped.sums)
-                self._buffers = seen(self._fixed(capture.parameters))
+                clipped = self._clip(losses, examples, example_mask, model.trainable)
+                self._write(clipped.sums, model.trainable)
+                self._buffers = seen(model.fixed)
         finally:
             capture.restart()
             self._calls.restart()
             self._parameters = None
         if examples:
-            self._warn(clipped.sums, tape, unseen=unseen)
+            self._warn([name for name in model.trainable if name not in clipped.sums], tape, unseen=unseen)
         return ClipResult(clipped.norms, clipped.factors)
 
-    def _clip(self, losses: Tensor, examples: int, mask: Tensor | None) -> Clipped:
+    def _clip(
+        self, losses: Tensor, examples: int, mask: Tensor | None, parameters: Mapping[str, nn.Parameter]
+    ) -> Clipped:
         assert self._capture is not None
         if examples == 0:
             nothing = losses.detach().new_zeros(0, dtype=torch.float64)
@@ -203,7 +209,7 @@ class GhostClipper:
         finite = losses.detach().isfinite().view(examples, -1).all(1)
         return Pass(
             capture=self._capture,
-            parameters=self.parameters,
+            parameters=parameters,
             ownership=self._ownership,
             performance=self.performance,
             losses=losses,
@@ -255,17 +261,12 @@ class GhostClipper:
 
     # What must hold before and after
 
-    def _fixed(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Buffers and frozen parameters."""
-        frozen = {name: p for name, p in self.model.named_parameters() if name not in trainable}
-        return {**dict(self.model.named_buffers()), **frozen}
-
-    def _see_parameters(self) -> None:
+    def _see_parameters(self, model: Inventory | None = None) -> None:
         """At the first use of a step: a step after another in the same block begins with what the optimizer left."""
         if self._parameters is not None:
             return
         with torch._C.DisableTorchFunction():
-            self._parameters = seen(self.parameters)
+            self._parameters = seen((model or Inventory.of(self.model)).trainable)
         if self._parameters != self._last:
             self._last = self._parameters
             self._updates += 1
@@ -273,9 +274,10 @@ class GhostClipper:
                 self._ownership.forget()
                 self._calls.forget()
 
-    def _buffer_problems(self, capture: Capture) -> list[Problem]:
+    def _buffer_problems(self, capture: Capture, model: Inventory) -> list[Problem]:
         """Buffers and frozen parameters that a step has changed, unless from constants; buffers are put back."""
-        fixed = self._fixed(capture.parameters)
+        unfrozen = {name: p for name, p in model.trainable.items() if name not in capture.parameters}
+        fixed = {name: t for name, t in {**model.fixed, **unfrozen}.items() if name not in capture.parameters}
         moved = [
             name
             for name in changed(self._buffers, seen(fixed))
@@ -294,32 +296,34 @@ class GhostClipper:
         """Whether another tensor stands in a buffer's place (a cache that grew)."""
         return name not in self._buffers or self._buffers[name][0] != id(now)
 
-    def _state_problems(self, capture: Capture) -> list[Problem]:
-        problems = self._buffer_problems(capture)
-        moved = [] if self._parameters is None else changed(self._parameters, seen(self.parameters))
+    def _state_problems(self, capture: Capture, model: Inventory) -> list[Problem]:
+        problems = self._buffer_problems(capture, model)
+        moved = [] if self._parameters is None else changed(self._parameters, seen(model.trainable))
         if moved:
             what = "changed, frozen or unfrozen between the forward pass and clipper.backward"
             problems.append(Problem((listed(moved),), what, "leave the block for that"))
-        foreign = self.foreign_gradients()
+        foreign = self._foreign_gradients(model.trainable)
         if foreign:
             what = "p.grad holds what this clipper did not write"
             cure = "call clipper.zero_grad() first, and let no other backward pass reach these parameters"
             problems.append(Problem((listed(foreign),), what, cure))
         return problems
 
-    def _write(self, sums: dict[str, Tensor]) -> None:
+    def _write(self, sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
         """Add the sums of one complete backward pass to ``p.grad``."""
-        parameters = self.parameters
         with torch.no_grad():
             for name, p in parameters.items():
-                if p.grad is None:
+                if p.grad is not None:
+                    if name in sums:
+                        p.grad += sums[name].to(p.dtype)
+                elif name in sums:
+                    p.grad = sums[name].to(p.dtype).contiguous()
+                else:
                     p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
-                if name in sums:
-                    p.grad += sums[name].to(p.dtype)
         now = seen({name: _grad(p) for name, p in parameters.items()})
         self._written = {id(p): (_grad(p), now[name][1]) for name, p in parameters.items()}
 
-    def _warn(self, sums: dict[str, Tensor], tape: Tape, *, unseen: str) -> None:
+    def _warn(self, unused: Iterable[str], tape: Tape, *, unseen: str) -> None:
         """Each thing once."""
         for function, names in tape.fallbacks.items():
             self._warn_once(
@@ -327,7 +331,7 @@ class GhostClipper:
                 f"dpfast has no rule for {function} with {listed(dict.fromkeys(names))}: its per-example gradients come"
                 " from a vmapped vector-Jacobian product, which is correct and slow",
             )
-        unused = [name for name in self.parameters if name not in sums and name not in self._warned]
+        unused = [name for name in unused if name not in self._warned]
         if unused:
             self._warned.update(unused)
             self._warn_once(
@@ -379,8 +383,9 @@ def _without_grad(names: Collection[str]) -> str:
     )
 
 
-def _model_problems(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[Problem]:
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+def _model_problems(model: Inventory) -> list[Problem]:
+    parameters, every = model.trainable, {**model.trainable, **model.frozen}
+    lazy = [name for name, p in every.items() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         what = "a lazy layer that has no shape yet"
         return [Problem((listed(lazy),), what, "run the model once on public or random input first")]

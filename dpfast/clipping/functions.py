@@ -1,5 +1,6 @@
 """What the capture knows of torch functions beside their rules: what they read, write and make."""
 
+import functools
 from typing import Any
 
 import torch
@@ -41,6 +42,17 @@ AS_ANOTHER = frozenset(  # read only the shape or dtype of their other arguments
         *(torch.zeros_like, torch.ones_like),
     }
 )
+METADATA = frozenset(  # tell of a tensor what its numbers have no part in
+    {
+        *(
+            getattr(Tensor, name).__get__
+            for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "is_cuda")
+        ),
+        *(Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.nelement, Tensor.element_size),
+        *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_contiguous, Tensor.storage_offset),
+        *(Tensor.__len__, Tensor.get_device),
+    }
+)
 _AUGMENTED = frozenset(
     f"__{name}__"
     for name in (
@@ -53,11 +65,15 @@ _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that a call changes in place."""
+    written = tensors_in(args[0]) if args and (_is_in_place(func) or (kwargs and kwargs.get("inplace"))) else []
+    return written + tensors_in(kwargs["out"]) if kwargs and "out" in kwargs else written
+
+
+@functools.cache
+def _is_in_place(func: Any) -> bool:
     name = function_name(func)
     with_underscore = name.endswith("_") and not name.endswith("__")
-    in_place = with_underscore or name in _AUGMENTED or kwargs.get("inplace") or func == _SET_DATA
-    written = list(tensors_in(args[0])) if in_place and args else []
-    return written + list(tensors_in(kwargs.get("out")))
+    return with_underscore or name in _AUGMENTED or func == _SET_DATA
 
 
 def storage(t: Tensor) -> int:

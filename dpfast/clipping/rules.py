@@ -26,6 +26,7 @@ from dpfast.clipping.problems import Problem
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import IsTracked, Rule, Terms, Use, present
 from dpfast.clipping.terms import ConvTerm, EmbeddingTerm, LinearTerm, Stored
+from dpfast.kernels.affine import bias_grads
 from dpfast.kernels.conv import ConvSpec
 from dpfast.kernels.precision import accumulation_dtype
 
@@ -55,7 +56,7 @@ def linear(is_tracked: IsTracked, input: Tensor, weight: Tensor, bias: Tensor | 
             is_tracked,
             [
                 (weight, lambda: LinearTerm(_matrix_rows(saved[0], rows), g)),
-                (bias, lambda: Stored(g.sum(1, dtype=accumulation_dtype(g)))),
+                (bias, lambda: Stored(bias_grads(g.unsqueeze(3)))),
             ],
         )
 
@@ -122,7 +123,7 @@ def _conv(is_tracked: IsTracked, input: Tensor, weight: Tensor, bias: Tensor | N
             is_tracked,
             [
                 (weight, lambda: ConvTerm(saved[0], g, spec, rows.examples)),
-                (bias, lambda: Stored(rows.split(g).flatten(3).sum((1, 3), dtype=accumulation_dtype(g)))),
+                (bias, lambda: Stored(bias_grads(rows.split(g).flatten(3)))),
             ],
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rows import Rows
-from dpfast.clipping.terms import Term
+from dpfast.clipping.terms import FactoredTerm, Stored
 from dpfast.errors import CaptureError
 
 
@@ -28,6 +28,7 @@ def plain() -> Iterator[None]:
 
 
 IsTracked = Callable[[Any], bool]
+Term = Stored | FactoredTerm
 Terms = Sequence[tuple[Tensor, Term]]
 Receive = Callable[["TapedUse", tuple[Tensor, ...], Tensor], None]
 

@@ -6,12 +6,35 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+_LEAVES = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
     """Tensors in order, also inside lists, tuples, dicts, namespaces and dataclasses."""
-    return (leaf for leaf in leaves(value) if isinstance(leaf, Tensor))
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    """``leaves`` without generators: every torch call of a step comes by here."""
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif type(item) not in _LEAVES:
+                _collect(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, found)
+    elif type(value) not in _LEAVES:
+        found.extend(leaf for leaf in leaves(value) if isinstance(leaf, Tensor))
 
 
 def leaves(value: Any) -> Iterator[Any]:

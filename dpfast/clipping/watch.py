@@ -1,43 +1,60 @@
-"""Numbers by which a change of a tensor shows, however it was made: in place, through ``.data``, through numpy."""
+"""The tensors of a model, and whether they changed."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-Seen = dict[str, tuple[int, int]]  # by name: the identity of a tensor, and the sum of its bits
+from dpfast.kernels.fingerprint import fingerprints
 
-ORDERED = 1 << 16  # numbers in a tensor up to which another order shows, too: buffers and small layers
-_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Seen = dict[str, tuple[int, int]]  # by name: the identity of a tensor, and its fingerprint
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Trainable parameters, frozen ones and buffers of a model by name, each tensor once."""
+
+    trainable: dict[str, nn.Parameter]
+    frozen: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """In one walk over the modules."""
+        found = cls({}, {}, {})
+        known: set[int] = set()
+
+        def new(t: Tensor | None) -> bool:
+            if t is None or id(t) in known:
+                return False
+            known.add(id(t))
+            return True
+
+        for prefix, module in model.named_modules():
+            dot = f"{prefix}." if prefix else ""
+            for name, p in module._parameters.items():
+                if new(p):
+                    (found.trainable if p.requires_grad else found.frozen)[dot + name] = p
+            for name, b in module._buffers.items():
+                if new(b):
+                    found.buffers[dot + name] = b
+        return found
+
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """What a private step must leave as it is: buffers and frozen parameters."""
+        return {**self.buffers, **self.frozen}
 
 
 @torch.no_grad()
 def seen(tensors: Mapping[str, Tensor]) -> Seen:
-    """What to compare later. Reads every tensor once; one transfer per device."""
-    sums = {name: _sum_of_bits(t) for name, t in tensors.items()}
-    by_device: dict[torch.device, list[str]] = {}
-    for name, total in sums.items():
-        by_device.setdefault(total.device, []).append(name)
-    values = {
-        name: value
-        for names in by_device.values()
-        for name, value in zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True)
-    }
-    return {name: (id(t), values[name]) for name, t in tensors.items()}
+    """What to compare later."""
+    numbers = fingerprints(list(tensors.values()))
+    return {name: (id(t), number) for (name, t), number in zip(tensors.items(), numbers, strict=True)}
 
 
 def changed(before: Seen, now: Seen) -> list[str]:
     """Names of tensors that came, went, were replaced or hold other numbers."""
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
-
-
-def _sum_of_bits(t: Tensor) -> Tensor:
-    if t.layout != torch.strided:
-        t = t.coalesce() if t.layout == torch.sparse_coo else t.to_sparse_coo().coalesce()
-        return _sum_of_bits(t.indices()) + _sum_of_bits(t.values())
-    t = torch.view_as_real(t) if t.is_complex() else t
-    flat = t.detach().reshape(-1)
-    bits = flat.view(_WHOLE[flat.element_size()])
-    if bits.numel() <= ORDERED:
-        bits = bits * torch.arange(1, bits.numel() + 1, device=bits.device)
-    return bits.sum(dtype=torch.int64)

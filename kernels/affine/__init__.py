@@ -13,8 +13,10 @@ from torch import Tensor
 
 from dpfast.kernels.affine import native, reference
 from dpfast.kernels.dispatch import Backend, KernelError, choose
+from dpfast.kernels.precision import accumulation_dtype
+from dpfast.kernels.registry import register
 
-__all__ = ["affine_grads"]
+__all__ = ["affine_grads", "bias_grads"]
 
 
 def affine_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
@@ -28,9 +30,12 @@ def affine_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tup
         KernelError: other shapes, dtypes or devices, or ``backend="native"`` where it cannot be used.
     """
     _check(a, g)
-    if choose(backend, a, g) == "native":
-        return native.affine_grads(a, g)
-    return reference.affine_grads(a, g)
+    return _affine_grads(a, g, backend)
+
+
+def bias_grads(g: Tensor) -> Tensor:
+    """Gradients of a bias, ``[B, C]``: the sum of ``g [B, M, C, S]`` over rows and positions, float32 at least."""
+    return _bias_grads(g, None)
 
 
 def _check(a: Tensor, g: Tensor) -> None:
@@ -44,3 +49,26 @@ def _check(a: Tensor, g: Tensor) -> None:
     if problems:
         came = [f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in (("a", a), ("g", g))]
         raise KernelError(f"affine_grads: {'; '.join(problems)}; got {' and '.join(came)}")
+
+
+def _run_affine_grads(a: Tensor, g: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor]:
+    return (native if choose(backend, a, g) == "native" else reference).affine_grads(a, g)
+
+
+def _fake_affine_grads(a: Tensor, g: Tensor, _: Backend | None) -> tuple[Tensor, Tensor]:
+    weight = a.new_empty((a.shape[0], a.shape[2]), dtype=accumulation_dtype(a, g))
+    return weight, weight.new_empty(weight.shape)
+
+
+def _run_bias_grads(g: Tensor, _: Backend | None) -> Tensor:
+    return reference.bias_grads(g)
+
+
+def _fake_bias_grads(g: Tensor, _: Backend | None) -> Tensor:
+    return g.new_empty((g.shape[0], g.shape[2]), dtype=accumulation_dtype(g))
+
+
+_affine_grads = register(
+    "affine_grads(Tensor a, Tensor g, str? backend) -> (Tensor, Tensor)", _run_affine_grads, _fake_affine_grads
+)
+_bias_grads = register("bias_grads(Tensor g, str? backend) -> Tensor", _run_bias_grads, _fake_bias_grads)

@@ -9,3 +9,8 @@ def affine_grads(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(a.dtype, torch.float32)
     a, g = a.to(dtype), g.to(dtype)
     return (a * g).sum((1, 3)), g.sum((1, 3))
+
+
+def bias_grads(g: Tensor) -> Tensor:
+    """``sum_{m,s} g``; [B, M, C, S] -> [B, C]."""
+    return g.sum((1, 3), dtype=torch.promote_types(g.dtype, torch.float32))

@@ -1,8 +1,66 @@
 """Clip factors from squared norms, and the clipped sum of stored per-example gradients.
 
-Shapes: ``sq [B]`` squared norms over all parameters, ``w [B]`` factors, ``grads [B, ...]`` gradients of one parameter.
+Shapes: ``sq [B]`` squared norms over all parameters, ``w [B]`` factors, ``grads [B, ...]`` gradients of one parameter,
+any strides. Cost: one read of ``grads`` each; both are bound by memory.
 """
 
-from dpfast.kernels.clip.reference import clip_factors, clipped_sum, sq_norms
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfast.kernels.clip import native, reference
+from dpfast.kernels.clip.reference import clip_factors
+from dpfast.kernels.dispatch import Backend, choose
+from dpfast.kernels.registry import register
 
 __all__ = ["clip_factors", "clipped_sum", "sq_norms"]
+
+
+def sq_norms(grads: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """``|G_i|^2`` in float64, ``[B]``, without a copy of gradients that lie dense in memory in some order."""
+    flat, _ = _in_memory_order(grads)
+    return _sq_norms(flat, backend)
+
+
+def clipped_sum(grads: Tensor, w: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """``sum_i w_i G_i``; an example with ``w_i = 0`` contributes exactly 0, whatever its values."""
+    flat, order = _in_memory_order(grads)
+    total = _clipped_sum(flat, w, backend)
+    inverse = [order.index(dim) for dim in range(1, grads.ndim)]
+    return total.view([grads.shape[dim] for dim in order]).permute(inverse)
+
+
+def _in_memory_order(grads: Tensor) -> tuple[Tensor, list[int]]:
+    """``[B, n]``, an example's numbers as they lie in memory (no copy if dense), and the order of dimensions."""
+    order = sorted(range(1, grads.ndim), key=grads.stride, reverse=True)
+    return grads.permute(0, *order).unsqueeze(-1).flatten(1), order
+
+
+def _implementation(flat: Tensor, backend: Backend | None) -> Any:
+    dense = flat.shape[1] < 2 or flat.stride(1) == 1
+    return native if choose(backend, flat) == "native" and dense else reference
+
+
+def _run_sq_norms(flat: Tensor, backend: Backend | None) -> Tensor:
+    sq: Tensor = _implementation(flat, backend).sq_norms(flat)
+    return sq
+
+
+def _fake_sq_norms(flat: Tensor, _: Backend | None) -> Tensor:
+    return flat.new_empty(flat.shape[0], dtype=torch.float64)
+
+
+def _run_clipped_sum(flat: Tensor, w: Tensor, backend: Backend | None) -> Tensor:
+    total: Tensor = _implementation(flat, backend).clipped_sum(flat, w)
+    return total
+
+
+def _fake_clipped_sum(flat: Tensor, _w: Tensor, _: Backend | None) -> Tensor:
+    return flat.new_empty(flat.shape[1])
+
+
+_sq_norms = register("clip_sq_norms(Tensor flat, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
+_clipped_sum = register(
+    "clip_clipped_sum(Tensor flat, Tensor w, str? backend) -> Tensor", _run_clipped_sum, _fake_clipped_sum
+)

@@ -12,29 +12,19 @@ def clip_factors(sq: Tensor, max_grad_norm: float) -> Tensor:
     return torch.where(sq.isfinite(), factors, 0)
 
 
-def sq_norms(grads: Tensor) -> Tensor:
-    """``|G_i|^2`` in float64, ``[B]``, without a copy of the gradients.
+def sq_norms(flat: Tensor) -> Tensor:
+    """``|G_i|^2 [B]`` in float64, of ``[B, n]``.
 
     Blocks are summed in their own dtype and added up in float64: torch's norm of a long float32 vector adds into one
     number per vector lane, and was 1e-2 low on 67 million numbers.
     """
-    flat, _ = _in_memory_order(grads)
     whole = flat.shape[1] // BLOCK * BLOCK
     blocks = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1 if whole else 0, BLOCK)), dim=2)
     rest = torch.linalg.vector_norm(flat[:, whole:], dim=1)
     return blocks.double().square().sum(1) + rest.double().square()
 
 
-def clipped_sum(grads: Tensor, w: Tensor) -> Tensor:
-    """``sum_i w_i G_i``; an example with ``w_i = 0`` contributes exactly 0, whatever its values."""
-    flat, order = _in_memory_order(grads)
-    weight = w.to(grads.dtype)
-    total = weight @ torch.where((weight > 0).unsqueeze(1), flat, 0)
-    inverse = [order.index(dim) for dim in range(1, grads.ndim)]
-    return total.view([grads.shape[dim] for dim in order]).permute(inverse)
-
-
-def _in_memory_order(grads: Tensor) -> tuple[Tensor, list[int]]:
-    """``[B, n]``, an example's numbers as they lie in memory (no copy if dense), and the order of dimensions."""
-    order = sorted(range(1, grads.ndim), key=grads.stride, reverse=True)
-    return grads.permute(0, *order).unsqueeze(-1).flatten(1), order
+def clipped_sum(flat: Tensor, w: Tensor) -> Tensor:
+    """``sum_i w_i G_i [n]``; an example with ``w_i = 0`` contributes exactly 0, whatever its values."""
+    weight = w.to(flat.dtype)
+    return weight @ torch.where((weight > 0).unsqueeze(1), flat, 0)

@@ -5,74 +5,124 @@ per example. ``ConvSpec`` holds the geometry. With patches of the input a convol
 (``D = Cin/groups * taps``, ``M = R * positions``), so the forms and costs are those of ``dpfast.kernels.linear``.
 A transposed convolution is the same with the roles of input and output gradient exchanged.
 
-Any strides and memory formats; bfloat16 and float16 are computed in float32. Patches of a few examples at a time are
-in memory.
+    per_example_grads   2 B M D P FLOPs, writes B D P numbers, the norms in the same pass
+    sq_norms            2 B M D P FLOPs, nothing stored
+    gram_sq_norms       2 B M^2 (D + P) FLOPs, and a bound on the rounding error
+    clipped_sum         2 B M D P FLOPs
+
+Any strides and memory formats; bfloat16 and float16 are computed in float32. On the CPU ``native`` computes float32 and
+bfloat16; the library (oneDNN, cuDNN) computes the rest, one example at a time.
 """
 
-import math
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpfast.kernels.conv import channels_last, library, reference
+from dpfast.kernels.conv import library, native, reference
 from dpfast.kernels.conv.spec import ConvSpec
+from dpfast.kernels.dispatch import Backend, choose
 from dpfast.kernels.precision import accumulation_dtype
+from dpfast.kernels.registry import register
 
-__all__ = ["ConvSpec", "clipped_sum", "direct_sq_norms", "each_grad", "gram_sq_norms", "per_example_grads"]
-
-PATCH_BYTES = 1 << 25  # patches alive at a time: more would leave the last-level cache
-LIBRARY_FLOPS = 5e6  # per example; above, a call to oneDNN beats patches (13.7 against 13.1 ms at 3.5e6, one core)
-
-clipped_sum = library.clipped_sum
-each_grad = library.each_grad
+__all__ = ["ConvSpec", "clipped_sum", "gram_sq_norms", "per_example_grads", "sq_norms"]
 
 
-def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Tensor:
-    """``G [B, *weight_shape]``: from patches, or from one library call per example where that is faster."""
-    if _flops(a, g, spec, examples) <= LIBRARY_FLOPS:
-        parts = [
-            channels_last.per_example_grads(a[part], g[part], spec, n) for part, n in _chunks(a, g, spec, examples)
-        ]
-        if parts:
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-    out = a.new_empty((examples, *spec.weight_shape), dtype=accumulation_dtype(a, g))
-    for i, grad in enumerate(library.each_grad(a, g, spec, examples)):
-        out[i] = grad
-    return out
+def per_example_grads(
+    a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """``G [B, *weight_shape]`` (a view of memory in ``spec``'s order) and ``|G_i|^2 [B]`` of the numbers stored."""
+    flat, sq = _per_example_grads(a, g, *spec.arguments(), examples, backend)
+    return spec.weights(flat), sq
 
 
-def direct_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Tensor:
-    """``|G_i|^2 [B]`` with one ``G_i`` alive at a time."""
-    norms = [grad.square().sum() for grad in library.each_grad(a, g, spec, examples)]
-    return torch.stack(norms) if norms else a.new_zeros(0, dtype=accumulation_dtype(a, g))
+def sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None) -> Tensor:
+    """``|G_i|^2 [B]``, float64, of the ``G_i`` that ``clipped_sum`` adds up; none is stored."""
+    return _sq_norms(a, g, *spec.arguments(), examples, backend)
 
 
 def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 [B]`` from Gram matrices of patches, and the bound on its rounding error ``[B]``."""
-    empty = a.new_zeros(0, dtype=accumulation_dtype(a, g))
-    parts = [
-        reference.gram_sq_norms(a[rows], g[rows], spec, count) for rows, count in _chunks(a, g, spec, examples)
-    ] or [(empty, empty)]
-    return torch.cat([sq for sq, _ in parts]), torch.cat([bound for _, bound in parts])
+    return _gram_sq_norms(a, g, *spec.arguments(), examples)
 
 
-def _chunks(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Iterator[tuple[slice, int]]:
-    """Rows of a few examples at a time, and how many examples they are."""
-    if examples == 0:
-        return
-    rows = a.shape[0] // examples
-    patch_numbers = _positions(a, g, spec) * rows * math.prod(spec.weight_shape[1:]) * spec.groups
-    step = max(1, PATCH_BYTES // max(1, patch_numbers * accumulation_dtype(a, g).itemsize))
-    for start in range(0, examples, step):
-        stop = min(start + step, examples)
-        yield slice(start * rows, stop * rows), stop - start
+def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """``sum_i w_i G_i``, of the weight's shape; an example with ``w_i = 0`` contributes exactly 0, whatever it holds."""
+    flat = _clipped_sum(a, g, *spec.arguments(), w, backend)
+    return spec.weights(flat.unsqueeze(0)).squeeze(0)
 
 
-def _positions(a: Tensor, g: Tensor, spec: ConvSpec) -> int:
-    return math.prod((a if spec.transposed else g).shape[2:])
+def _implementation(backend: Backend | None, a: Tensor, g: Tensor) -> Any:
+    fits = a.dtype == g.dtype and a.dtype in native.DTYPES
+    chosen = choose(backend, a, g, dtypes=tuple(native.DTYPES)) if fits or backend else "reference"
+    return native if chosen == "native" else library
 
 
-def _flops(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> float:
-    """Of one example's weight gradient."""
-    return 2 * _positions(a, g, spec) * (a.shape[0] / max(examples, 1)) * math.prod(spec.weight_shape)
+_GEOMETRY = (
+    "Tensor a, Tensor g, int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, bool transposed,"
+    " int[] output_padding"
+)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[ConvSpec, tuple[Any, ...]]:
+    """The geometry of the schema as a ``ConvSpec``, and what comes after it."""
+    return ConvSpec.from_arguments(*arguments[:7]), arguments[7:]
+
+
+def _run_per_example_grads(a: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    spec, (examples, backend) = _split(rest)
+    flat, sq = _implementation(backend, a, g).per_example_grads(a, g, spec, examples)
+    return flat, sq
+
+
+def _fake_per_example_grads(a: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    spec, (examples, _) = _split(rest)
+    flat = a.new_empty((examples, spec.numbers), dtype=accumulation_dtype(a, g))
+    return flat, a.new_empty(examples, dtype=torch.float64)
+
+
+def _run_sq_norms(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    spec, (examples, backend) = _split(rest)
+    sq: Tensor = _implementation(backend, a, g).sq_norms(a, g, spec, examples)
+    return sq
+
+
+def _fake_sq_norms(a: Tensor, g: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
+    _, (examples, _) = _split(rest)
+    return a.new_empty(examples, dtype=torch.float64)
+
+
+def _run_gram_sq_norms(a: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    spec, (examples,) = _split(rest)
+    return reference.gram_sq_norms_in_chunks(a, g, spec, examples)
+
+
+def _fake_gram_sq_norms(a: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, (examples,) = _split(rest)
+    sq = a.new_empty(examples, dtype=accumulation_dtype(a, g))
+    return sq, torch.empty_like(sq)
+
+
+def _run_clipped_sum(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    spec, (w, backend) = _split(rest)
+    flat: Tensor = _implementation(backend, a, g).clipped_sum(a, g, spec, w)
+    return flat
+
+
+def _fake_clipped_sum(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    spec, _ = _split(rest)
+    return a.new_empty(spec.numbers, dtype=accumulation_dtype(a, g))
+
+
+_per_example_grads = register(
+    f"conv_per_example_grads({_GEOMETRY}, int examples, str? backend) -> (Tensor, Tensor)",
+    _run_per_example_grads,
+    _fake_per_example_grads,
+)
+_sq_norms = register(f"conv_sq_norms({_GEOMETRY}, int examples, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
+_gram_sq_norms = register(
+    f"conv_gram_sq_norms({_GEOMETRY}, int examples) -> (Tensor, Tensor)", _run_gram_sq_norms, _fake_gram_sq_norms
+)
+_clipped_sum = register(
+    f"conv_clipped_sum({_GEOMETRY}, Tensor w, str? backend) -> Tensor", _run_clipped_sum, _fake_clipped_sum
+)

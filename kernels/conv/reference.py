@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from dpfast.kernels import linear
+from dpfast.kernels.linear import reference as linear
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.precision import accumulation_dtype
+
+PATCH_BYTES = 1 << 25  # patches alive at a time: more would leave the last-level cache
 
 
 def patches(x: Tensor, spec: ConvSpec, positions: torch.Size) -> Tensor:
@@ -41,6 +43,20 @@ def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Te
 def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 [B]`` from Gram matrices of patches, and the bound on its rounding error ``[B]``."""
     return linear.gram_sq_norms(*linear_view(a, g, spec, examples))
+
+
+def gram_sq_norms_in_chunks(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
+    """The same, with the patches of a few examples alive at a time."""
+    empty = a.new_zeros(0, dtype=accumulation_dtype(a, g))
+    rows = a.shape[0] // max(1, examples)
+    positions = math.prod((a if spec.transposed else g).shape[2:])
+    numbers = positions * rows * math.prod(spec.weight_shape[1:]) * spec.groups
+    step = max(1, PATCH_BYTES // max(1, numbers * empty.itemsize))
+    parts = [
+        gram_sq_norms(a[i * rows : (i + step) * rows], g[i * rows : (i + step) * rows], spec, min(step, examples - i))
+        for i in range(0, examples, step)
+    ] or [(empty, empty)]
+    return torch.cat([sq for sq, _ in parts]), torch.cat([bound for _, bound in parts])
 
 
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """The geometry of a convolution."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+FEW_CHANNELS = 8  # one vector of AVX2: with fewer, vectors over channels would be mostly empty
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,70 @@ class ConvSpec:
             output_padding=_per_dim(output_padding, dims),
         )
 
+    def arguments(self) -> tuple[Any, ...]:
+        """As an op takes them: padding as before, after, before, ..."""
+        padding = [p for pair in self.padding for p in pair]
+        return (
+            self.weight_shape,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.transposed,
+            self.output_padding,
+        )
+
+    @classmethod
+    def from_arguments(
+        cls,
+        weight_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        transposed: bool,
+        output_padding: Sequence[int],
+    ) -> Self:
+        """From ``arguments``."""
+        return cls(
+            weight_shape=tuple(weight_shape),
+            stride=tuple(stride),
+            padding=tuple(zip(padding[::2], padding[1::2], strict=True)),
+            dilation=tuple(dilation),
+            groups=groups,
+            transposed=transposed,
+            output_padding=tuple(output_padding),
+        )
+
+    @property
+    def numbers(self) -> int:
+        """In the weight."""
+        return math.prod(self.weight_shape)
+
     @property
     def kernel(self) -> tuple[int, ...]:
         return self.weight_shape[2:]
+
+    @property
+    def by_channel(self) -> bool:
+        """How stored gradients are ordered: by output channel, channel and tap, as weights are, where there are few
+        channels; else by tap, output channel and channel, so that channels lie next to each other.
+        """
+        return math.prod(self.kernel) == 1 or self.weight_shape[1] < FEW_CHANNELS
+
+    def flat(self, grads: Tensor) -> Tensor:
+        """``[B, *weight_shape]`` to ``[B, numbers]`` in the order of stored gradients."""
+        if self.by_channel:
+            return grads.flatten(1)
+        return grads.permute(0, *range(3, grads.ndim), 1, 2).flatten(1)
+
+    def weights(self, flat: Tensor) -> Tensor:
+        """``[B, numbers]`` in that order to ``[B, *weight_shape]``, a view."""
+        if self.by_channel:
+            return flat.unflatten(1, self.weight_shape)
+        dims = len(self.kernel)
+        taps_first = flat.unflatten(1, (*self.kernel, *self.weight_shape[:2]))
+        return taps_first.permute(0, 1 + dims, 2 + dims, *range(1, 1 + dims))
 
     def pad(self, x: Tensor) -> Tensor:
         """Zero-pad the spatial dimensions of ``x [N, C, *space]``."""

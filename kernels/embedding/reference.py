@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dpfast.kernels.clip.reference import sq_norms as squares
 from dpfast.kernels.linear.reference import gram_error
 from dpfast.kernels.precision import accumulation_dtype, full_precision
 
@@ -24,14 +25,22 @@ def gram_sq_norms(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return sq, gram_error(g.shape[1], 1, g.shape[2], g.dtype) * magnitude
 
 
-def direct_sq_norms(index: Tensor, g: Tensor, rows: int) -> Tensor:
+def sq_norms(index: Tensor, g: Tensor, rows: int) -> Tensor:
     """``|G_i|^2 [B]`` with one table alive at a time."""
-    norms = [per_example_grads(i[None], g_i[None], rows).square().sum() for i, g_i in zip(index, g, strict=True)]
-    return torch.stack(norms) if norms else g.new_zeros(0, dtype=accumulation_dtype(g))
+    norms = [squares(per_example_grads(i[None], g_i[None], rows).flatten(1)) for i, g_i in zip(index, g, strict=True)]
+    return torch.cat(norms) if norms else g.new_zeros(0, dtype=torch.float64)
 
 
 def clipped_sum(index: Tensor, g: Tensor, rows: int, w: Tensor) -> Tensor:
-    """``sum_i w_i G_i [V, D]``; an example with ``w_i = 0`` contributes exactly 0."""
+    """``sum_i w_i G_i [V, D]`` of the very ``G_i`` that are measured; ``w_i = 0`` contributes exactly 0."""
+    total = torch.zeros(rows, g.shape[-1], dtype=accumulation_dtype(g), device=g.device)
+    for factor, i, g_i in zip(w.to(total.dtype), index, g, strict=True):
+        total += torch.where(factor > 0, factor * per_example_grads(i[None], g_i[None], rows)[0], 0)
+    return total
+
+
+def weighted_sum(index: Tensor, g: Tensor, rows: int, w: Tensor) -> Tensor:
+    """The same in one pass over ``g``, which rounds every ``w_i g``."""
     g = g.to(accumulation_dtype(g))
     weight = w.to(g.dtype).view(-1, 1, 1)
     g = torch.where(weight > 0, weight * g, 0)

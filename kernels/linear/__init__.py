@@ -1,14 +1,104 @@
 """Per-example weight gradients of a linear map, their squared norms and their clipped sum.
 
-Shapes: ``a [B, ..., M, D]`` inputs and ``g [B, ..., M, P]`` output gradients of B examples, each with M rows
-(augmentations times positions); the dots are independent groups. ``G_i = sum_m g[i,m] (x) a[i,m]`` is ``[..., P, D]``.
+Shapes: ``a [B, M, D]`` inputs and ``g [B, M, P]`` output gradients of B examples, each with M rows (augmentations times
+positions). ``G_i = sum_m g[i,m] (x) a[i,m]`` is ``[P, D]``.
 
-    form         norms                    stores
-    gram         2 B M^2 (D + P) FLOPs    two [M, M] matrices per example (half of it by symmetry, not used yet)
-    direct       2 B M D P FLOPs          one G_i at a time
-    materialise  2 B M D P FLOPs          every G_i
+    per_example_grads   2 B M D P FLOPs      writes B D P numbers, the norms in the same pass
+    sq_norms            2 B M D P FLOPs      nothing stored
+    gram_sq_norms       2 B M^2 (D + P)      two [M, M] matrices per example
+    clipped_sum         2 B M D P FLOPs      of the very G_i that are measured, one at a time
+    weighted_sum        2 B M D P FLOPs      one matrix product, which rounds w g: for what a Gram has measured
+
+On the CPU ``native`` computes float32 and bfloat16 (all but the Gram), PyTorch the rest.
 """
 
-from dpfast.kernels.linear.reference import clipped_sum, direct_sq_norms, gram_sq_norms, per_example_grads
+import torch
+from torch import Tensor
 
-__all__ = ["clipped_sum", "direct_sq_norms", "gram_sq_norms", "per_example_grads"]
+from dpfast.kernels.dispatch import Backend, choose
+from dpfast.kernels.linear import native, reference
+from dpfast.kernels.precision import accumulation_dtype
+from dpfast.kernels.registry import register
+
+__all__ = ["clipped_sum", "gram_sq_norms", "per_example_grads", "sq_norms", "weighted_sum"]
+
+
+def per_example_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """``G [B, P, D]`` and ``|G_i|^2 [B]`` of the numbers stored."""
+    return _per_example_grads(a, g, backend)
+
+
+def sq_norms(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """``|G_i|^2 [B]``, float64, of the ``G_i`` that ``clipped_sum`` adds up; none is stored."""
+    return _sq_norms(a, g, backend)
+
+
+def gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """``|G_i|^2 [B]`` from Gram matrices, and the bound on its rounding error ``[B]``."""
+    return _gram_sq_norms(a, g)
+
+
+def clipped_sum(a: Tensor, g: Tensor, w: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """``sum_i w_i G_i [P, D]``; an example with ``w_i = 0`` contributes exactly 0, whatever it holds."""
+    return _clipped_sum(a, g, w, backend)
+
+
+def weighted_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
+    """The same from one matrix product: rounding may differ from what was measured."""
+    return _weighted_sum(a, g, w)
+
+
+def _is_native(backend: Backend | None, a: Tensor, g: Tensor) -> bool:
+    if backend is None and (a.dtype != g.dtype or a.ndim != 3):
+        return False
+    return choose(backend, a, g, dtypes=tuple(native.DTYPES)) == "native"
+
+
+def _run_per_example_grads(a: Tensor, g: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor]:
+    if _is_native(backend, a, g):
+        return native.per_example_grads(a, g)
+    grads = reference.per_example_grads(a, g)
+    return grads, reference.squares(grads.flatten(1))
+
+
+def _fake_per_example_grads(a: Tensor, g: Tensor, _: Backend | None) -> tuple[Tensor, Tensor]:
+    grads = a.new_empty((a.shape[0], g.shape[2], a.shape[2]), dtype=accumulation_dtype(a, g))
+    return grads, a.new_empty(a.shape[0], dtype=torch.float64)
+
+
+def _run_sq_norms(a: Tensor, g: Tensor, backend: Backend | None) -> Tensor:
+    return (native if _is_native(backend, a, g) else reference).sq_norms(a, g)
+
+
+def _fake_sq_norms(a: Tensor, g: Tensor, _: Backend | None) -> Tensor:  # noqa: ARG001
+    return a.new_empty(a.shape[0], dtype=torch.float64)
+
+
+def _fake_gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    sq = a.new_empty(a.shape[0], dtype=accumulation_dtype(a, g))
+    return sq, torch.empty_like(sq)
+
+
+def _run_clipped_sum(a: Tensor, g: Tensor, w: Tensor, backend: Backend | None) -> Tensor:
+    return (native if _is_native(backend, a, g) else reference).clipped_sum(a, g, w)
+
+
+def _fake_clipped_sum(a: Tensor, g: Tensor, _w: Tensor, _: Backend | None = None) -> Tensor:
+    return a.new_empty((g.shape[2], a.shape[2]), dtype=accumulation_dtype(a, g))
+
+
+_per_example_grads = register(
+    "linear_per_example_grads(Tensor a, Tensor g, str? backend) -> (Tensor, Tensor)",
+    _run_per_example_grads,
+    _fake_per_example_grads,
+)
+_sq_norms = register("linear_sq_norms(Tensor a, Tensor g, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
+_gram_sq_norms = register(
+    "linear_gram_sq_norms(Tensor a, Tensor g) -> (Tensor, Tensor)", reference.gram_sq_norms, _fake_gram_sq_norms
+)
+_clipped_sum = register(
+    "linear_clipped_sum(Tensor a, Tensor g, Tensor w, str? backend) -> Tensor", _run_clipped_sum, _fake_clipped_sum
+)
+_weighted_sum = register(
+    "linear_weighted_sum(Tensor a, Tensor g, Tensor w) -> Tensor", reference.weighted_sum, _fake_clipped_sum
+)

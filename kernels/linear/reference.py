@@ -5,19 +5,21 @@ import math
 import torch
 from torch import Tensor
 
+from dpfast.kernels.clip.reference import sq_norms as squares
 from dpfast.kernels.precision import accumulation_dtype, full_precision
 
 
+@full_precision()
 def per_example_grads(a: Tensor, g: Tensor) -> Tensor:
     """``G [B, ..., P, D]``."""
     dtype = accumulation_dtype(a, g)
     return g.to(dtype).mT @ a.to(dtype)
 
 
-def direct_sq_norms(a: Tensor, g: Tensor) -> Tensor:
+def sq_norms(a: Tensor, g: Tensor) -> Tensor:
     """``|G_i|^2 [B]`` with one G_i alive at a time: a sum of squares, never negative."""
-    norms = [per_example_grads(a_i, g_i).square().sum() for a_i, g_i in zip(a, g, strict=True)]
-    return torch.stack(norms) if norms else a.new_zeros(0, dtype=accumulation_dtype(a, g))
+    norms = [squares(per_example_grads(a_i, g_i).reshape(1, -1)) for a_i, g_i in zip(a, g, strict=True)]
+    return torch.cat(norms) if norms else a.new_zeros(0, dtype=torch.float64)
 
 
 @full_precision()
@@ -45,9 +47,18 @@ def gram_error(m: int, d: int, p: int, dtype: torch.dtype) -> float:
     return (2 * math.sqrt(d) + 2 * math.sqrt(p) + 2 * math.log2(max(m, 2))) * torch.finfo(dtype).eps
 
 
-@full_precision()
 def clipped_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
-    """``sum_i w_i G_i [..., P, D]`` in one matrix product; an example with ``w_i = 0`` contributes exactly 0."""
+    """``sum_i w_i G_i [..., P, D]`` of the very ``G_i`` that are measured, one alive at a time."""
+    dtype = accumulation_dtype(a, g)
+    total = torch.zeros((*g.shape[1:-2], g.shape[-1], a.shape[-1]), dtype=dtype, device=a.device)
+    for factor, a_i, g_i in zip(w.to(dtype), a, g, strict=True):
+        total += torch.where(factor > 0, factor * per_example_grads(a_i, g_i), 0)
+    return total
+
+
+@full_precision()
+def weighted_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
+    """``sum_i w_i G_i [..., P, D]`` in one matrix product, which rounds every ``w_i g``."""
     dtype = accumulation_dtype(a, g)
     weight = w.to(dtype).view(-1, *[1] * (a.ndim - 1))
     kept = weight > 0

@@ -1,0 +1,192 @@
+"""A private step against the non-private step of the same rows, and against what others offer.
+
+    python -m benchmarks.step                        # every row of the table, about an hour on two cores
+    python -m benchmarks.step --row "unet6m float32 B=8 K=1" --rounds 15
+    python -m benchmarks.step --model digits -B 16 -K 4 --contestants non-private dpfast
+    python -m benchmarks.step --table                # the table in the README, from the committed results
+
+First the gate: norms and clipped sum agree with a float64 loop over examples, or the contestant is not timed. Then time,
+in interleaved rounds of one process; then the peak of live tensor storages of one step; then the resident size of a
+fresh process for each contestant. Everything is a ratio to the non-private step.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from benchmarks import contestants as c
+from benchmarks import measure, results
+from benchmarks.cases import MODELS, ROWS, Row
+from dpfast import Performance
+
+BASE = "non-private"
+DPFAST = {"dpfast": Performance()} | {
+    f"dpfast {form}": Performance(form=form) for form in ("gram", "direct", "materialise")
+}
+CONTESTANTS: dict[str, c.Contestant] = {
+    BASE: c.non_private,
+    "non-private compiled": c.non_private_compiled,
+    **{name: c.dpfast(performance) for name, performance in DPFAST.items()},
+    "example at a time": c.example_at_a_time,
+    "vmap": c.vmap,
+    "Opacus hooks": c.opacus_hooks,
+    "Opacus ghost": c.opacus_ghost,
+}
+# Relative errors that pass the gate. float32: a hundred roundings, far below any mistake of a factor; bfloat16 is held
+# against a float32 step, whose activations differ by that much.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
+
+
+def task_of(row: Row) -> c.Task:
+    model = MODELS[row.model]
+    return c.Task(
+        model=model.build().train(),
+        inputs=model.inputs(row.examples * row.augmult),
+        examples=row.examples,
+        augmult=row.augmult,
+        max_grad_norm=0.1,
+        dtype=getattr(torch, row.dtype),
+    )
+
+
+def oracle(task: c.Task) -> c.Clipped:
+    """In float64, example by example, with plain autograd."""
+    model = copy.deepcopy(task.model).double()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    norms = []
+    for i in range(task.examples):
+        rows = tuple(x.double() if x.is_floating_point() else x for x in task.rows(i))
+        out = model(*rows).sample
+        loss = (out - rows[0]).square().flatten(1).mean(1).mean()
+        grads = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        norms.append(torch.stack([g.norm() for g in grads.values()]).norm())
+        for name, g in grads.items():
+            sums[name] += task.factors(norms[-1]) * g
+    return c.Clipped(torch.stack(norms), sums)
+
+
+def error(got: c.Clipped, exact: c.Clipped) -> float:
+    """The larger of the relative errors of any norm and of all sums together."""
+    norms = ((got.norms.double() - exact.norms).abs() / exact.norms).max().item()
+    difference = torch.stack([(got.sums[name].double() - s).norm() for name, s in exact.sums.items()]).norm()
+    return max(norms, (difference / torch.stack([s.norm() for s in exact.sums.values()]).norm()).item())
+
+
+def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = True) -> list[dict[str, Any]]:
+    """One JSON row for each contestant."""
+    exact, steps, found = oracle(task_of(row)), {}, []
+    for name in names:
+        outcome: dict[str, Any] = {"row": row.name, **vars(row), "contestant": name}
+        found.append(outcome)
+        if name == "Opacus ghost" and row.augmult > 1:
+            outcome["skipped"] = "clips rows, not examples"
+            continue
+        try:
+            step = CONTESTANTS[name](task_of(row))
+            for _ in range(2):
+                result = step()
+        except Exception as failure:  # a contestant that fails is a result, too
+            outcome["skipped"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
+            continue
+        if isinstance(result, c.Clipped):
+            outcome["error"] = error(result, exact)
+            if outcome["error"] > TOLERANCE[getattr(torch, row.dtype)]:
+                outcome["skipped"] = "wrong"
+                continue
+        steps[name] = step
+        print(f"  {name}: {outcome.get('error', 0):.1e}", flush=True)
+    seconds = measure.interleaved(steps, rounds=rounds)
+    peaks = {name: measure.peak_storages(step) for name, step in steps.items()}
+    for outcome in found:
+        name = outcome["contestant"]
+        if name in steps:
+            outcome["time"] = measure.ratio(seconds, name, BASE)
+            outcome["seconds"] = statistics.median(seconds[name])
+            outcome["peak"] = peaks[name]
+            outcome["memory"] = peaks[name] / peaks[BASE]
+            if resident:
+                outcome["resident"] = resident_of(row, name)
+    return found
+
+
+def resident_of(row: Row, name: str) -> int:
+    """Bytes at most resident in a fresh process that takes three steps."""
+    command = [sys.executable, "-m", "benchmarks.step", "--resident", json.dumps(vars(row)), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=results.ROOT)
+    return int(done.stdout.split()[-1])
+
+
+def print_resident(row: Row, name: str) -> None:
+    step = CONTESTANTS[name](task_of(row))
+    for _ in range(3):
+        step()
+    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Newest result of each contestant in each row of the table: time and memory relative to the non-private step."""
+    shown = [name for name in CONTESTANTS if name != BASE]
+    newest = {(r["row"], r["contestant"]): r for r in rows}
+    lines = [
+        "| model, B, K | reach | " + " | ".join(shown) + " |",
+        "|---|---|" + "---|" * len(shown),
+    ]
+    for row in ROWS:
+        found = [newest.get((row.name, name)) for name in shown]
+        if any(found):
+            title = f"{row.model}{' bf16' if row.dtype == 'bfloat16' else ''}, {row.examples}, {row.augmult}"
+            cells = " | ".join(cell(r) for r in found)
+            lines.append(f"| {title} | {row.time:.2f}, {row.memory:.2f} | {cells} |")
+    return "\n".join(lines)
+
+
+def cell(r: dict[str, Any] | None) -> str:
+    if r is None:
+        return ""
+    return "" + (r["skipped"].split(":")[0] if "skipped" in r else f"{r['time']:.2f}, {r['memory']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", nargs="+", choices=[row.name for row in ROWS], help="of the table; all by default")
+    parser.add_argument("--model", choices=MODELS, help="instead of a row of the table, with -B and -K")
+    parser.add_argument("-B", type=int, default=8, help="examples")
+    parser.add_argument("-K", type=int, default=1, help="rows of each example")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dry", action="store_true", help="print, and add nothing to the results")
+    parser.add_argument("--table", action="store_true", help="only write the table into the README")
+    parser.add_argument("--resident", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if options.resident:
+        print_resident(Row(**json.loads(options.resident[0])), options.resident[1])
+        return
+    if not options.table:
+        chosen = [row for row in ROWS if not options.row or row.name in options.row]
+        if options.model:
+            chosen = [Row(options.model, options.B, options.K, options.dtype)]
+        names = list(dict.fromkeys([BASE, *options.contestants]))
+        for row in chosen:
+            print(row.name, flush=True)
+            for outcome in run_row(row, names, options.rounds, resident=not options.dry):
+                print(f"  {outcome['contestant']:22} {cell(outcome)}", flush=True)
+                if not options.dry:
+                    results.append("step", outcome)
+    if not options.dry:
+        results.write_between_markers(results.ROOT / "README.md", "step", table(results.rows("step")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+// Which of the compiled instruction sets runs, decided once by what the processor has.
+#include <cstdlib>
+#include <cstring>
+
+#include "conv_isa.h"
+
+namespace dpfast {
+namespace {
+
+enum class Isa { base, v3, v4 };
+
+// DPFAST_ISA=base or v3 asks for less than the processor has.
+Isa detect() {
+#ifdef DPFAST_LEVELS
+    const char* wanted = std::getenv("DPFAST_ISA");
+    const bool any = !wanted || !*wanted;
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (v4 && (any || !std::strcmp(wanted, "v4"))) return Isa::v4;
+    if (v3 && (any || std::strcmp(wanted, "base"))) return Isa::v3;
+#endif
+    return Isa::base;
+}
+
+Isa isa() {
+    static const Isa found = detect();
+    return found;
+}
+
+}  // namespace
+
+const char* instruction_set() {
+    switch (isa()) {
+        case Isa::v4: return "v4";
+        case Isa::v3: return "v3";
+        default: return "base";
+    }
+}
+
+#ifdef DPFAST_LEVELS
+#define DPFAST_RUN(call)                \
+    switch (isa()) {                    \
+        case Isa::v4: return v4::call;  \
+        case Isa::v3: return v3::call;  \
+        default: return base::call;     \
+    }
+#else
+#define DPFAST_RUN(call) return base::call;
+#endif
+
+std::int64_t conv_scratch(const Conv& c, bool sum, int threads) { DPFAST_RUN(conv_scratch(c, sum, threads)) }
+
+void conv_grads(const Conv& c, const void* x, const void* y, const float* weights, float* out, double* sq,
+                double* scratch, int threads) {
+    DPFAST_RUN(conv_grads(c, x, y, weights, out, sq, scratch, threads))
+}
+
+}  // namespace dpfast

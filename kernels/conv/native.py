@@ -1,0 +1,107 @@
+"""``conv`` on the CPU, in float32 or from bfloat16: ``csrc/cpu/conv.cpp``, one pass for gradients and norms."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfast.kernels.conv.spec import ConvSpec
+from dpfast.kernels.dispatch import native_module
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
+    """``G [B, numbers]`` in the order of ``spec``, and ``|G_i|^2 [B]`` of the numbers stored."""
+    return of_convolution(a, g, spec, examples).per_example_grads()
+
+
+def sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Tensor:
+    """``|G_i|^2 [B]``, float64; no ``G_i`` is stored."""
+    return of_convolution(a, g, spec, examples).sq_norms()
+
+
+def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor) -> Tensor:
+    """``sum_i w_i G_i [numbers]`` of the very ``G_i`` that the others measure; ``w_i = 0`` contributes exactly 0."""
+    return of_convolution(a, g, spec, len(w)).clipped_sum(w)
+
+
+class Problem:
+    """What ``csrc`` is asked for: x, whose patches are taken, y, whose positions are summed over, and the geometry.
+
+    sizes: examples, rows of an example, groups, channels of x and of y in a group. geometry: input, output, kernel,
+    stride, dilation and padding of up to three dimensions. Strides: rows, channels, those dimensions. patches: see
+    ``csrc/dpfast.h``.
+    """
+
+    def __init__(
+        self,
+        x: tuple[Tensor, Sequence[int]],
+        y: tuple[Tensor, Sequence[int]],
+        sizes: tuple[int, int, int, int, int],
+        geometry: Sequence[Sequence[int]],
+        *,
+        patches: bool = False,
+    ) -> None:
+        (self.x, x_stride), (self.y, y_stride) = x, y
+        *most, padding = geometry
+        self.examples = sizes[0]
+        self.native = native_module().Conv(
+            sizes,
+            [*(_three(numbers, 1) for numbers in most), _three(padding, 0)],
+            (*x_stride[:2], *_three(x_stride[2:], 0)),
+            (*y_stride[:2], *_three(y_stride[2:], 0)),
+            DTYPES[self.x.dtype],
+            patches,
+        )
+        _, _, groups, c, p = sizes
+        self.numbers = c * groups * p * math.prod(geometry[2])
+
+    def per_example_grads(self) -> tuple[Tensor, Tensor]:
+        """``[B, numbers]`` in the order of ``csrc``, and their squared norms ``[B]``."""
+        out = self.x.new_empty((self.examples, self.numbers), dtype=torch.float32)
+        sq = self.x.new_empty(self.examples, dtype=torch.float64)
+        self._run(out=out, sq=sq)
+        return out, sq
+
+    def sq_norms(self) -> Tensor:
+        """``[B]``."""
+        sq = self.x.new_empty(self.examples, dtype=torch.float64)
+        self._run(sq=sq)
+        return sq
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        """``[numbers]``."""
+        out = self.x.new_empty(self.numbers, dtype=torch.float32)
+        self._run(weights=w.to(torch.float32).contiguous(), out=out)
+        return out
+
+    def _run(self, *, weights: Tensor | None = None, out: Tensor | None = None, sq: Tensor | None = None) -> None:
+        threads = torch.get_num_threads()
+        scratch = self.x.new_empty(self.native.scratch(weights is not None, threads), dtype=torch.float64)
+        pointers = [0 if t is None else t.data_ptr() for t in (self.x, self.y, weights, out, sq, scratch)]
+        native_module().conv_grads(self.native, *pointers, threads)
+
+
+def of_convolution(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Problem:
+    """A transposed convolution is one with input and output gradient exchanged."""
+    x, y = (g, a) if spec.transposed else (a, g)
+    rows = x.shape[0] // max(1, examples)
+    sizes = (examples, rows, spec.groups, x.shape[1] // spec.groups, y.shape[1] // spec.groups)
+    padding = [before for before, _ in spec.padding]
+    geometry = (x.shape[2:], y.shape[2:], spec.kernel, spec.stride, spec.dilation, padding)
+    patches = spec.by_channel and math.prod(spec.kernel) > 1
+    return Problem((x, x.stride()), (y, y.stride()), sizes, geometry, patches=patches)
+
+
+def of_linear(a: Tensor, g: Tensor) -> Problem:
+    """``a [B, M, D]`` and ``g [B, M, P]``: one tap, M positions along a line, features as channels."""
+    sizes = (a.shape[0], 1, 1, a.shape[2], g.shape[2])
+    strides = [(t.stride(0), t.stride(2), t.stride(1)) for t in (a, g)]
+    return Problem((a, strides[0]), (g, strides[1]), sizes, (a.shape[1:2], a.shape[1:2], (1,), (1,), (1,), (0,)))
+
+
+def _three(numbers: Sequence[int], missing: int) -> tuple[int, ...]:
+    return (*[missing] * (3 - len(numbers)), *numbers)

@@ -1,0 +1,26 @@
+"""Ops under ``torch.ops.dpfast``: what fake tensors, tracing and compilation need to know of a kernel.
+
+An op has a schema, an implementation that may look at the numbers (and at what the tensors are) to choose a backend,
+and a *fake* that gives only shapes and dtypes. Ops work on values: they have no gradients of their own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("dpfast", "DEF")
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``dpfast::name(...)`` and return the callable ``torch.ops.dpfast.name.default``.
+
+    run, fake: take the arguments of ``schema`` in order and return its results, new tensors that share no memory with
+    the arguments.
+    """
+    name, _, _ = schema.partition("(")
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dpfast::{name}", fake, lib=_LIBRARY)
+    op: Callable[..., Any] = getattr(torch.ops.dpfast, name).default
+    return op
