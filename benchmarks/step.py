@@ -5,7 +5,7 @@
     python -m benchmarks.step --model digits -B 16 -K 4 --contestants non-private dpfast
     python -m benchmarks.step --table                # the table in the README, from the committed results
 
-First the gate: norms and clipped sum agree with a float64 loop over examples, or the contestant is not timed. Then time,
+First the gate: norms and clipped sum agree with a float64 loop over examples, or nothing is timed. Then time,
 in interleaved rounds of one process; then the peak of live tensor storages of one step; then the resident size of a
 fresh process for each contestant. Everything is a ratio to the non-private step.
 """

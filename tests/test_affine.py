@@ -163,13 +163,12 @@ def test_agrees_with_autograd_through_group_norm(backend: dispatch.Backend) -> N
         torch.testing.assert_close(bias[i].double(), grads[1], rtol=1e-5, atol=1e-5)
 
 
-def test_autograd_and_vmap_take_the_reference() -> None:
+def test_ops_work_on_values() -> None:
+    """They have no gradients of their own, and say so by what they return."""
     a, g = _randn(2, 2, 3, 4).requires_grad_(), _randn(2, 2, 3, 4)
-    weight, _ = affine_grads(a, g)
-    assert torch.equal(torch.autograd.grad(weight.sum(), a)[0], g)
-    stacked = _randn(5, 2, 2, 3, 4)
-    mapped = torch.func.vmap(lambda t: affine_grads(t, g)[0])(stacked)
-    assert torch.equal(mapped[3], affine_grads(stacked[3], g, backend="reference")[0])
+    weight, bias = affine_grads(a, g)
+    assert not weight.requires_grad
+    assert not bias.requires_grad
 
 
 def test_default_dtype_does_not_reach_the_result() -> None:

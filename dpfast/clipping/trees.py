@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _LEAVES = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 

@@ -47,7 +47,7 @@ def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[
 
 
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor, *, backend: Backend | None = None) -> Tensor:
-    """``sum_i w_i G_i``, of the weight's shape; an example with ``w_i = 0`` contributes exactly 0, whatever it holds."""
+    """``sum_i w_i G_i``, of the weight's shape; an example with ``w_i = 0`` contributes exactly 0."""
     flat = _clipped_sum(a, g, *spec.arguments(), w, backend)
     return spec.weights(flat.unsqueeze(0)).squeeze(0)
 

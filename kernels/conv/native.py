@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +73,8 @@ class Problem:
 
     def clipped_sum(self, w: Tensor) -> Tensor:
         """``[numbers]``."""
+        if not self.examples:
+            return self.x.new_zeros(self.numbers, dtype=torch.float32)
         out = self.x.new_empty(self.numbers, dtype=torch.float32)
         self._run(weights=w.to(torch.float32).contiguous(), out=out)
         return out

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from dpfast.kernels.linear import reference as linear
 from dpfast.kernels.conv.spec import ConvSpec
+from dpfast.kernels.linear import reference as linear
 from dpfast.kernels.precision import accumulation_dtype
 
 PATCH_BYTES = 1 << 25  # patches alive at a time: more would leave the last-level cache

@@ -16,7 +16,7 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
     by_device: dict[torch.device, list[int]] = {}
     for i, total in enumerate(sums):
         by_device.setdefault(total.device, []).append(i)
-    found = {}
+    found: dict[int, int] = {}
     for places in by_device.values():
         found.update(zip(places, torch.stack([sums[i] for i in places]).tolist(), strict=True))
     return [found[i] for i in range(len(tensors))]

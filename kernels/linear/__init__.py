@@ -15,6 +15,7 @@ On the CPU ``native`` computes float32 and bfloat16 (all but the Gram), PyTorch 
 import torch
 from torch import Tensor
 
+from dpfast.kernels import clip
 from dpfast.kernels.dispatch import Backend, choose
 from dpfast.kernels.linear import native, reference
 from dpfast.kernels.precision import accumulation_dtype
@@ -58,7 +59,7 @@ def _run_per_example_grads(a: Tensor, g: Tensor, backend: Backend | None) -> tup
     if _is_native(backend, a, g):
         return native.per_example_grads(a, g)
     grads = reference.per_example_grads(a, g)
-    return grads, reference.squares(grads.flatten(1))
+    return grads, clip.sq_norms(grads)
 
 
 def _fake_per_example_grads(a: Tensor, g: Tensor, _: Backend | None) -> tuple[Tensor, Tensor]:
