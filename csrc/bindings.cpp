@@ -72,6 +72,17 @@ void clipped_sum(std::uintptr_t grads, std::int64_t examples, std::int64_t numbe
                         reinterpret_cast<const float*>(weights), reinterpret_cast<float*>(out), threads);
 }
 
+void conv_gram(std::int64_t examples, std::int64_t rows, const std::array<Three, 5>& geometry, std::uintptr_t x,
+               std::uintptr_t y, std::uintptr_t sq, std::uintptr_t magnitudes, int threads) {
+    dpfast::PixelGram shape{};
+    shape.examples = examples, shape.rows = rows;
+    std::int64_t* to[5] = {shape.in, shape.out, shape.kernel, shape.dilation, shape.pad};
+    for (int i = 0; i < 5; ++i) std::copy(geometry[i].begin(), geometry[i].end(), to[i]);
+    py::gil_scoped_release release;
+    dpfast::conv_gram(shape, reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(y),
+                      reinterpret_cast<double*>(sq), reinterpret_cast<double*>(magnitudes), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -96,6 +107,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("clipped_sum", &clipped_sum, py::arg("grads"), py::arg("examples"), py::arg("numbers"), py::arg("stride"),
           py::arg("weights"), py::arg("out"), py::arg("threads"));
     m.def("fingerprints", &fingerprints, py::arg("memory"), py::arg("threads"));
+    m.def("conv_gram", &conv_gram, py::arg("examples"), py::arg("rows"), py::arg("geometry"), py::arg("x"),
+          py::arg("y"), py::arg("sq"), py::arg("magnitudes"), py::arg("threads"));
     m.def("affine_grads", &affine_grads, py::arg("a"), py::arg("a_stride"), py::arg("g"), py::arg("g_stride"),
           py::arg("size"), py::arg("weight"), py::arg("bias"), py::arg("threads"));
 }

@@ -60,6 +60,16 @@ std::int64_t conv_scratch(const Conv& c, bool sum, int threads);
 void conv_grads(const Conv& c, const void* x, const void* y, const float* weights, float* out, double* sq,
                 double* scratch, int threads);
 
+// Of a convolution with stride 1 and one group: rows of an example, extents of the image and of the output.
+struct PixelGram {
+    std::int64_t examples, rows;
+    std::int64_t in[3], out[3], kernel[3], dilation[3], pad[3];
+};
+
+// From Grams x [examples, rows * pixels, rows * pixels] and y [examples, rows * positions, rows * positions]: |G[e]|^2,
+// and (sum over positions of |patch| |y|)^2, in which its rounding error is expressed.
+void conv_gram(const PixelGram& shape, const float* x, const float* y, double* sq, double* magnitudes, int threads);
+
 // Instruction set in use: "v4" (AVX-512), "v3" (AVX2) or "base".
 const char* instruction_set();
 

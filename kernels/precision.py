@@ -1,5 +1,6 @@
-"""The dtype in which per-example quantities are accumulated, and the precision of products."""
+"""The dtype in which per-example quantities are accumulated, the precision of products, and how far Grams err."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,3 +30,13 @@ def full_precision() -> Iterator[None]:
     finally:
         for place, precision in zip(places, allowed, strict=True):
             place.fp32_precision = precision
+
+
+def gram_error(m: int, d: int, p: int, dtype: torch.dtype) -> float:
+    """Relative rounding error of ``sum_{t,s} <a_t, a_s> <g_t, g_s>`` over m positions, against norms.
+
+    An inner product of length n errs by at most ``4 sqrt(n) u`` of the product of the norms, u = eps / 2, but with
+    negligible probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, lambda = 4); the pairwise sum over m^2 terms
+    by ``log2(m^2) u``, doubled here.
+    """
+    return (2 * math.sqrt(d) + 2 * math.sqrt(p) + 2 * math.log2(max(m, 2))) * torch.finfo(dtype).eps

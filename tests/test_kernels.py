@@ -108,6 +108,8 @@ def assert_all_forms(geometry, a, g, weight, spec, examples, backend) -> None:
     check(sq, squares, power=2)
     torch.testing.assert_close(sq, grads.double().flatten(1).square().sum(1), rtol=1e-6, atol=0)
     check(conv.sq_norms(a, g, spec, examples, backend=backend), squares, power=2)
+    gram, bound = conv.gram_sq_norms(a, g, spec, examples, backend=backend)
+    assert ((gram - squares).abs() <= bound).all()
     check(conv.clipped_sum(a, g, spec, w, backend=backend), torch.tensordot(w, exact, 1))
 
 
@@ -220,7 +222,7 @@ def ops():
         "conv_per_example_grads": (n.conv_per_example_grads, (a, g, *spec.arguments(), 3, None)),
         "conv_per_example_grads, few channels": (n.conv_per_example_grads, (few, few_g, *narrow.arguments(), 3, None)),
         "conv_sq_norms": (n.conv_sq_norms, (a, g, *spec.arguments(), 3, None)),
-        "conv_gram_sq_norms": (n.conv_gram_sq_norms, (a, g, *spec.arguments(), 3)),
+        "conv_gram_sq_norms": (n.conv_gram_sq_norms, (a, g, *spec.arguments(), 3, None)),
         "conv_clipped_sum": (n.conv_clipped_sum, (a, g, *spec.arguments(), w, None)),
         "linear_per_example_grads": (n.linear_per_example_grads, (x, y, None)),
         "linear_sq_norms": (n.linear_sq_norms, (x, y, None)),

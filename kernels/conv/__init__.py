@@ -7,7 +7,7 @@ A transposed convolution is the same with the roles of input and output gradient
 
     per_example_grads   2 B M D P FLOPs, writes B D P numbers, the norms in the same pass
     sq_norms            2 B M D P FLOPs, nothing stored
-    gram_sq_norms       2 B M^2 (D + P) FLOPs, and a bound on the rounding error
+    gram_sq_norms       2 B M^2 (D + P) FLOPs, with D = Cin for native kernels, and a bound on the rounding error
     clipped_sum         2 B M D P FLOPs
 
 Any strides and memory formats; bfloat16 and float16 are computed in float32. On the CPU ``native`` computes float32 and
@@ -41,9 +41,11 @@ def sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Ba
     return _sq_norms(a, g, *spec.arguments(), examples, backend)
 
 
-def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
-    """``|G_i|^2 [B]`` from Gram matrices of patches, and the bound on its rounding error ``[B]``."""
-    return _gram_sq_norms(a, g, *spec.arguments(), examples)
+def gram_sq_norms(
+    a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """``|G_i|^2 [B]`` from Gram matrices of pixels or patches, and the bound on its rounding error ``[B]``."""
+    return _gram_sq_norms(a, g, *spec.arguments(), examples, backend)
 
 
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -93,13 +95,16 @@ def _fake_sq_norms(a: Tensor, g: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
 
 
 def _run_gram_sq_norms(a: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    spec, (examples,) = _split(rest)
-    return reference.gram_sq_norms_in_chunks(a, g, spec, examples)
+    spec, (examples, backend) = _split(rest)
+    if native.takes_gram(spec) and _implementation(backend, a, g) is native:
+        return native.gram_sq_norms(a, g, spec, examples)
+    sq, bound = reference.gram_sq_norms_in_chunks(a, g, spec, examples)
+    return sq.double(), bound.double()
 
 
-def _fake_gram_sq_norms(a: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _, (examples,) = _split(rest)
-    sq = a.new_empty(examples, dtype=accumulation_dtype(a, g))
+def _fake_gram_sq_norms(a: Tensor, _g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, (examples, _) = _split(rest)
+    sq = a.new_empty(examples, dtype=torch.float64)
     return sq, torch.empty_like(sq)
 
 
@@ -121,7 +126,9 @@ _per_example_grads = register(
 )
 _sq_norms = register(f"conv_sq_norms({_GEOMETRY}, int examples, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
 _gram_sq_norms = register(
-    f"conv_gram_sq_norms({_GEOMETRY}, int examples) -> (Tensor, Tensor)", _run_gram_sq_norms, _fake_gram_sq_norms
+    f"conv_gram_sq_norms({_GEOMETRY}, int examples, str? backend) -> (Tensor, Tensor)",
+    _run_gram_sq_norms,
+    _fake_gram_sq_norms,
 )
 _clipped_sum = register(
     f"conv_clipped_sum({_GEOMETRY}, Tensor w, str? backend) -> Tensor", _run_clipped_sum, _fake_clipped_sum

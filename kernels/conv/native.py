@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.dispatch import native_module
+from dpfast.kernels.precision import full_precision, gram_error
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -25,6 +26,39 @@ def sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Tensor:
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor) -> Tensor:
     """``sum_i w_i G_i [numbers]`` of the very ``G_i`` that the others measure; ``w_i = 0`` contributes exactly 0."""
     return of_convolution(a, g, spec, len(w)).clipped_sum(w)
+
+
+def takes_gram(spec: ConvSpec) -> bool:
+    """Whether ``gram_sq_norms`` knows this geometry."""
+    return spec.groups == 1 and all(stride == 1 for stride in spec.stride)
+
+
+@full_precision()
+def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
+    """``|G_i|^2 [B]`` from Grams of pixels, looked at through each tap's shift, and the bound on its rounding error."""
+    x, y = (g, a) if spec.transposed else (a, g)
+    rows = x.shape[0] // max(1, examples)
+    geometry = [
+        _three(x.shape[2:], 1),
+        _three(y.shape[2:], 1),
+        _three(spec.kernel, 1),
+        _three(spec.dilation, 1),
+        _three([before for before, _ in spec.padding], 0),
+    ]
+    grams = [_pixel_gram(t, examples, rows) for t in (x, y)]
+    sq = x.new_empty(examples, dtype=torch.float64)
+    magnitude = torch.empty_like(sq)
+    pointers = [t.data_ptr() for t in (*grams, sq, magnitude)]
+    native_module().conv_gram(examples, rows, geometry, *pointers, torch.get_num_threads())
+    positions = rows * math.prod(y.shape[2:])
+    error = gram_error(positions, math.prod(spec.weight_shape[1:]), spec.weight_shape[0], torch.float32)
+    return sq, error * magnitude
+
+
+def _pixel_gram(t: Tensor, examples: int, rows: int) -> Tensor:
+    """``[N, C, *space]`` to ``[B, rows * pixels, rows * pixels]``."""
+    channels_first = t.float().reshape(examples, rows, t.shape[1], math.prod(t.shape[2:])).transpose(1, 2).flatten(2)
+    return torch.bmm(channels_first.mT, channels_first)
 
 
 class Problem:

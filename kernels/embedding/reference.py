@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels.clip.reference import sq_norms as squares
-from dpfast.kernels.linear.reference import gram_error
-from dpfast.kernels.precision import accumulation_dtype, full_precision
+from dpfast.kernels.precision import accumulation_dtype, full_precision, gram_error
 
 
 def per_example_grads(index: Tensor, g: Tensor, rows: int) -> Tensor:

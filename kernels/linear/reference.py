@@ -1,12 +1,10 @@
 """The formulas for a linear map, in any dtype; low precision is computed in float32."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from dpfast.kernels.clip.reference import sq_norms as squares
-from dpfast.kernels.precision import accumulation_dtype, full_precision
+from dpfast.kernels.precision import accumulation_dtype, full_precision, gram_error
 
 
 @full_precision()
@@ -35,16 +33,6 @@ def gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     sq = ((a @ a.mT) * (g @ g.mT)).flatten(1).sum(1)
     magnitude = (a.norm(dim=-1) * g.norm(dim=-1)).sum(-1).square().unsqueeze(-1).flatten(1).sum(1)
     return sq, gram_error(a.shape[-2], a.shape[-1], g.shape[-1], dtype) * magnitude
-
-
-def gram_error(m: int, d: int, p: int, dtype: torch.dtype) -> float:
-    """Relative rounding error of ``sum_{t,s} <a_t, a_s> <g_t, g_s>`` over m positions, against norms.
-
-    An inner product of length n errs by at most ``4 sqrt(n) u`` of the product of the norms, u = eps / 2, but with
-    negligible probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, lambda = 4); the pairwise sum over m^2 terms
-    by ``log2(m^2) u``, doubled here.
-    """
-    return (2 * math.sqrt(d) + 2 * math.sqrt(p) + 2 * math.log2(max(m, 2))) * torch.finfo(dtype).eps
 
 
 def clipped_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
