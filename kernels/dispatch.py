@@ -26,7 +26,7 @@ class KernelError(DPFastError, ValueError):
 
 
 def backend() -> Backend:
-    """The backend that ops choose by themselves in this process.
+    """The backend that ops choose by themselves, as the environment says now.
 
     Raises:
         ConfigError: ``DPFAST_BACKEND`` is none of native, reference, auto, or native and missing.

@@ -20,7 +20,14 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     """
     name, _, _ = schema.partition("(")
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, torch.no_grad()(run), "CompositeExplicitAutograd")
+
+    def on_values(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args)
+        with torch.no_grad():
+            return run(*args)
+
+    _LIBRARY.impl(name, on_values, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"dpfast::{name}", fake, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.dpfast, name).default

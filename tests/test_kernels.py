@@ -219,11 +219,11 @@ def ops():
     b, c = torch.randn(3, 2, 8, 5), torch.randn(3, 2, 8, 5)
     n = torch.ops.dpfast
     return {
-        "conv_per_example_grads": (n.conv_per_example_grads, (a, g, *spec.arguments(), 3, None)),
-        "conv_per_example_grads, few channels": (n.conv_per_example_grads, (few, few_g, *narrow.arguments(), 3, None)),
-        "conv_sq_norms": (n.conv_sq_norms, (a, g, *spec.arguments(), 3, None)),
-        "conv_gram_sq_norms": (n.conv_gram_sq_norms, (a, g, *spec.arguments(), 3, None)),
-        "conv_clipped_sum": (n.conv_clipped_sum, (a, g, *spec.arguments(), w, None)),
+        "conv_per_example_grads": (n.conv_per_example_grads, (a, g, *spec.arguments, 3, None)),
+        "conv_per_example_grads, few channels": (n.conv_per_example_grads, (few, few_g, *narrow.arguments, 3, None)),
+        "conv_sq_norms": (n.conv_sq_norms, (a, g, *spec.arguments, 3, None)),
+        "conv_gram_sq_norms": (n.conv_gram_sq_norms, (a, g, *spec.arguments, 3, None)),
+        "conv_clipped_sum": (n.conv_clipped_sum, (a, g, *spec.arguments, w, None)),
         "linear_per_example_grads": (n.linear_per_example_grads, (x, y, None)),
         "linear_sq_norms": (n.linear_sq_norms, (x, y, None)),
         "linear_gram_sq_norms": (n.linear_gram_sq_norms, (x, y)),

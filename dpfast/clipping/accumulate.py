@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping.capture import Tracked
-from dpfast.clipping.forms import choose, stored_size
+from dpfast.clipping.forms import choose
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse
-from dpfast.clipping.terms import FactoredTerm, Stored, Term
+from dpfast.clipping.terms import FactoredTerm, Joined, Stored, Term
 from dpfast.kernels.clip import clip_factors
 from dpfast.performance import Performance
 
+SMALL = 4096  # numbers of a stored gradient up to which calls cost more than its memory
 GRAM_TRUST = 0.01  # a Gram whose error bound exceeds this share of the squared norm is replaced by its safe side
 
 
@@ -24,6 +25,10 @@ class Clipped:
     norms: Tensor
     factors: Tensor
     sums: dict[str, Tensor]
+
+
+def _is_small(term: Term) -> bool:
+    return isinstance(term, Stored) and term.known_sq is None and term.grads[:1].numel() <= SMALL
 
 
 class Accumulation:
@@ -69,26 +74,42 @@ class Accumulation:
         self._pull_back()
         for key, grads in self.partial.items():
             self.keep(self.names[key], Stored(grads))
+        small = self._take_small()
+        if small:
+            self._add_norms(small)
         total = torch.where(self.bound > GRAM_TRUST * self.sq, self.sq + self.bound, self.sq)
         factors = torch.where(mask, clip_factors(total, max_grad_norm), 0)
-        sums = {name: term.clipped_sum(factors) for name, term in self.kept.items()}
+        sums = {name: self.kept.pop(name).clipped_sum(factors) for name in list(self.kept)}  # each freed once summed
+        if small:
+            sums |= small.clipped_sums(factors)
         return Clipped(total.sqrt(), factors, sums)
 
     def keep(self, name: str, given: Stored | FactoredTerm) -> None:
         """Add the squared norms of a parameter's whole gradient; ``finish`` sums it."""
         term = self._in_chosen_form(given) if isinstance(given, FactoredTerm) else given
+        self.kept[name] = term
+        if not _is_small(term):
+            self._add_norms(term)
+
+    def _add_norms(self, term: Term | Joined) -> None:
         self.sq += term.sq
         if term.bound is not None:
             self.bound += term.bound
-        self.kept[name] = term
+
+    def _take_small(self) -> Joined | None:
+        """Biases, norm affines and the like, joined: one call for all of them instead of two for each."""
+        small = {name: term.grads for name, term in self.kept.items() if isinstance(term, Stored) and _is_small(term)}
+        for name in small:
+            del self.kept[name]
+        return Joined.of(small) if small else None
 
     def _in_chosen_form(self, term: FactoredTerm) -> Term:
-        form = choose(term, self.examples, self.performance, self.stored_bytes)
+        form = choose(term, self.performance, self.stored_bytes)
         if form == "gram":
             return term.by_gram()
         if form == "direct":
             return term.measured()
-        self.stored_bytes += stored_size(term, self.examples)
+        self.stored_bytes += term.work().gradients
         return term.stored()
 
     def _add_partial(self, key: int, grads: Tensor) -> None:

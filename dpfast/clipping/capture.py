@@ -41,7 +41,7 @@ from dpfast.clipping.functions import (
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules import GUARDED, MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use, traced
-from dpfast.clipping.trees import function_name, leaves, replace_tensors, tensors_in
+from dpfast.clipping.trees import TensorMap, function_name, leaves, replace_tensors, tensors_in
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.parameters = dict(parameters)
-        self.constants = WeakTensorKeyDictionary(dict.fromkeys(fixed.values(), True))
-        self.drawn = WeakTensorKeyDictionary()
+        self.constants = TensorMap()  # whether they can be nothing else
+        for t in fixed.values():
+            self.constants[t] = True
+        self.drawn = TensorMap()
         self.counted = WeakTensorKeyDictionary()  # a buffer plus a number of Python's: of rows, of physical batches
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
         self.anchor, self.on_start = anchor, on_start
@@ -84,6 +86,8 @@ class Capture(TorchFunctionMode):
     def restart(self) -> None:
         """Forget the last forward pass: a tape serves one backward pass."""
         self.tape.close()
+        self.constants.prune()
+        self.drawn.prune()
         self._begin()
 
     def _begin(self) -> None:

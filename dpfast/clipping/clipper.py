@@ -127,7 +127,8 @@ class GhostClipper:
 
     def zero_grad(self) -> None:
         """Forget the accumulated sum: ``p.grad = None``, also of parameters frozen since."""
-        for p in self.model.parameters():
+        model = Inventory.of(self.model)
+        for p in (*model.trainable.values(), *model.frozen.values()):
             if p.requires_grad or id(p) in self._written:
                 p.grad = None
         self._written.clear()

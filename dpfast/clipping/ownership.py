@@ -11,10 +11,11 @@ it:
 
 Weights that are (nearly) zero, as zero-initialised gates and last layers are, hide what lies behind them: the forward
 probe runs a second time with random numbers in their place. Both probes are done when a step takes a path that was not
-shown, and again after 1, 2, 4, 8, ... updates of the parameters. What depends on the values of the data (rows that meet
-only for certain images) no probe can exclude.
+shown, and again, with two groups and two examples, after 1, 2, 4, 8, ... updates of the parameters. What depends on the
+values of the data (rows that meet only for certain images) no probe can exclude.
 """
 
+import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -57,6 +58,8 @@ class Ownership:
 
     evidence: dict[tuple[Signature, Site], Evidence] = field(default_factory=dict)
     dims: dict[Signature, dict[Site, int]] = field(default_factory=dict)
+    shown: set[Signature] = field(default_factory=set)  # in full, with earlier weights
+    times: int = 0  # that everything was forgotten
 
     def known(self, signature: Signature) -> dict[Site, int]:
         """Row dimensions of the uses that are settled. The oldest signatures are forgotten, and shown anew."""
@@ -65,8 +68,19 @@ class Ownership:
         return self.dims.setdefault(signature, {})
 
     def forget(self) -> None:
-        """Show every use anew."""
+        """Show every use anew; what was shown in full, in part: other weights can only bring out what these hid."""
+        self.shown.update(signature for signature, dims in self.dims.items() if dims)
+        if len(self.shown) > MOST_PATHS:
+            self.shown.clear()
         self.dims.clear()
+        self.times += 1
+
+    def groups(self, signature: Signature, examples: int) -> list[list[int]]:
+        """Of examples to back-propagate: all of ``groups``, or a random half and the other half."""
+        if signature not in self.shown:
+            return groups(examples)
+        half = random.Random(self.times).sample(range(examples), examples // 2)
+        return [sorted(half), sorted(set(range(examples)) - set(half))]
 
     def recall(self, signature: Signature, site: Site, dims: tuple[int, ...]) -> Evidence:
         """What earlier steps left of ``dims``."""
@@ -150,12 +164,14 @@ Verdict = Literal["apart", "partly", "mixed", "unseen", "unmoved", "unrepeatable
 class Synthetic:
     """Synthetic rows in place of a batch's; those of example ``changed`` are others.
 
-    rows: N, how many the batch has, and keeps; augmult: K. Each tensor holds its rows along dimension 0 or 1 if that
-    has N entries, or else along dimension 0 if that has B = N / K, one for each example. Others are left as they are.
+    rows: N, how many the batch has, and keeps; augmult: K; most: how many examples are changed, one at a time. Each
+    tensor holds its rows along dimension 0 or 1 if that has N entries, or else along dimension 0 if that has B = N / K,
+    one for each example. Others are left as they are.
     """
 
     rows: int
     augmult: int
+    most: int = PROBED_EXAMPLES
     changed: int | None = None
 
     @property
@@ -205,9 +221,9 @@ class Synthetic:
         return slice(example * each, (example + 1) * each)
 
 
-def changed_examples(examples: int) -> list[int]:
+def changed_examples(examples: int, most: int = PROBED_EXAMPLES) -> list[int]:
     """Which examples the probe changes: a first, a last and some in between."""
-    return sorted({round(i * (examples - 1) / (PROBED_EXAMPLES - 1)) for i in range(PROBED_EXAMPLES)})
+    return sorted({round(i * (examples - 1) / (most - 1)) for i in range(most)})
 
 
 def forward_verdict(
@@ -260,7 +276,7 @@ def _verdict(
         return "unrepeatable"
     idle = {i for i, t in enumerate(tensors_in(whole)) if batch.dim(t) is not None and not leave(t)}
     held, moved = len(idle), False
-    for changed in changed_examples(batch.examples):
+    for changed in changed_examples(batch.examples, batch.most):
         inputs = given(changed)
         pairs = enumerate(zip(tensors_in(usual), tensors_in(inputs), strict=True))
         idle -= {i for i, (one, other) in pairs if i in idle and not torch.equal(one, other)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpfast.clipping.accumulate import Accumulation, Clipped
 from dpfast.clipping.capture import Capture
-from dpfast.clipping.ownership import Ownership, Signature, groups, is_fleeting, possible_dims, weigh
+from dpfast.clipping.ownership import Ownership, Signature, is_fleeting, possible_dims, weigh
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
@@ -102,7 +102,7 @@ class Pass:
 
             self._backward(group, receive, retain_graph=True)
 
-        for group in groups(self.examples) if evidence else []:
+        for group in self.ownership.groups(signature, self.examples) if evidence else []:
             observe(group)
         refuse(self.ownership.settle(signature, evidence, self.examples, fleeting))
         return {site: found.dims[0] for site, found in evidence.items()}

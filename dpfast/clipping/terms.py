@@ -4,13 +4,16 @@ Every term gives ``materialise() -> G [B, *shape]`` and ``clipped_sum(w) -> sum_
 the factors of a linear map; ``stored()``, ``measured()`` and ``by_gram()`` put it into one of the forms.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from dpfast.kernels import clip, conv, embedding, linear
+from dpfast.kernels.cost import Work
 
 
 class Term(Protocol):
@@ -47,6 +50,33 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Stored gradients of several parameters side by side, ``[B, n]``."""
+
+    flat: Tensor
+    shapes: dict[str, torch.Size]
+
+    bound = None
+
+    @classmethod
+    def of(cls, grads: Mapping[str, Tensor]) -> Self:
+        """grads: ``[B, *shape]`` by name."""
+        flat = torch.cat([g.reshape(len(g), -1) for g in grads.values()], 1)
+        return cls(flat, {name: g.shape[1:] for name, g in grads.items()})
+
+    @property
+    def sq(self) -> Tensor:
+        """Of all of them together, ``[B]``."""
+        return clip.sq_norms(self.flat)
+
+    def clipped_sums(self, w: Tensor) -> dict[str, Tensor]:
+        """By name."""
+        total = clip.clipped_sum(self.flat, w)
+        parts = total.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+
+@dataclass(frozen=True)
 class Measured:
     """A factored term whose gradients were computed for their norms, and are computed again for the sum."""
 
@@ -72,10 +102,9 @@ class ByGram:
 
 
 class FactoredTerm:
-    """Factors of ``G_i``, which can be put into any form.
+    """Factors of ``G_i``, which can be put into any form. ``g``: their output gradients."""
 
-    ``sizes()``: the rows per example M, inputs D and outputs P.
-    """
+    g: Tensor
 
     def stored(self) -> Stored:
         raise NotImplementedError
@@ -94,8 +123,13 @@ class FactoredTerm:
         """The fastest sum: its rounding may differ from that of what was measured."""
         return self.clipped_sum(w)
 
-    def sizes(self) -> tuple[int, int, int]:
+    def work(self) -> Work:
+        """What the forms have to compute."""
         raise NotImplementedError
+
+    @property
+    def device_type(self) -> str:
+        return self.g.device.type
 
     def materialise(self) -> Tensor:
         return self.stored().grads
@@ -123,8 +157,9 @@ class LinearTerm(FactoredTerm):
     def weighted_sum(self, w: Tensor) -> Tensor:
         return linear.weighted_sum(self.a, self.g, w)
 
-    def sizes(self) -> tuple[int, int, int]:
-        return self.a.shape[1], self.a.shape[2], self.g.shape[2]
+    def work(self) -> Work:
+        b, m, d = self.a.shape
+        return Work(b, m, d, self.g.shape[2], pixels=d, held=_bytes(self.a, self.g))
 
 
 @dataclass(frozen=True)
@@ -148,11 +183,14 @@ class ConvTerm(FactoredTerm):
     def clipped_sum(self, w: Tensor) -> Tensor:
         return conv.clipped_sum(self.a, self.g, self.spec, w)
 
-    def sizes(self) -> tuple[int, int, int]:
-        first, *rest = self.spec.weight_shape
+    def work(self) -> Work:
+        first, channels, *kernel = self.spec.weight_shape
         small = self.a if self.spec.transposed else self.g
-        positions = small[0, 0].numel() * (small.shape[0] // self.examples)
-        return positions, torch.Size(rest).numel(), first
+        rows = small[0, 0].numel() * (small.shape[0] // self.examples)
+        inputs, held = channels * math.prod(kernel), _bytes(self.a, self.g)
+        if conv.has_pixel_gram(self.a, self.spec):
+            return Work(self.examples, rows, inputs, first, pixels=channels, taps=math.prod(kernel), held=held)
+        return Work(self.examples, rows, inputs, first, pixels=inputs, held=held)
 
 
 @dataclass(frozen=True)
@@ -178,5 +216,10 @@ class EmbeddingTerm(FactoredTerm):
     def weighted_sum(self, w: Tensor) -> Tensor:
         return embedding.weighted_sum(self.index, self.g, self.table_rows, w)
 
-    def sizes(self) -> tuple[int, int, int]:
-        return self.index.shape[1], self.table_rows, self.g.shape[2]
+    def work(self) -> Work:
+        b, m, d = self.g.shape
+        return Work(b, m, self.table_rows, d, pixels=0, held=_bytes(self.index, self.g), dense=False)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,36 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
 
 def _is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+class TensorMap:
+    """Something known of some tensors, by identity, as long as they live.
+
+    ``torch.utils.weak.WeakTensorKeyDictionary`` in a tenth of the time. A tensor whose Python object has died and come
+    back (C++ kept it) is not known any more.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+
+    def __contains__(self, t: Tensor) -> bool:
+        entry = self._known.get(id(t))
+        return entry is not None and entry[0]() is t
+
+    def get(self, t: Tensor, default: Any) -> Any:
+        """What is known of it."""
+        entry = self._known.get(id(t))
+        return entry[1] if entry is not None and entry[0]() is t else default
+
+    def __setitem__(self, t: Tensor, value: Any) -> None:
+        self._known[id(t)] = (weakref.ref(t), value)
+
+    def __delitem__(self, t: Tensor) -> None:
+        del self._known[id(t)]
+
+    def prune(self) -> None:
+        """Forget the dead."""
+        self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
 
 
 def function_name(func: Any) -> str:

@@ -22,24 +22,25 @@ class Inventory:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """In one walk over the modules."""
+        """In one walk over the modules, named as torch names them."""
         found = cls({}, {}, {})
         known: set[int] = set()
 
-        def new(t: Tensor | None) -> bool:
-            if t is None or id(t) in known:
-                return False
-            known.add(id(t))
-            return True
-
-        for prefix, module in model.named_modules():
-            dot = f"{prefix}." if prefix else ""
+        def visit(module: nn.Module, prefix: str) -> None:
+            known.add(id(module))
             for name, p in module._parameters.items():
-                if new(p):
-                    (found.trainable if p.requires_grad else found.frozen)[dot + name] = p
+                if p is not None and id(p) not in known:
+                    known.add(id(p))
+                    (found.trainable if p.requires_grad else found.frozen)[prefix + name] = p
             for name, b in module._buffers.items():
-                if new(b):
-                    found.buffers[dot + name] = b
+                if b is not None and id(b) not in known:
+                    known.add(id(b))
+                    found.buffers[prefix + name] = b
+            for name, child in module._modules.items():
+                if child is not None and id(child) not in known:
+                    visit(child, f"{prefix}{name}.")
+
+        visit(model, "")
         return found
 
     @property

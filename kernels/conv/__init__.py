@@ -22,36 +22,42 @@ from torch import Tensor
 from dpfast.kernels.conv import library, native, reference
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.dispatch import Backend, choose
+from dpfast.kernels.dispatch import backend as backend_now
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
-__all__ = ["ConvSpec", "clipped_sum", "gram_sq_norms", "per_example_grads", "sq_norms"]
+__all__ = ["ConvSpec", "clipped_sum", "gram_sq_norms", "has_pixel_gram", "per_example_grads", "sq_norms"]
 
 
 def per_example_grads(
     a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
     """``G [B, *weight_shape]`` (a view of memory in ``spec``'s order) and ``|G_i|^2 [B]`` of the numbers stored."""
-    flat, sq = _per_example_grads(a, g, *spec.arguments(), examples, backend)
+    flat, sq = _per_example_grads(a, g, *spec.arguments, examples, backend)
     return spec.weights(flat), sq
 
 
 def sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None) -> Tensor:
     """``|G_i|^2 [B]``, float64, of the ``G_i`` that ``clipped_sum`` adds up; none is stored."""
-    return _sq_norms(a, g, *spec.arguments(), examples, backend)
+    return _sq_norms(a, g, *spec.arguments, examples, backend)
 
 
 def gram_sq_norms(
     a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 [B]`` from Gram matrices of pixels or patches, and the bound on its rounding error ``[B]``."""
-    return _gram_sq_norms(a, g, *spec.arguments(), examples, backend)
+    return _gram_sq_norms(a, g, *spec.arguments, examples, backend)
 
 
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor, *, backend: Backend | None = None) -> Tensor:
     """``sum_i w_i G_i``, of the weight's shape; an example with ``w_i = 0`` contributes exactly 0."""
-    flat = _clipped_sum(a, g, *spec.arguments(), w, backend)
+    flat = _clipped_sum(a, g, *spec.arguments, w, backend)
     return spec.weights(flat.unsqueeze(0)).squeeze(0)
+
+
+def has_pixel_gram(a: Tensor, spec: ConvSpec) -> bool:
+    """Whether ``gram_sq_norms`` multiplies pixels instead of patches."""
+    return native.takes_gram(spec) and a.device.type == "cpu" and a.dtype in native.DTYPES and backend_now() == "native"
 
 
 def _implementation(backend: Backend | None, a: Tensor, g: Tensor) -> Any:

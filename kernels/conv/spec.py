@@ -1,9 +1,10 @@
 """The geometry of a convolution."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,26 +38,13 @@ class ConvSpec:
         groups: int = 1,
         transposed: bool = False,
         output_padding: int | Sequence[int] = 0,
-    ) -> Self:
+    ) -> "ConvSpec":
         """From the arguments of ``torch.nn.functional.conv*``; ``padding`` may be ``"same"`` or ``"valid"``."""
-        kernel = weight.shape[2:]
-        dims = len(kernel)
-        dilations = _per_dim(dilation, dims)
-        if padding == "same":
-            totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-            pads = tuple((total // 2, total - total // 2) for total in totals)
-        else:
-            pads = tuple((p, p) for p in _per_dim(0 if isinstance(padding, str) else padding, dims))
-        return cls(
-            weight_shape=tuple(weight.shape),
-            stride=_per_dim(stride, dims),
-            padding=pads,
-            dilation=dilations,
-            groups=groups,
-            transposed=transposed,
-            output_padding=_per_dim(output_padding, dims),
+        return _spec(
+            weight.shape, _plain(stride), _plain(padding), _plain(dilation), groups, transposed, _plain(output_padding)
         )
 
+    @functools.cached_property
     def arguments(self) -> tuple[Any, ...]:
         """As an op takes them: padding as before, after, before, ..."""
         padding = [p for pair in self.padding for p in pair]
@@ -71,26 +59,9 @@ class ConvSpec:
         )
 
     @classmethod
-    def from_arguments(
-        cls,
-        weight_shape: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        transposed: bool,
-        output_padding: Sequence[int],
-    ) -> Self:
-        """From ``arguments``."""
-        return cls(
-            weight_shape=tuple(weight_shape),
-            stride=tuple(stride),
-            padding=tuple(zip(padding[::2], padding[1::2], strict=True)),
-            dilation=tuple(dilation),
-            groups=groups,
-            transposed=transposed,
-            output_padding=tuple(output_padding),
-        )
+    def from_arguments(cls, *arguments: Any) -> "ConvSpec":
+        """From ``arguments``, which may have come as lists."""
+        return _from_arguments(*(tuple(value) if isinstance(value, list) else value for value in arguments))
 
     @property
     def numbers(self) -> int:
@@ -126,6 +97,61 @@ class ConvSpec:
         """Zero-pad the spatial dimensions of ``x [N, C, *space]``."""
         flat = [p for pair in reversed(self.padding) for p in pair]
         return torch.nn.functional.pad(x, flat) if any(flat) else x
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(
+    shape: torch.Size,
+    stride: int | tuple[int, ...],
+    padding: str | int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    groups: int,
+    transposed: bool,
+    output_padding: int | tuple[int, ...],
+) -> ConvSpec:
+    kernel = shape[2:]
+    dims = len(kernel)
+    dilations = _per_dim(dilation, dims)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        pads = tuple((total // 2, total - total // 2) for total in totals)
+    else:
+        pads = tuple((p, p) for p in _per_dim(0 if isinstance(padding, str) else padding, dims))
+    return ConvSpec(
+        weight_shape=tuple(shape),
+        stride=_per_dim(stride, dims),
+        padding=pads,
+        dilation=dilations,
+        groups=groups,
+        transposed=transposed,
+        output_padding=_per_dim(output_padding, dims),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _from_arguments(
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    transposed: bool,
+    output_padding: tuple[int, ...],
+) -> ConvSpec:
+    return ConvSpec(
+        weight_shape=weight_shape,
+        stride=stride,
+        padding=tuple(zip(padding[::2], padding[1::2], strict=True)),
+        dilation=dilation,
+        groups=groups,
+        transposed=transposed,
+        output_padding=output_padding,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """What can be a key."""
+    return value if isinstance(value, int | str) else tuple(value)
 
 
 def _per_dim(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
