@@ -30,6 +30,19 @@ std::int64_t square_blocks(std::int64_t numbers);
 void clipped_sum(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,
                  const float* weights, float* out, int threads);
 
+// Strides in elements of [rows, channels, positions].
+struct NormStride {
+    std::int64_t n, c, s;
+};
+
+struct NormShape {
+    std::int64_t examples, rows, groups, channels, positions;  // rows of an example
+};
+
+// Of a group norm of x: weight[e, c] = sum of x_hat * g and bias[e, c] = sum of g over the rows and positions of e.
+void group_norm_grads(const float* x, NormStride x_stride, const float* g, NormStride g_stride, const NormShape& shape,
+                      double eps, float* weight, float* bias, int threads);
+
 struct Memory {
     const void* at;
     std::int64_t bytes;

@@ -90,6 +90,7 @@ def predict(work: Work, form: Form, rates: Rates) -> Cost:
     return Cost(gram + total + 4 * rates.call, work.held)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(work: Work, rates: Rates, price: float) -> Form:
     """The form with the least predicted seconds, where a kept byte costs ``price`` seconds more."""
 

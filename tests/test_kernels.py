@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cases import LAYOUTS, relayout
-from dpfast.kernels import affine, clip, conv, dispatch, embedding, linear
+from dpfast.kernels import affine, clip, conv, dispatch, embedding, linear, norm
 from dpfast.kernels.conv import ConvSpec, library, reference
 
 GEOMETRIES = {  # weight shape, space of the input, options
@@ -209,9 +209,39 @@ def test_linear_forms(size, layout, dtype, backend) -> None:
         assert relative(total, torch.tensordot(w, exact, 1)) <= limit
 
 
+NORMS = [(6, 8, 5, 7), (4, 33, 9), (6, 12), (2, 64, 4, 4, 3), (3, 6, 1, 1), (6, 16, 16, 16)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize("shape", NORMS)
+def test_group_norms(shape, layout, offset, backend) -> None:
+    torch.manual_seed(0)
+    x, g, examples = torch.randn(shape) + offset, torch.randn(shape), 1 if shape[0] == 3 else 2
+    x, g = relayout(x, layout), relayout(g, layout)
+    channels = shape[1]
+    for groups in {1, channels} | ({2} if channels % 2 == 0 else set()):
+        if channels // groups * x[0, 0].numel() == 1:
+            continue  # torch refuses a group of one number
+
+        def by_autograd(dtype, groups=groups):
+            weight = torch.ones(channels, dtype=dtype, requires_grad=True)
+            bias = torch.zeros(channels, dtype=dtype, requires_grad=True)
+            found = []
+            for rows, cotangent in zip(x.to(dtype).chunk(examples), g.to(dtype).chunk(examples), strict=True):
+                out = torch.nn.functional.group_norm(rows.contiguous(), groups, weight, bias)
+                found.append(torch.autograd.grad(out, (weight, bias), cotangent))
+            return [torch.stack(grads) for grads in zip(*found, strict=True)]
+
+        got = norm.group_norm_grads(x, g, groups, 1e-5, examples, backend=backend)
+        for ours, plain, exact in zip(got, by_autograd(torch.float32), by_autograd(torch.float64), strict=True):
+            assert relative(ours, exact) <= 2 * relative(plain, exact) + 1e-6
+
+
 def ops():
     """A call of every op, by name."""
-    assert affine.affine_grads  # an op is registered when its folder is imported
+    assert all((affine.affine_grads, norm.group_norm_grads))  # an op is registered when its folder is imported
     a, g, spec, _ = convolution("3x3", rows=6, dtype=torch.float32)
     few, few_g, narrow, _ = convolution("one channel", rows=6, dtype=torch.float32)
     x, y, w = torch.randn(3, 5, 7), torch.randn(3, 5, 6), torch.rand(3)
@@ -235,6 +265,7 @@ def ops():
         "embedding_clipped_sum": (n.embedding_clipped_sum, (index, looked_up, 9, w)),
         "embedding_weighted_sum": (n.embedding_weighted_sum, (index, looked_up, 9, w)),
         "affine_grads": (n.affine_grads, (b, c, None)),
+        "group_norm_grads": (n.group_norm_grads, (torch.randn(6, 8, 5, 5), torch.randn(6, 8, 5, 5), 4, 1e-5, 3, None)),
         "bias_grads": (n.bias_grads, (b, None)),
         "clip_sq_norms": (n.clip_sq_norms, (x.flatten(1), None)),
         "clip_clipped_sum": (n.clip_clipped_sum, (x.flatten(1), w, None)),

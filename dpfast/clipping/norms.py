@@ -11,6 +11,7 @@ from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import IsTracked, Rule, Terms, Use, present
 from dpfast.clipping.terms import Stored
 from dpfast.kernels.affine import affine_grads
+from dpfast.kernels.norm import group_norm_grads
 from dpfast.kernels.precision import accumulation_dtype
 
 
@@ -23,7 +24,7 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Use | None:
-    return _channel_norm(is_tracked, input, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps))
+    return _group_norm(is_tracked, input, weight, bias, num_groups, eps)
 
 
 def instance_norm(
@@ -45,7 +46,21 @@ def instance_norm(
             "instance_norm in training mode keeps statistics of private activations",
             "use track_running_stats=False, or keep the layer in eval mode (layer.eval())",
         )
-    return _channel_norm(is_tracked, input, weight, bias, lambda x: F.instance_norm(x, eps=eps))
+    return _group_norm(is_tracked, input, weight, bias, input.shape[1], eps)
+
+
+def _group_norm(
+    is_tracked: IsTracked, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> Use | None:
+    """Rows first, channels second: affine parameters of shape ``[C]``."""
+    if is_tracked(input) or input.ndim < 2:
+        return None
+
+    def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
+        scale, shift = group_norm_grads(saved[0], g, groups, eps, rows.examples)
+        return present(is_tracked, [(weight, lambda: Stored(scale)), (bias, lambda: Stored(shift))])
+
+    return Use((input,), terms, (0,))
 
 
 def _channel_norm(

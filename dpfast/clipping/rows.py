@@ -19,8 +19,8 @@ class Rows:
 
     def split(self, x: Tensor) -> Tensor:
         """``[..., N, ...] -> [B, N/B, ...]``, the row dimension moved to the front; a view."""
-        x = x.movedim(self.dim, 0)
-        return x.unflatten(0, (self.examples, x.shape[0] // self.examples))
+        x = x.movedim(self.dim, 0) if self.dim else x
+        return x.view(self.examples, x.shape[0] // self.examples, *x.shape[1:])
 
     def owner(self, x: Tensor) -> Tensor:
         """The number of the example that owns each row of ``x``, shaped to broadcast against ``x``."""

@@ -1,7 +1,9 @@
 """``conv`` on the CPU, in float32 or from bfloat16: ``csrc/cpu/conv.cpp``, one pass for gradients and norms."""
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,24 +73,16 @@ class Problem:
 
     def __init__(
         self,
-        x: tuple[Tensor, Sequence[int]],
-        y: tuple[Tensor, Sequence[int]],
+        x: tuple[Tensor, tuple[int, ...]],
+        y: tuple[Tensor, tuple[int, ...]],
         sizes: tuple[int, int, int, int, int],
-        geometry: Sequence[Sequence[int]],
+        geometry: tuple[tuple[int, ...], ...],
         *,
         patches: bool = False,
     ) -> None:
         (self.x, x_stride), (self.y, y_stride) = x, y
-        *most, padding = geometry
         self.examples = sizes[0]
-        self.native = native_module().Conv(
-            sizes,
-            [*(_three(numbers, 1) for numbers in most), _three(padding, 0)],
-            (*x_stride[:2], *_three(x_stride[2:], 0)),
-            (*y_stride[:2], *_three(y_stride[2:], 0)),
-            DTYPES[self.x.dtype],
-            patches,
-        )
+        self.native = _native(sizes, geometry, x_stride, y_stride, DTYPES[self.x.dtype], patches)
         _, _, groups, c, p = sizes
         self.numbers = c * groups * p * math.prod(geometry[2])
 
@@ -120,12 +114,32 @@ class Problem:
         native_module().conv_grads(self.native, *pointers, threads)
 
 
+@functools.lru_cache(maxsize=4096)
+def _native(
+    sizes: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], ...],
+    x_stride: tuple[int, ...],
+    y_stride: tuple[int, ...],
+    dtype: int,
+    patches: bool,
+) -> Any:
+    *most, padding = geometry
+    return native_module().Conv(
+        sizes,
+        [*(_three(numbers, 1) for numbers in most), _three(padding, 0)],
+        (*x_stride[:2], *_three(x_stride[2:], 0)),
+        (*y_stride[:2], *_three(y_stride[2:], 0)),
+        dtype,
+        patches,
+    )
+
+
 def of_convolution(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Problem:
     """A transposed convolution is one with input and output gradient exchanged."""
     x, y = (g, a) if spec.transposed else (a, g)
     rows = x.shape[0] // max(1, examples)
     sizes = (examples, rows, spec.groups, x.shape[1] // spec.groups, y.shape[1] // spec.groups)
-    padding = [before for before, _ in spec.padding]
+    padding = tuple(before for before, _ in spec.padding)
     geometry = (x.shape[2:], y.shape[2:], spec.kernel, spec.stride, spec.dilation, padding)
     patches = spec.by_channel and math.prod(spec.kernel) > 1
     return Problem((x, x.stride()), (y, y.stride()), sizes, geometry, patches=patches)
