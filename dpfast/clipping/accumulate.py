@@ -104,12 +104,13 @@ class Accumulation:
         return Joined.of(small) if small else None
 
     def _in_chosen_form(self, term: FactoredTerm) -> Term:
-        form = choose(term, self.performance, self.stored_bytes)
+        work = term.work()
+        form = choose(work, term.device_type, self.performance, self.stored_bytes)
         if form == "gram":
             return term.by_gram()
         if form == "direct":
             return term.measured()
-        self.stored_bytes += term.work().gradients
+        self.stored_bytes += work.gradients
         return term.stored()
 
     def _add_partial(self, key: int, grads: Tensor) -> None:

@@ -147,7 +147,7 @@ class Capture(TorchFunctionMode):
             if not data or (func in AS_ANOTHER and self.is_tracked(args[0])):
                 return self._derive(func, args, kwargs, tracked)
             if func not in AS_ANOTHER:
-                return self._use(func, args, kwargs, tracked)
+                return self._use(func, args, kwargs, tracked, written)
         elif tracked:
             self.tape.used_without_grad.update(name for source in tracked for name in source.names)
         if func in GUARDED:
@@ -201,12 +201,12 @@ class Capture(TorchFunctionMode):
                 self.constants[tensor] = True
         return output
 
-    def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
+    def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor]) -> Any:
         if not self.started:
             self.started = True
             self.on_start()
-        names = tuple(dict.fromkeys(name for source in tracked for name in source.names))
-        use = self._use_of(func, args, kwargs, names)
+        names = tuple(dict.fromkeys([name for source in tracked for name in source.names]))
+        use = self._use_of(func, args, kwargs, names, written)
         if isinstance(use, Problem):
             self.tape.problems.append(Problem(names, f"{function_name(func)}: {use.what}", use.cure))
             return self._harmless(func, args, kwargs)
@@ -224,7 +224,7 @@ class Capture(TorchFunctionMode):
             )
         targets = [source.tensor for source in tracked]  # twice in one call is used twice
         if isinstance(output, Tensor):
-            return self._attach(output, use, func, names, targets, in_place=bool(written_by(func, args, kwargs)))
+            return self._attach(output, use, func, names, targets, in_place=bool(written))
         if isinstance(output, tuple | list):  # each result is a use of its own: gradients add up
             uses = [
                 fallback_use(func, args, kwargs, self.is_tracked, names=names, result=i) for i in range(len(output))
@@ -234,8 +234,10 @@ class Capture(TorchFunctionMode):
             return type(output)([attach(o, cast(Use, u)) for o, u in results])
         return output
 
-    def _use_of(self, func: Any, args: Any, kwargs: Any, names: tuple[str, ...]) -> Use | Problem:
-        if any(map(self.is_tracked, written_by(func, args, kwargs))):
+    def _use_of(
+        self, func: Any, args: Any, kwargs: Any, names: tuple[str, ...], written: list[Tensor]
+    ) -> Use | Problem:
+        if any(map(self.is_tracked, written)):
             return Problem(
                 (),
                 "a change in place, with data, of a tensor that was computed from parameters alone",

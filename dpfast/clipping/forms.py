@@ -1,7 +1,7 @@
 """Which form computes a factored term's norms. The choice may change speed and memory, never the result."""
 
-from dpfast.clipping.terms import FactoredTerm
 from dpfast.kernels import cost
+from dpfast.kernels.cost import Work
 from dpfast.performance import Performance
 
 # Seconds that a kept byte is worth, in times of writing one. 0 would store every gradient that is stored a little
@@ -10,12 +10,11 @@ from dpfast.performance import Performance
 PRICE = 1.0
 
 
-def choose(term: FactoredTerm, performance: Performance, stored_bytes: int) -> cost.Form:
-    """The form for ``term``, with ``stored_bytes`` of per-example gradients stored already in this step."""
+def choose(work: Work, device_type: str, performance: Performance, stored_bytes: int) -> cost.Form:
+    """The form for ``work``, with ``stored_bytes`` of per-example gradients stored already in this step."""
     if performance.form != "auto":
         return "direct" if performance.form == "example" else performance.form
-    work = term.work()
-    rates = cost.rates_of(term.device_type)
+    rates = cost.rates_of(device_type)
     form = cost.choose(work, rates, PRICE * rates.store)
     budget = performance.memory_budget
     if form == "materialise" and budget is not None and stored_bytes + work.gradients > budget:
