@@ -1,5 +1,6 @@
 """DPTrainer: a model, a data set and a plan in; a privately trained model out."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,17 +14,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpfast import checkpoint
 from dpfast.clipping import GhostClipper
-from dpfast.clipping.calls import brought_out, no_trace_left
-from dpfast.clipping.ownership import PROBED_EXAMPLES, Synthetic, forward_verdict
+from dpfast.clipping.ownership import PROBED_EXAMPLES
+from dpfast.clipping.planner import plan_step
 from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
-from dpfast.errors import CaptureError, CheckpointError, ConfigError, PrivacyError
+from dpfast.errors import CheckpointError, ConfigError, PrivacyError
 from dpfast.objective import Objective
 from dpfast.optimizer import DPOptimizer
 from dpfast.performance import Performance
+from dpfast.physical import Batch, Size, is_out_of_memory
 from dpfast.privacy import Ledger, Plan, PrivacyStatement, poisson_sample, random_bytes, read_ledger
+from dpfast.probe import show_objective
 from dpfast.progress import Progress, silent
-from dpfast.seeding import RandomState, seeded
+from dpfast.seeding import seeded
 
 CHECKPOINTS = 50  # at least this many over a run: a kill loses at most 2% of the steps
 NUMBERS = 1 << 16  # of a physical batch: 1024 rows of 8x8 pixels cost 35% less each than 256 (2 cores)
@@ -202,7 +205,7 @@ class DPTrainer:
 
     def _microbatches(self, sample: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids ``[m]`` and mask ``[m]`` of physical batches of few sizes; padding has ids beyond the data set."""
-        largest = self._largest_microbatch()
+        largest = self.physical_size.examples
         for ids in sample.split(largest):
             size = largest
             while size // 2 >= max(len(ids), largest // 8, 1):
@@ -210,72 +213,93 @@ class DPTrainer:
             padding = torch.arange(size - len(ids)) + self.plan.dataset_size
             yield torch.cat([ids, padding]), torch.arange(size) < len(ids)
 
-    def _largest_microbatch(self) -> int:
-        """Examples of a full physical batch."""
+    @functools.cached_property
+    def physical_size(self) -> Size:
+        """Of a full physical batch: what ``performance`` says, or fits its memory budget; less once memory ran out."""
         if self.performance.form == "example":
-            return 1
-        fits = max(1, NUMBERS // (self.augmult * self._numbers_per_example))
-        return self.performance.microbatch or min(fits, math.ceil(self.plan.expected_batch_size))
+            most = 1
+        else:
+            fits = max(1, NUMBERS // (self.augmult * self._numbers_per_example))
+            most = self.performance.microbatch or min(fits, math.ceil(self.plan.expected_batch_size))
+        size, budget = Size(most, self.augmult), self.performance.memory_budget
+        while budget is not None and self._planned_peak(size) > budget:
+            smaller = size.half()
+            if smaller is None:
+                warnings.warn(
+                    f"memory_budget={budget} is less than one row of one example is predicted to take"
+                    f" ({self._planned_peak(size)} bytes)",
+                    stacklevel=2,
+                )
+                break
+            size = smaller
+        return size
+
+    def _planned_peak(self, size: Size) -> int:
+        """Bytes of tensors that a physical batch will hold at a time, predicted without running it."""
+        examples = [x.to(self.performance.device) for x in self.examples.batch(torch.arange(0), size.examples)]
+        ids = torch.arange(size.examples, device=self.performance.device)
+        keys = RowKeys(self.seed, ids, 0, self.augmult).part(0, size.rows)
+        planned = plan_step(
+            self.model,
+            lambda model, *examples: self.objective(model, *examples, keys),
+            tuple(examples),
+            augmult=self.augmult,
+            performance=self.performance,
+            part=size.rows < self.augmult,
+        )
+        return planned.private.peak
 
     def _accumulate(self, step: int, ids: Tensor, mask: Tensor) -> None:
+        """Add the clipped sum of a physical batch to ``p.grad``.
+
+        Dropout masks, and what a data set draws to transform its examples, belong to places in a batch, so they are
+        drawn anew, from the system: numbers known beforehand would change with an example's neighbours, and one example
+        could move the share of all others.
+        """
         device = self.performance.device
-        keys = RowKeys(self.seed, ids.to(device), step, self.augmult)
-        # Dropout masks, and what a data set draws to transform its examples, belong to places in a batch, so they are
-        # drawn anew, from the system: numbers known beforehand would change with an example's neighbours, and one
-        # example could move the share of all others.
         with seeded(_unknown_seed(), device):
             examples = [x.to(device) for x in self.examples.batch(ids[mask], len(ids))]
-        with seeded(_unknown_seed(), device), self.clipper:
-            losses = self.objective(self.model, *examples, keys)
-            self.clipper.backward(losses, example_mask=mask.to(device))
+        self._add(step, Batch(ids.to(device), mask.to(device), examples, _unknown_seed()))
+
+    def _add(self, step: int, batch: Batch) -> None:
+        """The same; a batch for which memory runs out is run again in halves, with the same random numbers."""
+        try:
+            self._run(step, batch)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of ``except``, where the error and its frames are gone, and with them the tensors they held.
+        smaller = Size(len(batch.ids), min(self.physical_size.rows, self.augmult)).half()
+        if smaller is None:
+            raise ConfigError("one row of one example does not fit into memory: train a smaller model, or elsewhere")
+        self.physical_size = smaller
+        for part in batch.split(smaller.examples):
+            self._add(step, part)
+
+    def _run(self, step: int, batch: Batch) -> None:
+        """All rows at once, or those of one example in several passes."""
+        size = self.physical_size.rows if len(batch.ids) == 1 else self.augmult
+        keys = RowKeys(self.seed, batch.ids, step, self.augmult)
+        with self.clipper:
+            for first in range(0, self.augmult, size):
+                with seeded(batch.seed_of(first), self.performance.device):
+                    losses = self.objective(self.model, *batch.examples, keys.part(first, size))
+                    if size == self.augmult:
+                        self.clipper.backward(losses, example_mask=batch.mask)
+                    elif batch.mask.all():
+                        self.clipper.backward(losses, more=first + size < self.augmult)
 
     def _show_objective(self) -> None:
-        """On synthetic examples: there is a loss for each row, and no example changes the loss of another.
-
-        The clipper sees what happens inside the model; this sees what happens around it.
-        """
+        """On a few examples, with no more rows than a physical batch has."""
         if len(self.examples) < 2:
             return
-        device = self.performance.device
+        device, size = self.performance.device, self.physical_size
         ids = self.examples.unlike(PROBED_EXAMPLES)
-        count = len(ids)
-        examples = [x.to(device) for x in self.examples.batch(ids, count)]
-        keys = RowKeys(self.seed, torch.arange(count, device=device), 0, self.augmult)
-        state = RandomState()
-
-        def losses(*examples: Tensor) -> Tensor:
-            state.restore()
-            out = self.objective(self.model, *examples, keys)
-            if not isinstance(out, Tensor) or out.shape != (count * self.augmult,):
-                got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-                raise CaptureError(
-                    f"the objective returned {got} for {count} examples of {self.augmult} rows: expected one loss per"
-                    f" row, ({count * self.augmult},), not reduced"
-                )
-            return out.view(count, self.augmult)
-
-        with no_trace_left(self.model):
-            try:
-                verdict = forward_verdict(losses, examples, {}, Synthetic(rows=count, augmult=1))
-                with brought_out(self.clipper.parameters.values()) as any_was_faint:
-                    if any_was_faint and verdict != "mixed":
-                        loud = forward_verdict(losses, examples, {}, Synthetic(rows=count, augmult=1))
-                        verdict = loud if loud == "mixed" else verdict
-            except TypeError as error:
-                error.add_note("the objective is called as objective(model, *examples, keys), keys being RowKeys")
-                raise
-        if verdict == "mixed":
-            raise CaptureError(
-                "the objective cannot be trained on privately: changing one example changes the loss of another. Use no"
-                " statistics of the batch (means, standardisation, BatchNorm in training mode), not even behind"
-                " detach(); draw random numbers from the keys, which belong to an example"
-            )
-        if verdict == "unrepeatable":
-            warnings.warn(
-                "it was not shown that the objective keeps examples apart: it gives two results for the same examples"
-                " (random numbers that are not of the keys?)",
-                stacklevel=3,
-            )
+        examples = [x.to(device) for x in self.examples.batch(ids, len(ids))]
+        keys = RowKeys(self.seed, torch.arange(len(ids), device=device), 0, self.augmult)
+        rows = max(1, size.examples * size.rows // len(ids))
+        show_objective(self.objective, self.model, examples, keys.part(0, rows), self.clipper.parameters.values())
 
     # Interruption
 

@@ -22,7 +22,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 @dataclass(frozen=True)
 class Rates:
     """product: FLOP/s of per-example weight gradients; gemm: of batched matrix products; shift: products per second of
-    shifted sums over Grams; store, load: seconds to write, to read a byte; call: seconds to call an op.
+    shifted sums over Grams; store, load: seconds to write, to read a byte; call, op: seconds to call an op of dpfast,
+    of torch.
     """
 
     product: float
@@ -31,10 +32,11 @@ class Rates:
     store: float
     load: float
     call: float
+    op: float
 
 
 # Two cores of a Zen 3 server, native kernels.
-USUAL = Rates(product=130e9, gemm=110e9, shift=4e9, store=2.5e-10, load=8e-11, call=3e-5)
+USUAL = Rates(product=130e9, gemm=110e9, shift=4e9, store=2.5e-10, load=8e-11, call=3e-5, op=1e-5)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,26 @@ def choose(work: Work, rates: Rates, price: float) -> Form:
     return min(FORMS, key=value)
 
 
+@functools.lru_cache(maxsize=256)
+def price_within(works: tuple[Work, ...], rates: Rates, price: float, budget: int) -> float:
+    """The lowest price, from ``price`` on, at which the chosen forms of ``works`` keep at most ``budget`` bytes.
+
+    A knapsack by its Lagrangian: the forms chosen at a price are the fastest of all that keep no more bytes. Where not
+    even the leanest forms fit, theirs is the price.
+    """
+
+    def kept(at: float) -> int:
+        return sum(predict(work, choose(work, rates, at), rates).kept for work in works)
+
+    low, high = price, max(price, 1e3 * rates.store)  # at a thousand writes a byte nothing is kept for its speed
+    if kept(low) <= budget:
+        return low
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if kept(middle) <= budget else (middle, high)
+    return high
+
+
 # Rates of this machine
 
 
@@ -131,7 +153,7 @@ def profile_path() -> Path:
     from dpfast.kernels.dispatch import backend
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dpfast" / f"rates-1-{torch.__version__}-{backend()}-{torch.get_num_threads()}.json"
+    return cache / "dpfast" / f"rates-2-{torch.__version__}-{backend()}-{torch.get_num_threads()}.json"
 
 
 def measure() -> Rates:
@@ -144,9 +166,10 @@ def measure() -> Rates:
     spec = conv.ConvSpec.of(torch.empty(c, c, 3, 3), padding=1)
     matrices = torch.randn(b, 256, 128, generator=generator)
     stored = torch.randn(b, 1 << 19, generator=generator)
-    tiny = torch.zeros(1, 1)
+    tiny, tiny_leaf = torch.zeros(1, 1), torch.zeros(1, 1, requires_grad=True)
 
     call = _fastest(lambda: clip.sq_norms(tiny))
+    op = _fastest(lambda: torch.nn.functional.silu(tiny_leaf))
     product = _fastest(lambda: conv.sq_norms(a, g, spec, b))
     gemm = _fastest(lambda: torch.bmm(matrices, matrices.mT))
     gram = _fastest(lambda: conv.gram_sq_norms(a, g, spec, b))
@@ -161,6 +184,7 @@ def measure() -> Rates:
         store=store / (4 << 22),
         load=load / (4 * stored.numel()),
         call=call,
+        op=op,
     )
 
 

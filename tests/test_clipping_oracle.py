@@ -71,6 +71,27 @@ def test_unet_of_diffusers(augmult: int, memory_format: torch.memory_format) -> 
 
 
 @pytest.mark.filterwarnings("ignore:dpfast has no rule")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", PATTERNS, ids=lambda case: case.name)
+def test_an_example_in_several_passes(case: Case, form: Form) -> None:
+    """Its K rows come in parts of 3, 1 and 2; whatever the form, nothing is clipped before the last."""
+    model, inputs = case.build(rows=12)
+    settings = {"augmult": 6, "max_grad_norm": 0.1}
+    exact = per_example(model, losses, inputs, **settings)
+    plain = per_example(model, losses, inputs, **settings, dtype=torch.float32)
+    clipper = GhostClipper(model, **settings, performance=Performance(form=form))
+    norms = []
+    with clipper:
+        for start, end in ((0, 3), (3, 4), (4, 6), (6, 9), (9, 10), (10, 12)):
+            more = end % 6 != 0
+            result = clipper.backward(losses(model, tuple(x[start:end] for x in inputs)), more=more)
+            assert len(result.norms) == (not more)
+            norms.append(result.norms)
+    got = Clipped(torch.cat(norms), {name: p.grad for name, p in clipper.parameters.items()})
+    assert_as_good_as_torch(got, plain, exact)
+
+
+@pytest.mark.filterwarnings("ignore:dpfast has no rule")
 @pytest.mark.parametrize("case", PATTERNS, ids=lambda case: case.name)
 def test_later_steps_take_the_path_without_probes(case: Case) -> None:
     model, inputs = case.build(rows=6)

@@ -232,3 +232,62 @@ def test_frozen_parameters_cost_nothing_and_stay(inputs) -> None:
     with clipper:
         clipper.backward(losses(partly, inputs))
     assert set(clipper.parameters) == {name for name, p in partly.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_loss_that_is_not_finite_in_one_pass_of_an_example(bad: float, where: int) -> None:
+    """The example contributes exactly 0, in whichever of its passes it happens, and the next one is as ever."""
+    model, x = nn.Linear(3, 2), torch.randn(6, 3)
+    clipper = GhostClipper(model, max_grad_norm=1.0, augmult=3)
+    with clipper:
+        for i in range(6):
+            loss = model(x[i : i + 1]).sum(1)
+            result = clipper.backward(loss * bad if i == where else loss, more=i % 3 != 2)
+            if i == 2:
+                assert result.clip_factors.tolist() == [0]
+                assert all(not p.grad.any() for p in model.parameters())
+    expected = x[3:].mean(0) / max(1.0, torch.cat([x[3:].mean(0), torch.ones(1)]).norm().item() * 2**0.5)
+    torch.testing.assert_close(model.weight.grad, expected.expand(2, 3))
+
+
+def test_passes_that_are_not_all_rows_of_an_example() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(6, 3)
+    clipper = GhostClipper(model, max_grad_norm=1.0, augmult=3)
+
+    def run(parts) -> None:
+        with clipper:
+            for rows, more in parts:
+                clipper.backward(model(x[:rows]).sum(1), more=more)
+
+    for parts in ([(2, False)], [(1, True), (1, False)], [(2, True), (2, False)], [(3, True)], [(0, True)]):
+        with pytest.raises(CaptureError, match="augmult=3"):
+            run(parts)
+    with pytest.warns(UserWarning, match="nothing was learned"), clipper:
+        clipper.backward(model(x[:2]).sum(1), more=True)
+    with clipper:  # what was begun is gone
+        clipper.backward(model(x[:3]).sum(1))
+    assert (model.weight.grad.norm() ** 2 + model.bias.grad.norm() ** 2).sqrt() <= 1 + 1e-5
+
+
+def test_memory_that_runs_out_while_writing_leaves_no_half_sum(monkeypatch) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(2, 3)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    contiguous, calls = torch.Tensor.contiguous, []
+
+    def second_fails(self, *args, **kwargs):
+        calls.append(self.shape)
+        if self.shape in (model.weight.shape, model.bias.shape) and sum(s in ((2, 3), (2,)) for s in calls) == 2:
+            raise torch.OutOfMemoryError("none left")
+        return contiguous(self, *args, **kwargs)
+
+    with clipper:
+        clipper.backward(model(x).sum(1))
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    with clipper:
+        losses = model(x).sum(1)
+        monkeypatch.setattr(torch.Tensor, "contiguous", second_fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            clipper.backward(losses)
+        monkeypatch.undo()
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())

@@ -14,6 +14,7 @@ ORDER = (
     "evaluation",
     "diffusion",
     "trainer",
+    "probe",
     "optimizer",
     "data",
     "privacy",

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from dpfast import DPTrainer, Performance, Plan
+from dpfast import DPOptimizer, DPTrainer, Performance, Plan
 from dpfast.data import ImageSet
 from dpfast.errors import CaptureError, CheckpointError, ConfigError, DataError, PrivacyError
 from dpfast.performance import Form
+from dpfast.physical import Batch
 from dpfast.privacy import read_ledger
 from dpfast.testing import injected_entropy
 
@@ -95,7 +96,7 @@ def test_without_noise_and_clipping_it_is_ordinary_training(form, microbatch) ->
 OTHER = {
     "form": [f for f in get_args(Form) if f != "auto"],
     "microbatch": [1, 5, 100],
-    "memory_budget": [1, 10_000],
+    "memory_budget": [20_000, 60_000],
     "device": [f"cuda:{i}" for i in range(torch.cuda.device_count())],
 }
 
@@ -113,6 +114,67 @@ def test_no_performance_setting_moves_the_result(name, value) -> None:
     other = trainer(plan=clipped, performance=Performance(**{name: value}))
     other.fit()
     torch.testing.assert_close(weights(other.model).cpu(), weights(usual.model), rtol=1e-4, atol=1e-6)
+
+
+def test_the_memory_budget_sizes_physical_batches() -> None:
+    """Fewer examples, then fewer rows of one, as far as the predicted peak says."""
+    sizes = []
+    for budget in (None, 40_000, 15_000, 4_000):
+        t = trainer(performance=Performance(memory_budget=budget))
+        sizes.append((t.physical_size.examples, t.physical_size.rows))
+        if budget is not None:
+            assert t._planned_peak(t.physical_size) <= budget
+    assert sizes[0] == (6, K)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1][0] == 1
+    assert sizes[-1][1] < K
+    with pytest.warns(UserWarning, match="memory_budget=1 is less than one row of one example"):
+        assert trainer(performance=Performance(memory_budget=1)).physical_size.rows == 1
+
+
+@pytest.mark.parametrize("fits", [1, 2, 4, 9])
+def test_what_does_not_fit_is_run_again_in_halves(fits) -> None:
+    """Only the physical batch that failed, each example once, and the result is the same."""
+    whole, most = plan(**{**NO_NOISE, "max_grad_norm": 0.5}), {"rows": 10**9}
+    ran: list[tuple[int, int]] = []
+
+    def limited(model, pixels, labels, keys):
+        if keys.rows > most["rows"]:
+            raise torch.OutOfMemoryError("none left")
+        losses = objective(model, pixels, labels, keys)
+        if keys.step:
+            ran.extend(zip(keys.ids.repeat_interleave(keys.augmult).tolist(), keys.views.tolist(), strict=True))
+        return losses
+
+    usual = trainer(plan=whole)
+    usual.fit()
+    most["rows"] = fits
+    halved = trainer(plan=whole, objective=limited)
+    halved._take(1, DPOptimizer(halved.inner_optimizer, whole, halved.clipper, halved._memory))
+    assert sorted(ran) == [(i, v) for i in range(EXAMPLES) for v in range(K)]
+    assert halved.physical_size.examples * halved.physical_size.rows <= fits
+    for step in range(2, 7):
+        halved._take(step, DPOptimizer(halved.inner_optimizer, whole, halved.clipper, halved._memory))
+    torch.testing.assert_close(weights(halved.model), weights(usual.model), rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_that_does_not_fit_ends_the_training() -> None:
+    def never(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    t = trainer()
+    t.objective = never
+    with pytest.raises(ConfigError, match="one row of one example does not fit"):
+        t._accumulate(1, torch.arange(EXAMPLES), torch.ones(EXAMPLES, dtype=torch.bool))
+
+
+def test_dropout_is_drawn_alike_when_run_again_and_apart_in_each_part() -> None:
+    whole = Batch(torch.arange(8), torch.arange(8) < 7, [torch.arange(8)], seed=3)
+    again = list(whole.split(2))
+    assert [part.seed_of(0) for part in again] == [part.seed_of(0) for part in whole.split(2)]
+    assert len({part.seed_of(row) for part in again for row in range(3)}) == 3 * len(again)
+    assert torch.cat([part.examples[0] for part in again]).tolist() == list(range(8))
+    assert [part.ids.tolist() for part in whole.split(1)] == [[i] for i in range(7)]  # not padding alone
 
 
 def test_physical_batches_have_few_sizes_and_each_example_once() -> None:
@@ -495,7 +557,7 @@ def test_objectives_are_shown_again_while_weights_move() -> None:
 
 
 def test_objectives_that_reduce_or_know_no_keys() -> None:
-    with pytest.raises(CaptureError, match=r"returned \(\) for 4 examples of 3 rows: .* one loss per row"):
+    with pytest.raises(CaptureError, match=r"returned \(\) for 4 examples of 3 rows .* one loss per row"):
         trainer(objective=lambda *batch: objective(*batch).mean()).fit()
     with pytest.raises(TypeError) as caught:
         trainer(objective=lambda model, pixels, labels: None).fit()

@@ -1,18 +1,18 @@
 """From terms to squared norms, clip factors and clipped sums."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dpfast.clipping.capture import Tracked
-from dpfast.clipping.forms import choose
+from dpfast.clipping.forms import Forms
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse
 from dpfast.clipping.terms import FactoredTerm, Joined, Stored, Term
 from dpfast.kernels.clip import clip_factors
-from dpfast.performance import Performance
+from dpfast.kernels.cost import Form, Work
 
 SMALL = 4096  # numbers of a stored gradient up to which calls cost more than its memory
 GRAM_TRUST = 0.01  # a Gram whose error bound exceeds this share of the squared norm is replaced by its safe side
@@ -36,6 +36,10 @@ class Accumulation:
 
     A parameter used once keeps its term in the chosen form. The uses of a parameter used twice, or through a derived
     tensor, are one gradient: they are materialised and summed before the norm is taken.
+
+    kind: of step, by which ``forms`` remembers it.
+    begun: gradients ``[1, *shape]`` by name of the rows that earlier passes have seen of one example; everything is
+    summed then. None: all rows are here.
     """
 
     def __init__(
@@ -44,36 +48,48 @@ class Accumulation:
         derived: list[Tracked],
         tape: Tape,
         examples: int,
-        performance: Performance,
+        forms: Forms,
+        kind: Hashable,
         device: torch.device,
+        begun: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.names = {id(p): name for name, p in parameters.items()}
         self.parameters = parameters
         self.derived = derived
-        self.performance = performance
+        self.forms, self.kind = forms, kind
         self.examples = examples
         self.sq = torch.zeros(examples, dtype=torch.float64, device=device)
         self.bound = torch.zeros_like(self.sq)
         self.kept: dict[str, Term] = {}
-        self.partial: dict[int, Tensor] = {}
+        self.partial = {id(parameters[name]): grads for name, grads in (begun or {}).items()}
+        self.chosen: dict[str, tuple[Work, Form]] = {}
         self.stored_bytes = 0
         through_derived = {name for d in derived for name in d.names}
         self.shared = {key for key, count in tape.times_used.items() if count > 1}
         self.shared |= {id(d.tensor) for d in derived}
-        self.shared |= {id(p) for name, p in parameters.items() if name in through_derived}
+        self.shared |= {id(p) for name, p in parameters.items() if begun is not None or name in through_derived}
 
     def add(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> None:
         for target, term in use.terms(saved, g, rows):
-            if id(target) in self.shared:
-                self._add_partial(id(target), term.materialise())
-            else:
-                self.keep(self.names[id(target)], term)
+            self.add_to(target, term)
+
+    def add_to(self, target: Tensor, term: Stored | FactoredTerm) -> None:
+        """A share of the gradients of one tensor."""
+        if id(target) in self.shared:
+            self._add_partial(id(target), term.materialise())
+        else:
+            self.keep(self.names[id(target)], term)
+
+    def summed(self) -> dict[str, Tensor]:
+        """Gradients ``[B, *shape]`` by name of what is summed before its norm is taken."""
+        self._pull_back()
+        return {self.names[key]: grads for key, grads in self.partial.items()}
 
     def finish(self, max_grad_norm: float, mask: Tensor) -> Clipped:
         """Clip; an example where ``mask [B]`` is False contributes exactly 0."""
-        self._pull_back()
-        for key, grads in self.partial.items():
-            self.keep(self.names[key], Stored(grads))
+        self.forms.learn(self.kind, (work for work, _ in self.chosen.values()))
+        for name, grads in self.summed().items():
+            self.keep(name, Stored(grads))
         small = self._take_small()
         if small:
             self._add_norms(small)
@@ -86,7 +102,7 @@ class Accumulation:
 
     def keep(self, name: str, given: Stored | FactoredTerm) -> None:
         """Add the squared norms of a parameter's whole gradient; ``finish`` sums it."""
-        term = self._in_chosen_form(given) if isinstance(given, FactoredTerm) else given
+        term = self._in_chosen_form(name, given) if isinstance(given, FactoredTerm) else given
         self.kept[name] = term
         if not _is_small(term):
             self._add_norms(term)
@@ -103,9 +119,10 @@ class Accumulation:
             del self.kept[name]
         return Joined.of(small) if small else None
 
-    def _in_chosen_form(self, term: FactoredTerm) -> Term:
+    def _in_chosen_form(self, name: str, term: FactoredTerm) -> Term:
         work = term.work()
-        form = choose(work, term.device_type, self.performance, self.stored_bytes)
+        form = self.forms.choose(work, term.device_type, self.kind, self.stored_bytes)
+        self.chosen[name] = work, form
         if form == "gram":
             return term.by_gram()
         if form == "direct":

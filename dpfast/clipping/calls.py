@@ -243,7 +243,7 @@ class ModelCalls:
             rows = next((t.shape[0] for t in given if t.ndim), None)
             if rows is not None and with_grad and not capture.started:
                 self.inputs = given
-                capture.detach = not (self.one_by_one and rows == self.augmult)
+                capture.detach = not (self.one_by_one and 0 < rows <= self.augmult)  # all rows of one example, or some
             if not self._calls and not capture.started:
                 capture.tape.trace = 0  # what the user's code did before is none of the model's path
             self._open = Call(
@@ -262,7 +262,7 @@ class ModelCalls:
     def show(self, rows: int) -> str:
         """Probe what was called; refused if it mixes examples. What could not be shown, in words, or nothing."""
         path = self.path()
-        if path in self._shown or rows == self.augmult:  # one example alone meets nobody
+        if path in self._shown or rows <= self.augmult:  # one example alone meets nobody
             return ""
         unseen, same_path = self._probe(rows, most=2 if path in self._before_updates else PROBED_EXAMPLES)
         self._tries[path] += 1

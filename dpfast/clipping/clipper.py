@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from dpfast.clipping.accumulate import Clipped
 from dpfast.clipping.calls import ModelCalls
 from dpfast.clipping.capture import Capture
+from dpfast.clipping.forms import Forms
+from dpfast.clipping.losses import check_losses, check_part
 from dpfast.clipping.ownership import MANY_PATHS, Ownership
-from dpfast.clipping.passes import Pass
+from dpfast.clipping.passes import Begun, Pass
 from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.tape import Tape
 from dpfast.clipping.watch import Inventory, Seen, changed, seen
@@ -45,6 +47,12 @@ class GhostClipper:
         with clipper:
             losses = loss_fn(model(x, t))    # one loss per row, [B*K]
             clipper.backward(losses)
+
+    An example whose K rows are too many for the memory goes in several passes, which are one example to the clipper::
+
+        with clipper:
+            for first in range(0, K, 8):
+                clipper.backward(loss_fn(model(x[first : first + 8], t[first : first + 8])), more=first + 8 < K)
 
     Guarantee: adding or removing one example moves the sum by at most C = ``max_grad_norm`` in Euclidean norm (up to
     float32 rounding, and up to 0.5% where a Gram is used: ``accumulate.GRAM_TRUST``), replacing one by at most 2C; an
@@ -86,12 +94,14 @@ class GhostClipper:
         self._max_grad_norm = float(max_grad_norm)
         self._augmult = augmult
         self.performance = performance or Performance()
+        self._forms = Forms(self.performance)
         self._ownership = Ownership()
         self._calls = ModelCalls(model, augmult, one_by_one=self.performance.form == "example")
         self._written: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: its p.grad, and the sum of its bits
         self._warned: set[str] = set()
         self._anchor = torch.zeros((), requires_grad=True)
         self._capture: Capture | None = None
+        self._begun: Begun | None = None
         self._last: Seen = {}  # the parameters, when the last step began
         self._updates = -1  # how often they have changed since
         refuse(_model_problems(Inventory.of(model)))
@@ -132,6 +142,7 @@ class GhostClipper:
             if p.requires_grad or id(p) in self._written:
                 p.grad = None
         self._written.clear()
+        self._begun = None
 
     def __enter__(self) -> Self:
         if self._capture is not None:
@@ -152,8 +163,9 @@ class GhostClipper:
         assert capture is not None
         capture.__exit__(kind, value, tb)  # type: ignore[no-untyped-call]
         self._calls.end()
-        unfinished = bool(capture.tape.uses)
+        unfinished = bool(capture.tape.uses or self._begun)
         capture.tape.close()
+        self._begun = None
         if kind is not None:
             return
         problems = capture.tape.problems + self._buffer_problems(capture, Inventory.of(self.model))
@@ -163,7 +175,7 @@ class GhostClipper:
         if unfinished:
             warnings.warn("left `with clipper` without clipper.backward(losses): nothing was learned", stacklevel=2)
 
-    def backward(self, losses: Tensor, *, example_mask: Tensor | None = None) -> ClipResult:
+    def backward(self, losses: Tensor, *, example_mask: Tensor | None = None, more: bool = False) -> ClipResult:
         """Clip and add to ``p.grad`` (created if None).
 
         Each example of a batch is to be in one call only: several losses of one row are added up before, since every
@@ -171,6 +183,8 @@ class GhostClipper:
 
         losses: ``[B*K]``, one per row, not reduced, not scaled.
         example_mask: ``[B]`` of bool; False marks padding, which contributes exactly 0.
+        more: the losses ``[k]`` are of some rows of one example, whose other rows follow in the same block. Nothing is
+            clipped or written before the last of them, whose call says ``more=False``; the result is empty until then.
 
         Raises ``CaptureError``, listing every problem at once, before any ``p.grad`` is written.
         """
@@ -181,7 +195,7 @@ class GhostClipper:
         try:
             with torch._C.DisableTorchFunction():
                 model = Inventory.of(self.model)
-                examples = self._check_losses(losses, example_mask)
+                examples = self._examples(losses, example_mask, more=more)
                 refuse(tape.problems + tape.changed_after_use() + self._state_problems(capture, model))
                 if examples and not losses.requires_grad:
                     raise CaptureError(
@@ -189,76 +203,67 @@ class GhostClipper:
                         f" enabled{_without_grad(tape.used_without_grad)}"
                     )
                 unseen = self._calls.show(len(losses)) if examples else ""
-                clipped = self._clip(losses, examples, example_mask, model.trainable)
-                self._write(clipped.sums, model.trainable)
+                clipped = self._clip(losses, examples, example_mask, model.trainable, more=more)
+                unused = [name for name in model.trainable if name not in clipped.sums]
+                if not more:
+                    self._write(clipped.sums, model.trainable)
                 self._buffers = seen(model.fixed)
         finally:
             capture.restart()
             self._calls.restart()
             self._parameters = None
-        if examples:
-            self._warn([name for name in model.trainable if name not in clipped.sums], tape, unseen=unseen)
+        if examples and not more:
+            self._warn(unused, tape, unseen=unseen)
         return ClipResult(clipped.norms, clipped.factors)
 
     def _clip(
-        self, losses: Tensor, examples: int, mask: Tensor | None, parameters: Mapping[str, nn.Parameter]
+        self,
+        losses: Tensor,
+        examples: int,
+        mask: Tensor | None,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        more: bool,
     ) -> Clipped:
         assert self._capture is not None
+        none = losses.detach().new_zeros(0, dtype=torch.float64)
         if examples == 0:
-            nothing = losses.detach().new_zeros(0, dtype=torch.float64)
-            return Clipped(nothing, nothing, sums={})
+            return Clipped(none, none, sums={})
+        begun, self._begun = self._begun, None
+        if more and begun is None:
+            begun = Begun({}, 0, torch.ones(1, dtype=torch.bool, device=losses.device))
         finite = losses.detach().isfinite().view(examples, -1).all(1)
-        return Pass(
+        finite = finite if begun is None else finite & begun.finite
+        this = Pass(
             capture=self._capture,
             parameters=parameters,
             ownership=self._ownership,
-            performance=self.performance,
+            forms=self._forms,
             losses=losses,
             examples=examples,
             augmult=self.augmult,
             max_grad_norm=self.max_grad_norm,
             path=self._calls.path(),
             mask=finite if mask is None else finite & mask,
-        ).run()
+            begun=begun,
+        )
+        if not more:
+            return this.run()
+        self._begun = this.go_on()
+        return Clipped(none, none, sums={})
 
-    def _check_losses(self, losses: Tensor, mask: Tensor | None) -> int:
-        """B, or ``CaptureError`` when ``losses`` is not one number per row."""
-        rows = f"[B*{self.augmult}], one loss per row"
-        if losses.ndim != 1:
-            reduced = (
-                " (reduced already? use reduction='none' and average over pixels only)" if losses.ndim == 0 else ""
-            )
-            raise CaptureError(f"losses have {losses.ndim} dimensions{reduced}: expected {rows}")
-        if len(losses) % self.augmult:
-            raise CaptureError(
-                f"the number of losses is no multiple of augmult={self.augmult}: expected {rows}, all K rows of an"
-                " example together"
-            )
-        examples = len(losses) // self.augmult
+    def _examples(self, losses: Tensor, mask: Tensor | None, *, more: bool) -> int:
+        """B."""
+        begun = self._begun.rows if self._begun is not None else 0
+        if more or begun:
+            return check_part(losses, mask, self.augmult, begun, more=more)
+        examples = check_losses(losses, mask, self.augmult, self._calls.inputs)
         if examples != 1 and self._capture is not None and not self._capture.detach:
             raise CaptureError(
                 "the form 'example' took the model's input for one example, but there are losses of more: give the"
                 " model all rows of the losses at once"
             )
-        if self._averages_rows(len(losses)):
-            raise CaptureError(
-                f"there are fewer losses than rows in the model's input: expected {rows}; do not average over rows, not"
-                " even over the K rows of an example (the clipper does), and put no other rows beside them (public"
-                " ones, an unconditional half). What belongs to one row goes into the model as [B*K, parts, ...]"
-            )
-        if mask is not None and (mask.shape != (examples,) or mask.dtype != torch.bool):
-            raise CaptureError(
-                f"example_mask of {mask.dtype} with {mask.ndim} dimensions: expected one torch.bool per example, [B]"
-            )
         return examples
-
-    def _averages_rows(self, losses: int) -> bool:
-        """Whether the model saw more rows than there are losses, and no input has as many."""
-        inputs = [t for t in self._calls.inputs if t.ndim]
-        if not inputs or inputs[0].shape[0] <= losses:
-            return False
-        k_averaged = self.augmult > 1 and inputs[0].shape[0] == self.augmult * losses
-        return k_averaged or not any(t.shape[0] == losses or (_sequence(t) and t.shape[1] == losses) for t in inputs)
 
     # What must hold before and after
 
@@ -311,16 +316,20 @@ class GhostClipper:
         return problems
 
     def _write(self, sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Add the sums of one complete backward pass to ``p.grad``."""
+        """Add the sums of one complete backward pass to ``p.grad``: all of them, or none."""
         with torch.no_grad():
-            for name, p in parameters.items():
-                if p.grad is not None:
-                    if name in sums:
-                        p.grad += sums[name].to(p.dtype)
-                elif name in sums:
-                    p.grad = sums[name].to(p.dtype).contiguous()
+            ready = {name: sums.pop(name).to(p.dtype).contiguous() for name, p in parameters.items() if name in sums}
+            missing = [p for name, p in parameters.items() if p.grad is None and name not in ready]
+            zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in missing]
+            # From here on nothing large is made: memory that ran out half way would leave half a sum.
+            for p, zero in zip(missing, zeros, strict=True):
+                p.grad = zero
+            for name, total in ready.items():
+                p = parameters[name]
+                if p.grad is None:
+                    p.grad = total
                 else:
-                    p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+                    p.grad += total
         now = seen({name: _grad(p) for name, p in parameters.items()})
         self._written = {id(p): (_grad(p), now[name][1]) for name, p in parameters.items()}
 
@@ -363,11 +372,6 @@ class GhostClipper:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, stacklevel=4)
-
-
-def _sequence(t: Tensor) -> bool:
-    """Whether it may be sequence first: features ``[T, N, D]`` or tokens ``[T, N]``."""
-    return t.ndim == 3 or (t.ndim == 2 and not t.is_floating_point())
 
 
 def _grad(p: nn.Parameter) -> Tensor:

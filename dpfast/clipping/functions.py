@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dpfast.clipping.trees import function_name, tensors_in
 
@@ -78,6 +79,8 @@ def _is_in_place(func: Any) -> bool:
 
 def storage(t: Tensor) -> int:
     """Where a tensor's numbers lie: equal for views, ``detach()`` and ``.data``."""
+    if isinstance(t, FakeTensor):
+        return t.untyped_storage()._cdata
     return t.untyped_storage().data_ptr() if t.layout == torch.strided and not t.is_meta else 0
 
 

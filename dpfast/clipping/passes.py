@@ -10,44 +10,71 @@ from torch import Tensor, nn
 
 from dpfast.clipping.accumulate import Accumulation, Clipped
 from dpfast.clipping.capture import Capture
+from dpfast.clipping.forms import Forms
 from dpfast.clipping.ownership import Ownership, Signature, is_fleeting, possible_dims, weigh
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
 from dpfast.clipping.terms import Stored
 from dpfast.errors import CaptureError
-from dpfast.performance import Performance
 
 Record = tuple[TapedUse, tuple[Tensor, ...], Tensor]
 
 
 @dataclass(frozen=True)
+class Begun:
+    """What earlier passes have seen of one example: its gradients ``[1, *shape]`` by name, the number of its rows, and
+    whether all their losses were finite ``[1]``.
+    """
+
+    grads: dict[str, Tensor]
+    rows: int
+    finite: Tensor
+
+
+@dataclass(frozen=True)
 class Pass:
-    """Everything a backward pass over ``losses [B*K]`` needs."""
+    """Everything a backward pass over ``losses [B*K]`` needs.
+
+    begun: None unless the losses are of some rows of one example (``[k]``), which several passes share.
+    """
 
     capture: Capture
     parameters: Mapping[str, nn.Parameter]
     ownership: Ownership
-    performance: Performance
+    forms: Forms
     losses: Tensor
     examples: int
     augmult: int
     max_grad_norm: float
     path: Hashable  # what the step ran: the functions called, the modes of the layers
     mask: Tensor  # False for examples that contribute nothing: padding, and those whose loss is not finite
+    begun: Begun | None = None
 
     def run(self) -> Clipped:
         """Norms, factors and clipped sums; raises ``CaptureError`` with all problems, writes nothing."""
+        accumulation = self._accumulate()
+        with plain():
+            return accumulation.finish(self.max_grad_norm, self.mask)
+
+    def go_on(self) -> Begun:
+        """What has been seen of the example, with this pass, when more are to come."""
+        assert self.begun is not None
+        accumulation = self._accumulate()
+        with plain():
+            return Begun(accumulation.summed(), self.begun.rows + len(self.losses), self.mask)
+
+    def _accumulate(self) -> Accumulation:
         return self._all_at_once() if self.capture.detach else self._one_example()
 
-    def _all_at_once(self) -> Clipped:
+    def _all_at_once(self) -> Accumulation:
         tape = self.capture.tape
         signature = self._signature()
         known = self.ownership.known(signature)
         unknown = tape.uses.keys() - known.keys() if self.examples > 1 else set()
         pending = reachable(self.losses, unknown) if unknown else unknown
         records: list[Record] = []
-        accumulation = self._accumulation()
+        accumulation = self._accumulation(signature)
         reached: set[Site] = set()
 
         def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
@@ -71,7 +98,19 @@ class Pass:
         with plain():
             for use, saved, g in records:
                 accumulation.add(use, saved, g, self._rows(use, g, dims.get(use.site)))
-            return accumulation.finish(self.max_grad_norm, self.mask)
+        return accumulation
+
+    def accumulate_unshown(self) -> Accumulation:
+        """For a plan, whose tensors hold no numbers: rows are where they can be."""
+        if not self.capture.detach:
+            return self._one_example()
+        accumulation = self._accumulation(0)
+
+        def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+            accumulation.add(use, saved, g, self._rows(use, g, None))
+
+        self._backward(None, receive, retain_graph=False)
+        return accumulation
 
     def _signature(self) -> Signature:
         """Of this step, whatever the number of its rows: sizes that the rows divide count in rows."""
@@ -107,26 +146,28 @@ class Pass:
         refuse(self.ownership.settle(signature, evidence, self.examples, fleeting))
         return {site: found.dims[0] for site, found in evidence.items()}
 
-    def _one_example(self) -> Clipped:
+    def _one_example(self) -> Accumulation:
         """The batch is one example: its gradient is the ordinary one, and no rows can mix."""
         assert self.examples == 1
         grads = self._backward(None, lambda *_: None, retain_graph=False)
         refuse(self.capture.tape.problems)
+        accumulation = self._accumulation(0)
         with plain():
-            accumulation = self._accumulation()
             for name, grad in grads.items():
                 if grad is not None:
-                    accumulation.keep(name, Stored(grad.unsqueeze(0)))
-            return accumulation.finish(self.max_grad_norm, self.mask)
+                    accumulation.add_to(self.parameters[name], Stored(grad.unsqueeze(0)))
+        return accumulation
 
-    def _accumulation(self) -> Accumulation:
+    def _accumulation(self, signature: Signature) -> Accumulation:
         return Accumulation(
             self.parameters,
             self.capture.derived,
             self.capture.tape,
             self.examples,
-            self.performance,
+            self.forms,
+            signature,
             self.losses.device,
+            None if self.begun is None else self.begun.grads,
         )
 
     def _backward(

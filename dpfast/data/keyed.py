@@ -9,7 +9,8 @@ protects privacy and Poisson sampling never come from here.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,18 +46,37 @@ class RowKeys:
     """Names the ``N = B * augmult`` rows of a batch: row ``i * augmult + k`` is augmentation k of ``ids[i]``.
 
     seed: of the run; ids: int64 ``[B]``, each example's number in its data set, below 2**32; step: of training.
+    first, of: where only some of an example's augmentations are in the batch, the number of the first (k counts from
+    there), and how many an example has in all (``augmult`` by default).
     """
 
     seed: int
     ids: Tensor
     step: int
     augmult: int = 1
+    first: int = 0
+    of: int | None = None
 
     def __post_init__(self) -> None:
         if self.ids.dtype != torch.int64 or self.ids.ndim != 1:
             raise ConfigError(f"ids must be int64 [B], got {self.ids.dtype} {tuple(self.ids.shape)}")
         if self.augmult < 1 or not 0 <= self.step <= _WORD:
             raise ConfigError(f"expected augmult >= 1 and 0 <= step < 2**32, got {self.augmult} and {self.step}")
+
+    @property
+    def views(self) -> Tensor:
+        """int64 ``[N]``: which of its example's augmentations each row is."""
+        return torch.arange(self.first, self.first + self.augmult, device=self.ids.device).repeat(self.ids.shape[0])
+
+    @property
+    def views_of_example(self) -> int:
+        """How many augmentations an example has in the step."""
+        return self.augmult if self.of is None else self.of
+
+    def part(self, first: int, count: int) -> Self:
+        """The same rows, less all but at most ``count`` of each example's from number ``first`` on."""
+        count = min(count, self.augmult - first)
+        return replace(self, augmult=count, first=self.first + first, of=self.views_of_example)
 
     @property
     def rows(self) -> int:
@@ -84,7 +104,7 @@ class RowKeys:
         key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
         blocks = torch.arange((count + 3) // 4, device=self.ids.device)
         example = (self.ids & _WORD).repeat_interleave(self.augmult)[:, None]
-        view = torch.arange(self.augmult, device=self.ids.device).repeat(self.ids.shape[0])[:, None]
+        view = self.views[:, None]
         step = torch.full_like(view, self.step)
         words = philox4x32((blocks.expand(self.rows, -1), example, step, view), key)
         return torch.stack([word.expand(self.rows, len(blocks)) for word in words], dim=-1).flatten(1)[:, :count]

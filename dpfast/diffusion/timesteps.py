@@ -87,6 +87,5 @@ def draw_timesteps(
     """int64 ``[N]``. Stratified, row k of an example takes ``u = (k + u_k) / K``: its K rows cover [0, 1) evenly."""
     u = keys.uniform(stream="timestep").double()
     if stratified:
-        view = torch.arange(keys.augmult, device=u.device).repeat(keys.ids.shape[0])
-        u = (view + u) / keys.augmult
+        u = (keys.views + u) / keys.views_of_example
     return distribution.icdf(u, num_train_timesteps)

@@ -1,0 +1,215 @@
+"""What a private step will cost, before it runs: a trace with fake tensors, which have shapes and no numbers.
+
+The trace runs the step's own code (capture, terms, choice of forms), so the plan shows what the step will do. Peak
+memory is that of live tensor storages, as the allocator would see them; time is a prediction from FLOPs, bytes and the
+device's measured rates (``dpfast.kernels.cost``).
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from dpfast.clipping.accumulate import Accumulation
+from dpfast.clipping.capture import Capture
+from dpfast.clipping.forms import Forms
+from dpfast.clipping.ownership import Ownership
+from dpfast.clipping.passes import Begun, Pass
+from dpfast.clipping.problems import refuse
+from dpfast.clipping.trees import tensors_in
+from dpfast.clipping.watch import Inventory
+from dpfast.errors import CaptureError
+from dpfast.kernels import cost
+from dpfast.performance import Performance
+
+Losses = Callable[..., Tensor]  # (model, *inputs) -> [N]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight whose gradients are computed from factors, and what the forms would cost.
+
+    shape: of the weight; form: the one chosen; costs: of every form.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    form: cost.Form
+    costs: dict[cost.Form, cost.Cost]
+
+
+@dataclass(frozen=True)
+class Total:
+    """seconds: predicted; peak: bytes of tensors that a step holds at a time, beyond the model and its inputs."""
+
+    seconds: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One private step of ``examples`` of ``augmult`` rows, and the ordinary step of the same rows.
+
+    small: number of the other parameters (biases, affines of norms), whose gradients are stored: ``small_bytes``.
+    """
+
+    examples: int
+    augmult: int
+    layers: tuple[Layer, ...]
+    small: int
+    small_bytes: int
+    private: Total
+    ordinary: Total
+
+
+class Meter(TorchDispatchMode):
+    """Counts what dispatched operations cost: FLOPs, bytes read and written, and the most bytes alive at a time."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        """known: tensors that were there before, and do not count."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = self.read = self.written = self.calls = 0
+        self.alive = self.peak = 0
+        self._sizes = {_key(t): 0 for t in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        made = [t for t in tensors_in(output) if _key(t) not in self._sizes]
+        for t in made:
+            self._see(t.untyped_storage())
+        counted = flop_registry.get(func._overloadpacket)
+        if counted is not None:
+            self.flops += counted(*args, **kwargs, out_val=output)
+        elif made and func.namespace != "dpfast":
+            self.read += sum(t.numel() * t.element_size() for t in tensors_in((args, kwargs)))
+            self.written += sum(t.numel() * t.element_size() for t in made)
+        self.calls += 1
+        return output
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._sizes[key] = size
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
+
+    def seconds(self, rates: cost.Rates) -> float:
+        """As the device's rates have it."""
+        return self.flops / rates.product + self.read * rates.load + self.written * rates.store + self.calls * rates.op
+
+
+def _key(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def plan_step(
+    model: nn.Module,
+    losses: Losses,
+    inputs: tuple[Tensor, ...],
+    *,
+    augmult: int = 1,
+    performance: Performance | None = None,
+    part: bool = False,
+) -> StepPlan:
+    """The plan of ``losses(model, *inputs) -> [B*K]``, on the model's device; nothing is computed.
+
+    part: the losses are of some rows of one example, whose other rows other passes bring.
+
+    Raises ``CaptureError`` for a model that cannot be clipped, or that looks at numbers (``.item()``), which a trace
+    has not.
+    """
+    performance = performance or Performance()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        fake = copy.deepcopy(model)
+    for p in fake.parameters():
+        p.grad = None
+    given = tuple(mode.from_tensor(t) for t in inputs)
+    rates = cost.rates_of(next((p.device.type for p in fake.parameters()), "cpu"))
+    try:
+        with mode:
+            ordinary = _ordinary(fake, losses, given)
+            private, accumulation = _private(fake, losses, given, augmult, performance, part=part)
+    except DataDependentOutputException as error:
+        raise CaptureError(
+            f"the step cannot be planned: it looks at numbers ({error}), and a plan knows only shapes; use torch.where"
+        ) from error
+    layers = [
+        Layer(
+            name,
+            tuple(accumulation.parameters[name].shape),
+            form,
+            {f: cost.predict(work, f, rates) for f in cost.FORMS},
+        )
+        for name, (work, form) in accumulation.chosen.items()
+    ]
+    norms = sum(layer.costs[layer.form].seconds for layer in layers)
+    others = [p for name, p in accumulation.parameters.items() if name not in accumulation.chosen]
+    return StepPlan(
+        accumulation.examples,
+        augmult,
+        tuple(layers),
+        len(others),
+        sum(accumulation.examples * p.numel() * p.element_size() for p in others),
+        Total(private.seconds(rates) + norms, private.peak),
+        Total(ordinary.seconds(rates), ordinary.peak),
+    )
+
+
+def _meter(model: nn.Module, inputs: tuple[Tensor, ...]) -> Meter:
+    return Meter([*model.parameters(), *model.buffers(), *inputs])
+
+
+def _ordinary(model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...]) -> Meter:
+    with _meter(model, inputs) as meter:
+        losses(model, *inputs).mean().backward()
+    for p in model.parameters():
+        p.grad = None
+    return meter
+
+
+def _private(
+    model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...], augmult: int, performance: Performance, *, part: bool
+) -> tuple[Meter, Accumulation]:
+    """The step as ``GhostClipper`` takes it, less what it looks at numbers for: probes and fingerprints."""
+    tensors = Inventory.of(model)
+    with _meter(model, inputs) as meter:
+        capture = Capture(tensors.trainable, tensors.fixed, torch.zeros((), requires_grad=True), on_start=lambda: None)
+        capture.detach = not (performance.form == "example" and inputs[0].shape[0] <= augmult)
+        with capture:
+            rows = losses(model, *inputs)
+            with torch._C.DisableTorchFunction():
+                examples = 1 if part else len(rows) // augmult
+                mask = rows.new_ones(examples, dtype=torch.bool)
+                step = Pass(
+                    capture=capture,
+                    parameters=tensors.trainable,
+                    ownership=Ownership(),
+                    forms=Forms(performance),
+                    losses=rows,
+                    examples=examples,
+                    augmult=augmult,
+                    max_grad_norm=1.0,
+                    path=(),
+                    mask=mask,
+                    begun=Begun({}, 0, mask) if part else None,
+                )
+                del rows
+                accumulation = step.accumulate_unshown()
+                refuse(capture.tape.problems)
+                with torch.no_grad():
+                    clipped = accumulation.finish(1.0, mask)
+                    held = {name: total.contiguous() for name, total in clipped.sums.items()}
+        del held
+    return meter, accumulation

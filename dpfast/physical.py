@@ -1,0 +1,63 @@
+"""Physical batches: the parts in which the examples of a step are run, and what becomes of one that does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """Examples of a physical batch, and the rows of each that one pass runs; less than all only of one example."""
+
+    examples: int
+    rows: int
+
+    def half(self) -> Size | None:
+        """The next smaller size, or None after one row of one example."""
+        if self.examples > 1:
+            return replace(self, examples=math.ceil(self.examples / 2))
+        return replace(self, rows=math.ceil(self.rows / 2)) if self.rows > 1 else None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``m`` examples: ids ``[m]``, mask ``[m]`` (False: padding), and their tensors ``[m, ...]``.
+
+    seed: of what belongs to places in the batch (dropout); first: the place of its first example in the batch that it
+    is a part of.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    examples: Sequence[Tensor]
+    seed: int
+    first: int = 0
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Parts of at most ``size`` examples, less those of padding alone."""
+        for start in range(0, len(self.ids), size):
+            own = slice(start, start + size)
+            if self.mask[own].any():
+                examples = [x[own] for x in self.examples]
+                yield replace(self, ids=self.ids[own], mask=self.mask[own], examples=examples, first=self.first + start)
+
+    def seed_of(self, row: int) -> int:
+        """For the pass that begins with this row of its examples: a part that is run again draws the same, and no two
+        parts share what they draw.
+        """
+        text = f"{self.seed}/{self.first}/{row}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a device or, as torch's CPU allocator says it, of the machine."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "not enough memory" in said)
+    )
