@@ -189,17 +189,20 @@ def account(
 
 @app.command()
 def plan(recipe: RecipeArgument, settings: Set = None, debug: Debug = False) -> None:
-    """The privacy plan of a recipe: sampling, noise, and epsilon by step.
+    """The plan of a recipe: sampling, noise, epsilon by step; the form, time and memory of each weight's gradients.
 
     \b
     Examples:
       dpfast plan digits
+      dpfast plan digits --set performance.memory_budget=20000000
       dpfast plan digits --set target_epsilon=1 --set private.steps=60
     """
     with reported(debug):
-        from dpfast.runs.describe import describe_plan
+        from dpfast.runs.describe import describe_plan, describe_step
 
-        _table(describe_plan(_load(recipe, settings, None)))
+        resolved = _load(recipe, settings, None)
+        _table(describe_plan(resolved))
+        typer.echo("\n" + describe_step(resolved))
 
 
 @app.command()

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dpfast import checkpoint
 from dpfast.clipping import GhostClipper
 from dpfast.clipping.ownership import PROBED_EXAMPLES
-from dpfast.clipping.planner import plan_step
+from dpfast.clipping.planner import StepPlan, plan_step
 from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
 from dpfast.errors import CheckpointError, ConfigError, PrivacyError
@@ -222,24 +222,27 @@ class DPTrainer:
             fits = max(1, NUMBERS // (self.augmult * self._numbers_per_example))
             most = self.performance.microbatch or min(fits, math.ceil(self.plan.expected_batch_size))
         size, budget = Size(most, self.augmult), self.performance.memory_budget
-        while budget is not None and self._planned_peak(size) > budget:
+        while budget is not None and self.plan_step(size).private.peak > budget:
             smaller = size.half()
             if smaller is None:
                 warnings.warn(
-                    f"memory_budget={budget} is less than one row of one example is predicted to take"
-                    f" ({self._planned_peak(size)} bytes)",
+                    f"memory_budget={budget} is less than what one row of one example is predicted to take",
                     stacklevel=2,
                 )
                 break
             size = smaller
         return size
 
-    def _planned_peak(self, size: Size) -> int:
-        """Bytes of tensors that a physical batch will hold at a time, predicted without running it."""
+    def plan_step(self, size: Size | None = None) -> StepPlan:
+        """What a physical batch will cost in time and memory: predicted without running it, on no private data.
+
+        Raises ``CaptureError`` where the objective or the model cannot be planned (``dpfast.clipping.plan_step``).
+        """
+        size = size or self.physical_size
         examples = [x.to(self.performance.device) for x in self.examples.batch(torch.arange(0), size.examples)]
         ids = torch.arange(size.examples, device=self.performance.device)
         keys = RowKeys(self.seed, ids, 0, self.augmult).part(0, size.rows)
-        planned = plan_step(
+        return plan_step(
             self.model,
             lambda model, *examples: self.objective(model, *examples, keys),
             tuple(examples),
@@ -247,7 +250,6 @@ class DPTrainer:
             performance=self.performance,
             part=size.rows < self.augmult,
         )
-        return planned.private.peak
 
     def _accumulate(self, step: int, ids: Tensor, mask: Tensor) -> None:
         """Add the clipped sum of a physical batch to ``p.grad``.

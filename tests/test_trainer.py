@@ -123,12 +123,12 @@ def test_the_memory_budget_sizes_physical_batches() -> None:
         t = trainer(performance=Performance(memory_budget=budget))
         sizes.append((t.physical_size.examples, t.physical_size.rows))
         if budget is not None:
-            assert t._planned_peak(t.physical_size) <= budget
+            assert t.plan_step().private.peak <= budget
     assert sizes[0] == (6, K)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1][0] == 1
     assert sizes[-1][1] < K
-    with pytest.warns(UserWarning, match="memory_budget=1 is less than one row of one example"):
+    with pytest.warns(UserWarning, match="memory_budget=1 is less than what one row of one example"):
         assert trainer(performance=Performance(memory_budget=1)).physical_size.rows == 1
 
 

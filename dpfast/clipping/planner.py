@@ -55,7 +55,7 @@ class Total:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One private step of ``examples`` of ``augmult`` rows, and the ordinary step of the same rows.
+    """One private step of ``examples`` of ``augmult`` rows, and the ordinary step of the same rows; ``str`` is a table.
 
     small: number of the other parameters (biases, affines of norms), whose gradients are stored: ``small_bytes``.
     """
@@ -67,6 +67,33 @@ class StepPlan:
     small_bytes: int
     private: Total
     ordinary: Total
+
+    def ratio(self, form: cost.Form | None = None) -> float:
+        """Predicted time of the private step over that of the ordinary one; with one form for all weights, if given."""
+        chosen = sum(layer.costs[layer.form].seconds for layer in self.layers)
+        forced = chosen if form is None else sum(layer.costs[form].seconds for layer in self.layers)
+        return (self.private.seconds - chosen + forced) / self.ordinary.seconds
+
+    def __str__(self) -> str:
+        rows = [("weight", "shape", "form", "ms", "MB kept")]
+        for layer in self.layers:
+            of = layer.costs[layer.form]
+            shape = "x".join(map(str, layer.shape))
+            rows.append((layer.name, shape, layer.form, f"{1e3 * of.seconds:.2f}", f"{of.kept / 1e6:.2f}"))
+        rows.append((f"{self.small} biases, affines, ...", "", "materialise", "", f"{self.small_bytes / 1e6:.2f}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        for name, total in (("private step", self.private), ("ordinary step", self.ordinary)):
+            lines.append(f"{name:14} {total.seconds:8.3f} s {total.peak / 1e6:10,.1f} MB")
+        memory = self.private.peak / self.ordinary.peak
+        forced = ", ".join(f"{form} {self.ratio(form):.2f}" for form in cost.FORMS)
+        lines.append(f"{'ratio':14} {self.ratio():8.3f}   {memory:10.3f}      (time with one form for all: {forced})")
+        return "\n".join(lines)
 
 
 class Meter(TorchDispatchMode):

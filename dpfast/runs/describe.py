@@ -94,6 +94,26 @@ def describe_plan(recipe: Recipe) -> Rows:
     ]
 
 
+def describe_step(recipe: Recipe) -> str:
+    """One physical batch of the private training: the form of each weight, predicted time and memory."""
+    from dpfast.runs import build
+
+    data = build.private_data(recipe)
+    trainer = build.private_trainer(
+        recipe,
+        recipe.private,
+        build.unet(recipe, data),
+        data,
+        build.plan(recipe, len(data)),
+        build.private_objective(recipe, data),
+    )
+    size = trainer.physical_size
+    rows = f"{size.examples} images of {size.rows} augmentations" + (
+        " at a time" if size.rows < trainer.augmult else ""
+    )
+    return f"a physical batch on {recipe.performance.device}, {rows}, predicted:\n{trainer.plan_step()}"
+
+
 def describe_cost(run: Run) -> Rows:
     """What a run will cost: epsilon exactly, time and memory as measured on a few steps."""
     from dpfast.runs.estimate import estimate
