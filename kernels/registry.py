@@ -10,18 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Bytes = Callable[..., int]
+
 _LIBRARY = torch.library.Library("dpfast", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
+_SCRATCH: dict[str, Bytes] = {}
 
 
-def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def scratch_bytes(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> int:
+    """Of the tensors that a call makes and lets go, as far as they are worth counting."""
+    count = _SCRATCH.get(op.name().removeprefix("dpfast::").removesuffix(".default"))
+    return 0 if count is None else count(*args)
+
+
+def register(
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any], scratch: Bytes | None = None
+) -> Callable[..., Any]:
     """Define ``dpfast::name(...)`` and return a function that calls it.
 
     run, fake: take the arguments of ``schema`` in order and return its results, new tensors that share no memory with
-    the arguments. Plain tensors, their first argument, go to ``run`` without torch's dispatcher, which costs 45 us a
-    call; what has to be seen by others (fake tensors, a trace) goes through it.
+    the arguments. scratch: bytes that a call holds meanwhile. Plain tensors, their first argument, go to ``run``
+    without torch's dispatcher, which costs 45 us a call; what has to be seen by others (fake tensors, a trace) goes
+    through it.
     """
     name, _, _ = schema.partition("(")
+
+    if scratch is not None:
+        _SCRATCH[name] = scratch
 
     def on_values(*args: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -27,6 +27,7 @@ from dpfast.clipping.trees import tensors_in
 from dpfast.clipping.watch import Inventory
 from dpfast.errors import CaptureError
 from dpfast.kernels import cost
+from dpfast.kernels.registry import scratch_bytes
 from dpfast.performance import Performance
 
 Losses = Callable[..., Tensor]  # (model, *inputs) -> [N]
@@ -115,7 +116,9 @@ class Meter(TorchDispatchMode):
         counted = flop_registry.get(func._overloadpacket)
         if counted is not None:
             self.flops += counted(*args, **kwargs, out_val=output)
-        elif made and func.namespace != "dpfast":
+        elif func.namespace == "dpfast":
+            self.peak = max(self.peak, self.alive + scratch_bytes(func, args))
+        elif made:
             self.read += sum(t.numel() * t.element_size() for t in tensors_in((args, kwargs)))
             self.written += sum(t.numel() * t.element_size() for t in made)
         self.calls += 1

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.kernels.chunks import at_a_time
 from dpfast.kernels.conv import library, native, reference
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.dispatch import Backend, choose
@@ -114,6 +115,14 @@ def _fake_gram_sq_norms(a: Tensor, _g: Tensor, *rest: Any) -> tuple[Tensor, Tens
     return sq, torch.empty_like(sq)
 
 
+def _gram_scratch(a: Tensor, g: Tensor, *rest: Any) -> int:
+    spec, (examples, _) = _split(rest)
+    rows = a.shape[0] // max(1, examples)
+    pixels = has_pixel_gram(a, spec)
+    each = native.gram_bytes(a, g, rows) if pixels else reference.gram_bytes(a, g, spec, rows)
+    return each * at_a_time(each, examples)
+
+
 def _run_clipped_sum(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
     spec, (w, backend) = _split(rest)
     flat: Tensor = _implementation(backend, a, g).clipped_sum(a, g, spec, w)
@@ -135,6 +144,7 @@ _gram_sq_norms = register(
     f"conv_gram_sq_norms({_GEOMETRY}, int examples, str? backend) -> (Tensor, Tensor)",
     _run_gram_sq_norms,
     _fake_gram_sq_norms,
+    _gram_scratch,
 )
 _clipped_sum = register(
     f"conv_clipped_sum({_GEOMETRY}, Tensor w, str? backend) -> Tensor", _run_clipped_sum, _fake_clipped_sum

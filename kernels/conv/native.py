@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.kernels.chunks import in_chunks
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.dispatch import native_module
 from dpfast.kernels.precision import full_precision, gram_error
@@ -35,9 +36,24 @@ def takes_gram(spec: ConvSpec) -> bool:
     return spec.groups == 1 and all(stride == 1 for stride in spec.stride)
 
 
-@full_precision()
 def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 [B]`` from Grams of pixels, looked at through each tap's shift, and the bound on its rounding error."""
+    rows = a.shape[0] // max(1, examples)
+
+    def some(of: slice) -> tuple[Tensor, Tensor]:
+        own = slice(of.start * rows, of.stop * rows)
+        return _gram_sq_norms(a[own], g[own], spec, of.stop - of.start)
+
+    return in_chunks(gram_bytes(a, g, rows), examples, some)
+
+
+def gram_bytes(a: Tensor, g: Tensor, rows: int) -> int:
+    """Of one example's two Grams."""
+    return 4 * rows**2 * sum(math.prod(t.shape[2:]) ** 2 for t in (a, g))
+
+
+@full_precision()
+def _gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
     x, y = (g, a) if spec.transposed else (a, g)
     rows = x.shape[0] // max(1, examples)
     geometry = [

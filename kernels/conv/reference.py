@@ -5,11 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from dpfast.kernels.chunks import in_chunks
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.linear import reference as linear
 from dpfast.kernels.precision import accumulation_dtype
-
-PATCH_BYTES = 1 << 25  # patches alive at a time: more would leave the last-level cache
 
 
 def patches(x: Tensor, spec: ConvSpec, positions: torch.Size) -> Tensor:
@@ -46,17 +45,24 @@ def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[
 
 
 def gram_sq_norms_in_chunks(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
-    """The same, with the patches of a few examples alive at a time."""
-    empty = a.new_zeros(0, dtype=accumulation_dtype(a, g))
+    """The same, with the patches and Grams of a few examples alive at a time."""
     rows = a.shape[0] // max(1, examples)
-    positions = math.prod((a if spec.transposed else g).shape[2:])
-    numbers = positions * rows * math.prod(spec.weight_shape[1:]) * spec.groups
-    step = max(1, PATCH_BYTES // max(1, numbers * empty.itemsize))
-    parts = [
-        gram_sq_norms(a[i * rows : (i + step) * rows], g[i * rows : (i + step) * rows], spec, min(step, examples - i))
-        for i in range(0, examples, step)
-    ] or [(empty, empty)]
-    return torch.cat([sq for sq, _ in parts]), torch.cat([bound for _, bound in parts])
+
+    def some(of: slice) -> tuple[Tensor, Tensor]:
+        own = slice(of.start * rows, of.stop * rows)
+        if of.start == of.stop:
+            empty = a.new_zeros(0, dtype=accumulation_dtype(a, g))
+            return empty, empty
+        return gram_sq_norms(a[own], g[own], spec, of.stop - of.start)
+
+    return in_chunks(gram_bytes(a, g, spec, rows), examples, some)
+
+
+def gram_bytes(a: Tensor, g: Tensor, spec: ConvSpec, rows: int) -> int:
+    """Of one example's patches and Grams."""
+    m = rows * math.prod((a if spec.transposed else g).shape[2:])
+    numbers = m * math.prod(spec.weight_shape[1:]) + 3 * m**2
+    return numbers * spec.groups * accumulation_dtype(a, g).itemsize
 
 
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels import clip
+from dpfast.kernels.chunks import at_a_time, in_chunks
 from dpfast.kernels.dispatch import Backend, choose
 from dpfast.kernels.linear import native, reference
 from dpfast.kernels.precision import accumulation_dtype
@@ -75,6 +76,19 @@ def _fake_sq_norms(a: Tensor, g: Tensor, _: Backend | None) -> Tensor:  # noqa: 
     return a.new_empty(a.shape[0], dtype=torch.float64)
 
 
+def _run_gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return in_chunks(_gram_bytes(a, g), len(a), lambda of: reference.gram_sq_norms(a[of], g[of]))
+
+
+def _gram_bytes(a: Tensor, g: Tensor) -> int:
+    """Of one example's Grams and their product."""
+    return 3 * a.shape[1] ** 2 * accumulation_dtype(a, g).itemsize
+
+
+def _gram_scratch(a: Tensor, g: Tensor) -> int:
+    return _gram_bytes(a, g) * at_a_time(_gram_bytes(a, g), len(a))
+
+
 def _fake_gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     sq = a.new_empty(a.shape[0], dtype=accumulation_dtype(a, g))
     return sq, torch.empty_like(sq)
@@ -95,7 +109,10 @@ _per_example_grads = register(
 )
 _sq_norms = register("linear_sq_norms(Tensor a, Tensor g, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
 _gram_sq_norms = register(
-    "linear_gram_sq_norms(Tensor a, Tensor g) -> (Tensor, Tensor)", reference.gram_sq_norms, _fake_gram_sq_norms
+    "linear_gram_sq_norms(Tensor a, Tensor g) -> (Tensor, Tensor)",
+    _run_gram_sq_norms,
+    _fake_gram_sq_norms,
+    _gram_scratch,
 )
 _clipped_sum = register(
     "linear_clipped_sum(Tensor a, Tensor g, Tensor w, str? backend) -> Tensor", _run_clipped_sum, _fake_clipped_sum
