@@ -50,3 +50,24 @@ def test_the_table_of_ops_is_generated() -> None:
     text = (ROOT / "benchmarks/README.md").read_text()
     (written,) = re.findall(r"<!-- kernels: begin[^\n]*\n(.*?)\n<!-- kernels: end", text, re.DOTALL)
     assert written == table(results.rows("kernels"))
+
+
+def test_figures_are_drawn(tmp_path) -> None:
+    from benchmarks import plots, step
+
+    rows = [
+        {"row": row.name, "contestant": name, "tag": plots.TAG, "time": 1.1, "memory": 1.05}
+        for row, names in step.sweep().items()
+        for name in names[1:]
+    ]
+    skipped = {"row": rows[0]["row"], "contestant": "vmap", "tag": plots.TAG, "skipped": "wrong"}
+    for path in plots.write([*rows, skipped], tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_leaves_out_who_would_store_too_much() -> None:
+    from benchmarks import step
+
+    taking_part = {row.name: names for row, names in step.sweep().items()}
+    assert taking_part["unet-w32 float32 B=1 K=1"] == list(step.SWEPT)
+    assert "Opacus hooks" not in taking_part["unet-w32 float32 B=32 K=16"]
