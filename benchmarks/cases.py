@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,11 @@ def _unet(**settings: object) -> nn.Module:
     return UNet2DModel(num_class_embeds=11, **settings)
 
 
-def unet6m() -> nn.Module:
-    """6.1M parameters, 32x32, attention in the middle stage."""
+def unet(width: int, size: int) -> nn.Module:
+    """Three stages of ``width`` and twice that many channels, attention in the middle; 6.1M parameters at 64."""
     return _unet(
-        sample_size=32,
-        block_out_channels=(64, 128, 128),
+        sample_size=size,
+        block_out_channels=(width, 2 * width, 2 * width),
         layers_per_block=2,
         down_block_types=("DownBlock2D",) * 3,
         up_block_types=("UpBlock2D",) * 3,
@@ -57,7 +58,12 @@ def digits() -> nn.Module:
     return build_unet(UNetSpec(num_classes=10, **vars(load("digits", []).model)), seed=0)
 
 
-MODELS = {model.name: model for model in (Model("unet6m", unet6m, 32, 3), Model("digits", digits, 8, 1))}
+WIDTHS = {f"unet-w{width}": width for width in (32, 64, 128)}
+MODELS = {
+    "unet6m": Model("unet6m", partial(unet, 64, 32), 32, 3),
+    "digits": Model("digits", digits, 8, 1),
+    **{name: Model(name, partial(unet, width, 16), 16, 3) for name, width in WIDTHS.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -84,3 +90,16 @@ ROWS = (
     Row("unet6m", 8, 4, "bfloat16", time=1.15, memory=1.15),
     Row("digits", 64, 8, time=1.15, memory=1.15),
 )
+
+
+def _sweep(*sizes: tuple[int, int]) -> tuple[Row, ...]:
+    return tuple(Row("unet-w32", examples, augmult) for examples, augmult in sizes)
+
+
+# What the figures show: one thing grows in each. Rows B * K grow by B and K in turns.
+SWEEPS = {
+    "rows": _sweep((1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16), (32, 16)),
+    "examples": _sweep(*((b, 1) for b in (1, 2, 4, 8, 16, 32, 64))),
+    "augmult": _sweep(*((4, k) for k in (1, 2, 4, 8, 16, 32))),
+    "width": tuple(Row(name, 4, 4) for name in WIDTHS),
+}

@@ -27,10 +27,11 @@ def rows(name: str) -> list[dict[str, Any]]:
 def provenance() -> dict[str, Any]:
     """What a figure depends on besides its settings."""
     packages = ("dpfast", "torch", "diffusers", "dp-accounting")
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
     return {
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
         "machine": {"processor": processor(), "cores": os.cpu_count()},
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
     }
 
 

@@ -4,6 +4,8 @@
     python -m benchmarks.step --row "unet6m float32 B=8 K=1" --rounds 15
     python -m benchmarks.step --model digits -B 16 -K 4 --contestants non-private dpfast
     python -m benchmarks.step --table                # the table in the README, from the committed results
+    python -m benchmarks.step --sweep                # over B, K and width of small models, a quarter of an hour
+    python -m benchmarks.step --plots                # the figures of that, from the committed results
 
 First the gate: norms and clipped sum agree with a float64 loop over examples, or nothing is timed. Then time,
 in interleaved rounds of one process; then the peak of live tensor storages of one step; then the resident size of a
@@ -24,8 +26,8 @@ from typing import Any
 import torch
 
 from benchmarks import contestants as c
-from benchmarks import measure, results
-from benchmarks.cases import MODELS, ROWS, Row
+from benchmarks import measure, plots, results
+from benchmarks.cases import MODELS, ROWS, SWEEPS, Row
 from dpfast import Performance
 
 BASE = "non-private"
@@ -41,6 +43,8 @@ CONTESTANTS: dict[str, c.Contestant] = {
     "Opacus hooks": c.opacus_hooks,
     "Opacus ghost": c.opacus_ghost,
 }
+SWEPT = (BASE, "dpfast", "example at a time", "Opacus hooks", "vmap")
+MOST_STORED = 2 << 30  # bytes of gradients in a sweep: a contestant that stores more is left out
 # Relative errors that pass the gate. float32: a hundred roundings, far below any mistake of a factor; bfloat16 is held
 # against a float32 step, whose activations differ by that much.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
@@ -119,6 +123,18 @@ def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = Tru
     return found
 
 
+def sweep() -> dict[Row, list[str]]:
+    """The rows of all figures, once, and who takes part: those who need not store too many gradients."""
+    rows = dict.fromkeys(row for figure in SWEEPS.values() for row in figure)
+    return {row: [name for name in SWEPT if stored_by(name, row) <= MOST_STORED] for row in rows}
+
+
+def stored_by(name: str, row: Row) -> int:
+    """Bytes of gradients that a contestant keeps at a time."""
+    copies = {"vmap": row.examples, "Opacus hooks": row.examples * row.augmult}.get(name, 1)
+    return 4 * copies * sum(p.numel() for p in MODELS[row.model].build().parameters())
+
+
 def resident_of(row: Row, name: str) -> int:
     """Bytes at most resident in a fresh process that takes three steps."""
     command = [sys.executable, "-m", "benchmarks.step", "--resident", json.dumps(vars(row)), name]
@@ -164,28 +180,43 @@ def main() -> None:
     parser.add_argument("-K", type=int, default=1, help="rows of each example")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, help="9, in a sweep 5")
     parser.add_argument("--dry", action="store_true", help="print, and add nothing to the results")
     parser.add_argument("--table", action="store_true", help="only write the table into the README")
+    parser.add_argument("--sweep", action="store_true", help="the rows of the figures, instead of those of the table")
+    parser.add_argument("--plots", action="store_true", help="only draw the figures")
     parser.add_argument("--resident", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.resident:
         print_resident(Row(**json.loads(options.resident[0])), options.resident[1])
         return
-    if not options.table:
-        chosen = [row for row in ROWS if not options.row or row.name in options.row]
-        if options.model:
-            chosen = [Row(options.model, options.B, options.K, options.dtype)]
-        names = list(dict.fromkeys([BASE, *options.contestants]))
-        for row in chosen:
-            print(row.name, flush=True)
-            for outcome in run_row(row, names, options.rounds, resident=not options.dry):
-                print(f"  {outcome['contestant']:22} {cell(outcome)}", flush=True)
-                if not options.dry:
-                    results.append("step", outcome)
-    if not options.dry:
+    if not (options.table or options.plots):
+        run(options)
+    if options.dry:
+        return
+    if options.sweep or options.plots:
+        print(*plots.write(results.rows("step"), results.FOLDER), sep="\n")
+    else:
         results.write_between_markers(results.ROOT / "README.md", "step", table(results.rows("step")))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what was asked for, row by row; results are kept as they come."""
+    names = list(dict.fromkeys([BASE, *options.contestants]))
+    chosen = {row: names for row in ROWS if not options.row or row.name in options.row}
+    if options.model:
+        chosen = {Row(options.model, options.B, options.K, options.dtype): names}
+    if options.sweep:
+        chosen = sweep()
+    rounds = options.rounds or (5 if options.sweep else 9)
+    tag = {"tag": plots.TAG} if options.sweep else {}
+    for row, names in chosen.items():
+        print(row.name, flush=True)
+        for outcome in run_row(row, names, rounds, resident=not (options.dry or options.sweep)):
+            print(f"  {outcome['contestant']:22} {cell(outcome)}", flush=True)
+            if not options.dry:
+                results.append("step", outcome | tag)
 
 
 if __name__ == "__main__":

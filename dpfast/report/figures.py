@@ -89,11 +89,12 @@ def curve(
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        _plain(axes)
+        plain(axes)
         return _svg(figure, label)
 
 
-def _plain(axes: object) -> None:
+def plain(axes: object) -> None:
+    """No frame, faint lines behind the data, words in grey."""
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)

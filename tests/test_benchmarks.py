@@ -1,0 +1,73 @@
+"""Benchmarks do not rot, and what they publish is made from their results."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """The folder ``benchmarks`` is not installed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_an_op_is_measured() -> None:
+    case = "conv.sq_norms-16-16-3x3-4-B64-K8-float32"
+    command = [sys.executable, "-m", "pytest", "benchmarks/kernels", "--benchmark-only", "--rounds=1", "-k", case]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "| `conv.sq_norms` | 16→16 3x3 @4, B=64 K=8 | fp32 |" in done.stdout
+
+
+def test_a_wrong_op_is_not_timed() -> None:
+    from dataclasses import replace
+
+    from benchmarks.kernels import linear
+    from benchmarks.kernels.case import gate
+
+    for case in list(linear.cases())[-5:]:
+        gate(case)
+
+        def wrong(*arguments, case=case):
+            first, *rest = result if isinstance(result := case.ours(*arguments), tuple) else (result,)
+            return 1.001 * first, *rest
+
+        with pytest.raises(AssertionError, match=case.op):
+            gate(replace(case, ours=wrong))
+
+
+def test_the_table_of_ops_is_generated() -> None:
+    from benchmarks import results
+    from benchmarks.kernels.speed import table
+
+    text = (ROOT / "benchmarks/README.md").read_text()
+    (written,) = re.findall(r"<!-- kernels: begin[^\n]*\n(.*?)\n<!-- kernels: end", text, re.DOTALL)
+    assert written == table(results.rows("kernels"))
+
+
+def test_figures_are_drawn(tmp_path) -> None:
+    from benchmarks import plots, step
+
+    rows = [
+        {"row": row.name, "contestant": name, "tag": plots.TAG, "time": 1.1, "memory": 1.05}
+        for row, names in step.sweep().items()
+        for name in names[1:]
+    ]
+    skipped = {"row": rows[0]["row"], "contestant": "vmap", "tag": plots.TAG, "skipped": "wrong"}
+    for path in plots.write([*rows, skipped], tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_leaves_out_who_would_store_too_much() -> None:
+    from benchmarks import step
+
+    taking_part = {row.name: names for row, names in step.sweep().items()}
+    assert taking_part["unet-w32 float32 B=1 K=1"] == list(step.SWEPT)
+    assert "Opacus hooks" not in taking_part["unet-w32 float32 B=32 K=16"]
