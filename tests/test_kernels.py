@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cases import LAYOUTS, relayout
-from dpfast.kernels import affine, clip, conv, dispatch, embedding, linear, norm
+from dpfast.kernels import affine, chunks, clip, conv, dispatch, embedding, linear, norm
 from dpfast.kernels.conv import ConvSpec, library, reference
 
 GEOMETRIES = {  # weight shape, space of the input, options
@@ -117,14 +117,15 @@ def assert_all_forms(geometry, a, g, weight, spec, examples, backend) -> None:
 @pytest.mark.parametrize("examples", [1, 3, 5])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_convolution_forms(geometry, backend, examples) -> None:
+def test_convolution_forms(geometry, backend, examples, monkeypatch) -> None:
+    monkeypatch.setattr(chunks, "BYTES", 100_000)  # several chunks
     a, g, spec, weight = convolution(geometry, rows=2 * examples, dtype=torch.float32)
     assert_all_forms(geometry, a, g, weight, spec, examples, backend)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_convolution_formulas(geometry, monkeypatch) -> None:
-    monkeypatch.setattr(reference, "PATCH_BYTES", 100_000)  # several chunks
+    monkeypatch.setattr(chunks, "BYTES", 100_000)  # several chunks
     a, g, spec, weight = convolution(geometry, rows=10)
     exact = by_autograd(geometry, a, g, weight, 5)
     squares = exact.flatten(1).square().sum(1)
@@ -287,7 +288,7 @@ def test_no_op_is_left_out() -> None:
 LEVELS = """
 import sys, torch
 sys.path.insert(0, {folder!r})
-from dpfast.kernels import dispatch
+from dpfast.kernels import chunks, dispatch
 from test_kernels import GEOMETRIES, assert_all_forms, convolution
 print(dispatch.native_module().instruction_set)
 for geometry in GEOMETRIES:

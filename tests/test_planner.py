@@ -153,8 +153,6 @@ def test_steps_keep_to_the_budget_and_spend_it(monkeypatch) -> None:
         costs = [cost.predict(work, form, USUAL) for work, form in self.chosen.values()]
         works = [work for work, _ in self.chosen.values()]
         total_kept.append(sum(min(cost.predict(work, f, USUAL).kept for f in cost.FORMS) for work in works))
-            sum(min(cost.predict(work, f, USUAL).kept for f in cost.FORMS) for work, _ in self.chosen.values())
-        )
         steps.append((sum(c.seconds for c in costs), sum(c.kept for c in costs), self.stored_bytes))
         return finish(self, *args)
 
