@@ -288,7 +288,7 @@ def test_no_op_is_left_out() -> None:
 LEVELS = """
 import sys, torch
 sys.path.insert(0, {folder!r})
-from dpfast.kernels import chunks, dispatch
+from dpfast.kernels import dispatch
 from test_kernels import GEOMETRIES, assert_all_forms, convolution
 print(dispatch.native_module().instruction_set)
 for geometry in GEOMETRIES:
