@@ -73,13 +73,14 @@ void clipped_sum(std::uintptr_t grads, std::int64_t examples, std::int64_t numbe
 }
 
 void group_norm_grads(std::uintptr_t x, const Three& x_stride, std::uintptr_t g, const Three& g_stride,
-                      const std::array<std::int64_t, 5>& shape, double eps, std::uintptr_t weight, std::uintptr_t bias,
+                      const Five& shape, double eps, int dtype, std::uintptr_t weight, std::uintptr_t bias,
                       int threads) {
     py::gil_scoped_release release;
-    dpfast::group_norm_grads(reinterpret_cast<const float*>(x), {x_stride[0], x_stride[1], x_stride[2]},
-                             reinterpret_cast<const float*>(g), {g_stride[0], g_stride[1], g_stride[2]},
+    dpfast::group_norm_grads(reinterpret_cast<const void*>(x), {x_stride[0], x_stride[1], x_stride[2]},
+                             reinterpret_cast<const void*>(g), {g_stride[0], g_stride[1], g_stride[2]},
                              {shape[0], shape[1], shape[2], shape[3], shape[4]}, eps,
-                             reinterpret_cast<float*>(weight), reinterpret_cast<float*>(bias), threads);
+                             static_cast<dpfast::Dtype>(dtype), reinterpret_cast<float*>(weight),
+                             reinterpret_cast<float*>(bias), threads);
 }
 
 void conv_gram(std::int64_t examples, std::int64_t rows, const std::array<Three, 5>& geometry, std::uintptr_t x,
@@ -118,7 +119,7 @@ PYBIND11_MODULE(_native, m) {
           py::arg("weights"), py::arg("out"), py::arg("threads"));
     m.def("fingerprints", &fingerprints, py::arg("memory"), py::arg("threads"));
     m.def("group_norm_grads", &group_norm_grads, py::arg("x"), py::arg("x_stride"), py::arg("g"), py::arg("g_stride"),
-          py::arg("shape"), py::arg("eps"), py::arg("weight"), py::arg("bias"), py::arg("threads"));
+          py::arg("shape"), py::arg("eps"), py::arg("dtype"), py::arg("weight"), py::arg("bias"), py::arg("threads"));
     m.def("conv_gram", &conv_gram, py::arg("examples"), py::arg("rows"), py::arg("geometry"), py::arg("x"),
           py::arg("y"), py::arg("sq"), py::arg("magnitudes"), py::arg("threads"));
     m.def("affine_grads", &affine_grads, py::arg("a"), py::arg("a_stride"), py::arg("g"), py::arg("g_stride"),

@@ -6,9 +6,11 @@
 
 namespace dpfast {
 
+enum Dtype : int { Float32 = 0, BFloat16 = 1 };
+
 // Raised whenever a signature below changes; dpfast/kernels/dispatch.py refuses another value, so that a module built
 // from older sources is never called.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 // Sizes, or strides in elements, of a tensor [B, M, C, S]: examples, rows of an example, channels, positions.
 struct Dims {
@@ -39,9 +41,9 @@ struct NormShape {
     std::int64_t examples, rows, groups, channels, positions;  // rows of an example
 };
 
-// Of a group norm of x: weight[e, c] = sum of x_hat * g and bias[e, c] = sum of g over the rows and positions of e.
-void group_norm_grads(const float* x, NormStride x_stride, const float* g, NormStride g_stride, const NormShape& shape,
-                      double eps, float* weight, float* bias, int threads);
+// Of a group norm of x (x and g of `dtype`): weight[e, c] = sum of x_hat * g and bias[e, c] = sum of g over the rows and positions of e.
+void group_norm_grads(const void* x, NormStride x_stride, const void* g, NormStride g_stride, const NormShape& shape,
+                      double eps, Dtype dtype, float* weight, float* bias, int threads);
 
 struct Memory {
     const void* at;
@@ -50,8 +52,6 @@ struct Memory {
 
 // out[i] = a number by which a change of memory[i] shows.
 void fingerprints(const Memory* memory, std::int64_t count, std::uint64_t* out, int threads);
-
-enum Dtype : int { Float32 = 0, BFloat16 = 1 };
 
 // A convolution x -> y with up to three spatial dimensions (fewer: the first ones are 1); sizes are of one group.
 // Strides, in elements, are those of [rows, channels, three dimensions]; the rows of an example follow each other.

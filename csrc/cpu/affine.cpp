@@ -3,21 +3,17 @@
 // Three kernels for three layouts: positions contiguous (NCHW), channels contiguous (channels_last, LayerNorm), and
 // anything else. All multiply and add in double: products are exact, results are rounded once, and reading memory
 // still takes longer than the arithmetic.
+//
+// This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <algorithm>
 
-#include "dpfast.h"
-#include "dpfast_clones.h"  // generated: DPFAST_CLONES compiles a function for several instruction sets
+#include "isa.h"
+#include "vec.h"
 
 namespace dpfast {
-namespace affine {
+namespace DPFAST_ISA {
+namespace {
 
-// 8 floats, and the 8 doubles they widen to, in as many registers as the instruction set needs; Loose lies at any
-// address.
-typedef float Lanes __attribute__((vector_size(32)));
-typedef float Loose __attribute__((vector_size(32), aligned(4)));
-typedef double Wide __attribute__((vector_size(64)));
-
-constexpr std::int64_t kLanes = 8;
 constexpr std::int64_t kRun = 16;               // positions that the channels-contiguous kernel takes at a time
 constexpr std::int64_t kTile = 64;              // positions that the general kernel gathers at a time
 constexpr std::int64_t kColumns = 256;          // channels per task where channels are contiguous
@@ -34,65 +30,61 @@ struct Task {
     float* bias;
 };
 
-#define DPFAST_LOAD(p) __builtin_convertvector(*reinterpret_cast<const Loose*>(p), Wide)
-
-inline __attribute__((always_inline)) float sum(const Wide& wide) {
-    double x[kLanes];
-    for (int i = 0; i < kLanes; ++i) x[i] = wide[i];
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
-    }
-    return static_cast<float>(x[0]);
-}
+inline Wide wide(const float* at) { return widen(load(at)); }
 
 // Positions contiguous in a and g.
-DPFAST_CLONES void positions_contiguous(const Task& t) {
+void positions_contiguous(const Task& t) {
     for (std::int64_t c = 0; c < t.channels; ++c) {
-        Wide w0{}, w1{}, b0{}, b1{};
+        Wide w0, w1, b0, b1;
         for (std::int64_t m = 0; m < t.rows; ++m) {
             const float* a = t.a + c * t.a_stride.c + m * t.a_stride.m;
             const float* g = t.g + c * t.g_stride.c + m * t.g_stride.m;
             std::int64_t s = 0;
             for (; s + 2 * kLanes <= t.positions; s += 2 * kLanes) {
-                const Wide g0 = DPFAST_LOAD(g + s), g1 = DPFAST_LOAD(g + s + kLanes);
-                w0 += DPFAST_LOAD(a + s) * g0;
-                w1 += DPFAST_LOAD(a + s + kLanes) * g1;
+                const Wide g0 = wide(g + s), g1 = wide(g + s + kLanes);
+                w0 += wide(a + s) * g0;
+                w1 += wide(a + s + kLanes) * g1;
                 b0 += g0;
                 b1 += g1;
             }
             for (; s < t.positions; ++s) {
-                w0[0] += static_cast<double>(a[s]) * g[s];
-                b0[0] += g[s];
+                w0.low[0] += static_cast<double>(a[s]) * g[s];
+                b0.low[0] += g[s];
             }
         }
-        t.weight[c] = sum(w0 + w1);
-        t.bias[c] = sum(b0 + b1);
+        t.weight[c] = static_cast<float>(total(w0 + w1));
+        t.bias[c] = static_cast<float>(total(b0 + b1));
     }
 }
 
-// Adds `count` positions of N * 8 contiguous channels to the totals.
+inline void put(const Wide& from, float* to) {
+    for (int i = 0; i < kLanes / 2; ++i) {
+        to[i] = static_cast<float>(from.low[i]), to[kLanes / 2 + i] = static_cast<float>(from.high[i]);
+    }
+}
+
+// Adds `count` positions of N * kLanes contiguous channels to the totals.
 template <int N>
-inline __attribute__((always_inline)) void add_positions(const float* a, const float* g, std::int64_t a_step,
+inline void add_positions(const float* a, const float* g, std::int64_t a_step,
                                                          std::int64_t g_step, std::int64_t count, Wide* weight,
                                                          Wide* bias) {
     Wide w[N], b[N];
     for (int n = 0; n < N; ++n) w[n] = weight[n], b[n] = bias[n];
     for (std::int64_t s = 0; s < count; ++s) {
         for (int n = 0; n < N; ++n) {
-            const Wide gn = DPFAST_LOAD(g + s * g_step + n * kLanes);
-            w[n] += DPFAST_LOAD(a + s * a_step + n * kLanes) * gn;
+            const Wide gn = wide(g + s * g_step + n * kLanes);
+            w[n] += wide(a + s * a_step + n * kLanes) * gn;
             b[n] += gn;
         }
     }
     for (int n = 0; n < N; ++n) weight[n] = w[n], bias[n] = b[n];
 }
 
-// Channels contiguous in a and g; a multiple of 8, at most kColumns. A few positions of all channels at a time keep
+// Channels contiguous in a and g; a multiple of kLanes, at most kColumns. A few positions of all channels at a time keep
 // the reads in memory order.
-DPFAST_CLONES void channels_contiguous(const Task& t) {
+void channels_contiguous(const Task& t) {
     const int lanes = static_cast<int>(t.channels / kLanes);
     Wide weight[kColumns / kLanes], bias[kColumns / kLanes];
-    for (int n = 0; n < lanes; ++n) weight[n] = bias[n] = Wide{};
     for (std::int64_t m = 0; m < t.rows; ++m) {
         for (std::int64_t s = 0; s < t.positions; s += kRun) {
             const std::int64_t count = std::min(kRun, t.positions - s);
@@ -110,18 +102,18 @@ DPFAST_CLONES void channels_contiguous(const Task& t) {
         }
     }
     for (int n = 0; n < lanes; ++n) {
-        *reinterpret_cast<Loose*>(t.weight + n * kLanes) = __builtin_convertvector(weight[n], Lanes);
-        *reinterpret_cast<Loose*>(t.bias + n * kLanes) = __builtin_convertvector(bias[n], Lanes);
+        put(weight[n], t.weight + n * kLanes);
+        put(bias[n], t.bias + n * kLanes);
     }
 }
 
 // Any strides, at most kRows channels: tiles of positions are gathered, so that each cache line of a
 // channels-contiguous operand serves all the channels of the task.
-DPFAST_CLONES void any_layout(const Task& t) {
-    Wide weight[kRows] = {}, bias[kRows] = {};
-    const std::int64_t total = t.rows * t.positions;
-    for (std::int64_t first = 0; first < total; first += kTile) {
-        const int count = static_cast<int>(std::min(kTile, total - first));
+void any_layout(const Task& t) {
+    Wide weight[kRows], bias[kRows];
+    const std::int64_t every = t.rows * t.positions;
+    for (std::int64_t first = 0; first < every; first += kTile) {
+        const int count = static_cast<int>(std::min(kTile, every - first));
         std::int64_t a_at[kTile], g_at[kTile];
         std::int64_t m = first / t.positions, s = first % t.positions;
         for (int i = 0; i < count; ++i) {
@@ -139,15 +131,15 @@ DPFAST_CLONES void any_layout(const Task& t) {
                 g[i] = t.g[c * t.g_stride.c + g_at[i]];
             }
             for (int i = 0; i < count; i += kLanes) {
-                const Wide gi = DPFAST_LOAD(g + i);
-                weight[c] += DPFAST_LOAD(a + i) * gi;
+                const Wide gi = wide(g + i);
+                weight[c] += wide(a + i) * gi;
                 bias[c] += gi;
             }
         }
     }
     for (std::int64_t c = 0; c < t.channels; ++c) {
-        t.weight[c] = sum(weight[c]);
-        t.bias[c] = sum(bias[c]);
+        t.weight[c] = static_cast<float>(total(weight[c]));
+        t.bias[c] = static_cast<float>(total(bias[c]));
     }
 }
 
@@ -159,11 +151,10 @@ Layout layout_of(Dims a, Dims g, Dims size) {
     return Layout::any;
 }
 
-}  // namespace affine
+}  // namespace
 
 void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, Dims size, float* weight, float* bias,
                   int threads) {
-    using namespace affine;
     // Rows that follow each other as positions do are positions: longer runs for the kernels.
     if (size.s == 1 || (a_stride.m == a_stride.s * size.s && g_stride.m == g_stride.s * size.s)) {
         if (size.s == 1) a_stride.s = a_stride.m, g_stride.s = g_stride.m;
@@ -204,4 +195,5 @@ void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, 
     }
 }
 
+}  // namespace DPFAST_ISA
 }  // namespace dpfast

@@ -1,41 +1,38 @@
 // Squared norms and the clipped sum of stored per-example gradients: one pass over memory each.
+//
+// This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <algorithm>
 
-#include "dpfast.h"
-#include "dpfast_clones.h"
+#include "isa.h"
+#include "vec.h"
 
 namespace dpfast {
+namespace DPFAST_ISA {
 namespace {
 
 using std::int64_t;
 
-typedef float Lanes __attribute__((vector_size(32)));
-typedef float Loose __attribute__((vector_size(32), aligned(4)));
-typedef double Wide __attribute__((vector_size(64)));
-
-constexpr int64_t kLanes = 8;
 constexpr int64_t kColumns = 4096;  // numbers of the sum that stay in the first-level cache
-constexpr int64_t kSquares = 1 << 16;  // numbers of a gradient in one task
 constexpr int64_t kSerial = 32768;  // numbers below which threads cost more than they save
 
-// Products of floats are exact in double.
-DPFAST_CLONES double squares(const float* g, int64_t n) {
-    Wide a{}, b{};
+double squares(const float* g, int64_t n) {
+    Wide sum;
     int64_t i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-        const Wide x = __builtin_convertvector(*reinterpret_cast<const Loose*>(g + i), Wide);
-        const Wide y = __builtin_convertvector(*reinterpret_cast<const Loose*>(g + i + kLanes), Wide);
-        a += x * x;
-        b += y * y;
+    while (i + 2 * kLanes <= n) {
+        Vec even{}, odd{};
+        for (int step = 0; step < kBrief / 2 && i + 2 * kLanes <= n; ++step, i += 2 * kLanes) {
+            const Vec x = load(g + i), y = load(g + i + kLanes);
+            even += x * x;
+            odd += y * y;
+        }
+        sum += widen(even + odd);
     }
-    a += b;
-    double total = 0;
-    for (int j = 0; j < kLanes; ++j) total += a[j];
-    for (; i < n; ++i) total += static_cast<double>(g[i]) * g[i];
-    return total;
+    double rest = 0;
+    for (; i < n; ++i) rest += static_cast<double>(g[i]) * g[i];
+    return total(sum) + rest;
 }
 
-DPFAST_CLONES void add(const float* g, float w, float* out, int64_t n) {
+void add(const float* g, float w, float* out, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] += w * g[i];
 }
 
@@ -46,8 +43,8 @@ void sq_norms(const float* grads, int64_t examples, int64_t numbers, int64_t str
     const int64_t blocks = square_blocks(numbers);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && examples * numbers > kSerial)
     for (int64_t i = 0; i < examples * blocks; ++i) {
-        const int64_t e = i / blocks, first = i % blocks * kSquares;
-        parts[i] = squares(grads + e * stride + first, std::min(kSquares, numbers - first));
+        const int64_t e = i / blocks, first = i % blocks * kSquareBlock;
+        parts[i] = squares(grads + e * stride + first, std::min(kSquareBlock, numbers - first));
     }
     for (int64_t e = 0; e < examples; ++e) {
         sq[e] = 0;
@@ -55,8 +52,6 @@ void sq_norms(const float* grads, int64_t examples, int64_t numbers, int64_t str
     }
     (void)threads;  // unused without OpenMP
 }
-
-int64_t square_blocks(int64_t numbers) { return (numbers + kSquares - 1) / kSquares; }
 
 void clipped_sum(const float* grads, int64_t examples, int64_t numbers, int64_t stride, const float* weights,
                  float* out, int threads) {
@@ -72,4 +67,5 @@ void clipped_sum(const float* grads, int64_t examples, int64_t numbers, int64_t 
     (void)threads;
 }
 
+}  // namespace DPFAST_ISA
 }  // namespace dpfast

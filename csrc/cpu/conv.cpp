@@ -11,11 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
-#include "conv_isa.h"
+#include "isa.h"
+#include "vec.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -27,41 +24,17 @@ namespace {
 
 using std::int64_t;
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;  // numbers in a vector
-constexpr int kMost = 12;   // output channels in a tile: 24 of 32 registers hold sums
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-constexpr int kMost = 6;  // 12 of 16 registers
-#elif defined(__aarch64__)
-constexpr int kLanes = 4;
+// Output channels in a tile: its sums fill three quarters of the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMost = 12;
 #else
-constexpr int kLanes = 4;
 constexpr int kMost = 6;
 #endif
 
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4)));  // at any address
-typedef double Wide __attribute__((vector_size(8 * kLanes)));
-
 constexpr int64_t kBlock = 256;      // positions at a time: their x and y stay in the first-level cache
-constexpr int kSquares = 8;          // rows whose squares are added up in float: they err by 8 roundings
 constexpr int64_t kPacked = 1 << 18; // numbers of y that are packed before they are used, if the examples are small
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Brain {  // bfloat16
-    std::uint16_t bits;
-};
-
-inline float number(float v) { return v; }
-inline float number(Brain v) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(v.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, sizeof f);
-    return f;
-}
 
 // How the work is cut, from the sizes alone.
 struct Cut {
@@ -423,7 +396,7 @@ inline void for_results(const Conv& c, const Cut& cut, const Task& task, const f
 
 // Added up in double, but for a few squares at a time. Columns beyond the last are 0.
 double squares(const Conv& c, const Cut& cut, const Task& task, const float* acc) {
-    Wide total{};
+    Wide sum;
     Vec part{};
     int rows = 0;
     for_results(c, cut, task, acc, [&](const float* row, int64_t, int64_t) {
@@ -431,12 +404,9 @@ double squares(const Conv& c, const Cut& cut, const Task& task, const float* acc
             const Vec some = *reinterpret_cast<const Loose*>(row + n * kLanes);
             part += some * some;
         }
-        if (++rows == kSquares) total += __builtin_convertvector(part, Wide), part = Vec{}, rows = 0;
+        if (++rows == kBrief) sum += widen(part), part = Vec{}, rows = 0;
     });
-    total += __builtin_convertvector(part, Wide);
-    double sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += total[i];
-    return sum;
+    return total(sum + widen(part));
 }
 
 void add_weighted(const Conv& c, const Cut& cut, const Task& task, const float* acc, float w, float* out) {

@@ -3,13 +3,15 @@
 //     <patch_t, patch_s> = sum over taps of <x[t + tap], x[s + tap]>,
 //
 // and one Gram of the C channels of a pixel, looked at through `taps` shifts, does what one of C * taps would.
+//
+// This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <algorithm>
 #include <cmath>
 
-#include "dpfast.h"
-#include "dpfast_clones.h"
+#include "isa.h"
 
 namespace dpfast {
+namespace DPFAST_ISA {
 namespace {
 
 using std::int64_t;
@@ -31,10 +33,10 @@ void inside(const PixelGram& s, int dim, int64_t shift, int64_t* from, int64_t* 
 
 typedef float Lanes __attribute__((vector_size(32)));
 typedef float Loose __attribute__((vector_size(32), aligned(4)));
-constexpr int64_t kLanes = 8;
+constexpr int64_t kLanes = 8;  // on every processor: lines of images are short
 
 // The sum of products of `count` lines of n numbers each, all added up.
-DPFAST_CLONES double dots(const float* x, int64_t x_step, const float* y, int64_t y_step, int64_t n, int64_t count) {
+double dots(const float* x, int64_t x_step, const float* y, int64_t y_step, int64_t n, int64_t count) {
     Lanes sum{};
     float rest[kLanes] = {};
     for (int64_t line = 0; line < count; ++line, x += x_step, y += y_step) {
@@ -133,4 +135,5 @@ void conv_gram(const PixelGram& shape, const float* x, const float* y, double* s
     (void)threads;  // unused without OpenMP
 }
 
+}  // namespace DPFAST_ISA
 }  // namespace dpfast

@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "conv_isa.h"
+#include "isa.h"
 
 namespace dpfast {
 namespace {
@@ -49,11 +49,41 @@ const char* instruction_set() {
 #define DPFAST_RUN(call) return base::call;
 #endif
 
+void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, Dims size, float* weight, float* bias,
+                  int threads) {
+    DPFAST_RUN(affine_grads(a, a_stride, g, g_stride, size, weight, bias, threads))
+}
+
+void sq_norms(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride, double* parts,
+              double* sq, int threads) {
+    DPFAST_RUN(sq_norms(grads, examples, numbers, stride, parts, sq, threads))
+}
+
+std::int64_t square_blocks(std::int64_t numbers) { return (numbers + kSquareBlock - 1) / kSquareBlock; }
+
+void clipped_sum(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,
+                 const float* weights, float* out, int threads) {
+    DPFAST_RUN(clipped_sum(grads, examples, numbers, stride, weights, out, threads))
+}
+
+void group_norm_grads(const void* x, NormStride x_stride, const void* g, NormStride g_stride, const NormShape& shape,
+                      double eps, Dtype dtype, float* weight, float* bias, int threads) {
+    DPFAST_RUN(group_norm_grads(x, x_stride, g, g_stride, shape, eps, dtype, weight, bias, threads))
+}
+
+void fingerprints(const Memory* memory, std::int64_t count, std::uint64_t* out, int threads) {
+    DPFAST_RUN(fingerprints(memory, count, out, threads))
+}
+
 std::int64_t conv_scratch(const Conv& c, bool sum, int threads) { DPFAST_RUN(conv_scratch(c, sum, threads)) }
 
 void conv_grads(const Conv& c, const void* x, const void* y, const float* weights, float* out, double* sq,
                 double* scratch, int threads) {
     DPFAST_RUN(conv_grads(c, x, y, weights, out, sq, scratch, threads))
+}
+
+void conv_gram(const PixelGram& shape, const float* x, const float* y, double* sq, double* magnitudes, int threads) {
+    DPFAST_RUN(conv_gram(shape, x, y, sq, magnitudes, threads))
 }
 
 }  // namespace dpfast

@@ -1,13 +1,15 @@
 // Numbers by which a change of memory shows: a sum over 32-bit words, each times an odd number that depends on its place.
 //
+// This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
+//
 // One changed word always shows (odd numbers have inverses), exchanged words nearly always; this is no cryptography.
 #include <algorithm>
 #include <cstring>
 
-#include "dpfast.h"
-#include "dpfast_clones.h"
+#include "isa.h"
 
 namespace dpfast {
+namespace DPFAST_ISA {
 namespace {
 
 using std::int64_t;
@@ -17,7 +19,7 @@ using std::uint64_t;
 constexpr int64_t kWords = 1 << 30;    // at a time: places are counted in 32 bits
 constexpr int64_t kSerial = 1 << 20;   // bytes below which threads cost more than they save
 
-DPFAST_CLONES uint64_t words(const uint32_t* word, int64_t first, int64_t count) {
+uint64_t words(const uint32_t* word, int64_t first, int64_t count) {
     uint64_t sum = 0;
     for (int64_t i = 0; i < count; ++i) {
         const uint32_t odd = static_cast<uint32_t>(first + i) * 0x9E3779B2u | 1u;
@@ -46,4 +48,5 @@ void fingerprints(const Memory* memory, int64_t count, uint64_t* out, int thread
     (void)threads;  // unused without OpenMP
 }
 
+}  // namespace DPFAST_ISA
 }  // namespace dpfast

@@ -21,15 +21,16 @@ __all__ = ["group_norm_grads"]
 def group_norm_grads(
     x: Tensor, g: Tensor, groups: int, eps: float, examples: int, *, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients ``(weight, bias)`` of every example, each [B, C]; float32 at least. Native for float32 on the CPU."""
+    """Gradients ``(weight, bias)`` of every example, each [B, C]; float32 at least. Native for float32 and bfloat16 on the CPU."""
     return _group_norm_grads(x, g, groups, eps, examples, backend)
 
 
 def _run(
     x: Tensor, g: Tensor, groups: int, eps: float, examples: int, backend: Backend | None
 ) -> tuple[Tensor, Tensor]:
-    chosen = native if choose(backend, x, g) == "native" else reference
-    return chosen.group_norm_grads(x, g, groups, eps, examples)
+    fits = backend is not None or x.dtype == g.dtype
+    is_native = fits and choose(backend, x, g, dtypes=tuple(native.DTYPES)) == "native"
+    return (native if is_native else reference).group_norm_grads(x, g, groups, eps, examples)
 
 
 def _fake(x: Tensor, g: Tensor, _groups: int, _eps: float, examples: int, _: Backend | None) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,22 @@
-"""``norm`` on the CPU in float32: one pass over x and g in ``csrc/cpu/norm.cpp``."""
+"""``norm`` on the CPU, in float32 or from bfloat16: one read of x and g in ``csrc/cpu/norm.cpp``."""
 
 import torch
 from torch import Tensor
 
 from dpfast.kernels.dispatch import native_module
 
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
 
 def group_norm_grads(x: Tensor, g: Tensor, groups: int, eps: float, examples: int) -> tuple[Tensor, Tensor]:
     """As the reference; sums are carried in float64 and rounded once."""
     x, g = _flat(x), _flat(g)
     rows, channels, positions = x.shape
-    weight = x.new_empty(examples, channels)
+    weight = x.new_empty(examples, channels, dtype=torch.float32)
     bias = torch.empty_like(weight)
     native_module().group_norm_grads(
         x.data_ptr(), x.stride(), g.data_ptr(), g.stride(),
-        (examples, rows // max(1, examples), groups, channels, positions), eps,
+        (examples, rows // max(1, examples), groups, channels, positions), eps, DTYPES[x.dtype],
         weight.data_ptr(), bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return weight, bias
