@@ -216,11 +216,12 @@ NORMS = [(6, 8, 5, 7), (4, 33, 9), (6, 12), (2, 64, 4, 4, 3), (3, 6, 1, 1), (6, 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", NORMS)
-def test_group_norms(shape, layout, offset, backend) -> None:
+def test_group_norms(shape, dtype, layout, offset, backend) -> None:
     torch.manual_seed(0)
     x, g, examples = torch.randn(shape) + offset, torch.randn(shape), 1 if shape[0] == 3 else 2
-    x, g = relayout(x, layout), relayout(g, layout)
+    x, g = relayout(x.to(dtype), layout), relayout(g.to(dtype), layout)
     channels = shape[1]
     for groups in {1, channels} | ({2} if channels % 2 == 0 else set()):
         if channels // groups * x[0, 0].numel() == 1:

@@ -25,22 +25,19 @@ struct Sums {
     Wide xx, g, gx;
 };
 
-// The sum of n numbers that follow each other.
+// Adds n numbers that follow each other; what is left over after whole vectors goes into the first lane.
 template <class T>
-inline double sum_of(const T* x, int64_t n) {
-    Wide sum;
+inline void add_numbers(const T* x, int64_t n, Wide* out) {
     int64_t s = 0;
     while (s + kLanes <= n) {
         Vec part{};
         for (int i = 0; i < kBrief && s + kLanes <= n; ++i, s += kLanes) part += load(x + s);
-        sum += widen(part);
+        *out += widen(part);
     }
-    double rest = 0;
-    for (; s < n; ++s) rest += number(x[s]);
-    return total(sum) + rest;
+    for (; s < n; ++s) out->low[0] += number(x[s]);
 }
 
-// Adds one channel whose positions follow each other; what is left over after whole vectors goes into the first lane.
+// Adds one channel whose positions follow each other.
 template <class T>
 inline void add_positions(const T* x, const T* g, int64_t n, float mean, Sums* out) {
     int64_t s = 0;
@@ -120,9 +117,9 @@ void along_positions(const Problem<T>& p, int64_t example, int64_t group, std::v
         const int64_t n = example * p.shape.rows + row;
         const T* x = p.x + n * p.x_stride.n + first * p.x_stride.c;
         const T* g = p.g + n * p.g_stride.n + first * p.g_stride.c;
-        double sum = 0;
-        for (int64_t c = 0; c < width; ++c) sum += sum_of(x + c * p.x_stride.c, positions);
-        Moments moments(sum, p.count());
+        Wide sum;
+        for (int64_t c = 0; c < width; ++c) add_numbers(x + c * p.x_stride.c, positions, &sum);
+        Moments moments(total(sum), p.count());
         Wide squares;
         for (int64_t c = 0; c < width; ++c) {
             here[c] = Sums{};
