@@ -26,11 +26,15 @@ from typing import Any
 import torch
 
 from benchmarks import contestants as c
-from benchmarks import measure, plots, results
+from benchmarks import plots, results
 from benchmarks.cases import MODELS, ROWS, SWEEPS, Row
-from dpfast import Performance
+from dpfast import Performance, measure
+from dpfast.clipping import plan_step
+from dpfast.clipping.planner import StepPlan
+from dpfast.kernels import cost
 
-BASE = "non-private"
+BASE, PASSES = "non-private", "dpfast in passes"
+ROWS_OF_A_PASS = 32
 DPFAST = {"dpfast": Performance()} | {
     f"dpfast {form}": Performance(form=form) for form in ("gram", "direct", "materialise")
 }
@@ -38,11 +42,13 @@ CONTESTANTS: dict[str, c.Contestant] = {
     BASE: c.non_private,
     "non-private compiled": c.non_private_compiled,
     **{name: c.dpfast(performance) for name, performance in DPFAST.items()},
+    PASSES: c.dpfast_in_passes(ROWS_OF_A_PASS),
     "example at a time": c.example_at_a_time,
     "vmap": c.vmap,
     "Opacus hooks": c.opacus_hooks,
     "Opacus ghost": c.opacus_ghost,
 }
+SLOW = 3.0  # forms that are predicted to take so many times the non-private step are skipped
 SWEPT = (BASE, "dpfast", "example at a time", "Opacus hooks", "vmap")
 MOST_STORED = 2 << 30  # bytes of gradients in a sweep: a contestant that stores more is left out
 # Relative errors that pass the gate. float32: a hundred roundings, far below any mistake of a factor; bfloat16 is held
@@ -86,15 +92,42 @@ def error(got: c.Clipped, exact: c.Clipped) -> float:
     return max(norms, (difference / torch.stack([s.norm() for s in exact.sums.values()]).norm()).item())
 
 
+def plan_of(row: Row, performance: Performance) -> StepPlan:
+    """What dpfast itself predicts."""
+    task = task_of(row)
+    return plan_step(
+        task.model,
+        lambda model, *inputs: task.losses(model, inputs),
+        task.inputs,
+        augmult=row.augmult,
+        performance=performance,
+    )
+
+
+def why_not(name: str, row: Row) -> str | None:
+    """Why a contestant does not take part in a row, if it does not."""
+    if name == "Opacus ghost" and row.augmult > 1:
+        return "clips rows, not examples"
+    if name == PASSES and (row.examples > 1 or row.augmult <= ROWS_OF_A_PASS):
+        return "for one example of many rows"
+    form = DPFAST[name].form if name in DPFAST else "auto"
+    if form in cost.FORMS and (ratio := plan_of(row, DPFAST[name]).ratio()) > SLOW:
+        return f"predicted {ratio:.1f}"
+    return None
+
+
 def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = True) -> list[dict[str, Any]]:
     """One JSON row for each contestant."""
     exact, steps, found = oracle(task_of(row)), {}, []
     for name in names:
         outcome: dict[str, Any] = {"row": row.name, **vars(row), "contestant": name}
         found.append(outcome)
-        if name == "Opacus ghost" and row.augmult > 1:
-            outcome["skipped"] = "clips rows, not examples"
+        if reason := why_not(name, row):
+            outcome["skipped"] = reason
             continue
+        if name in DPFAST:
+            planned = plan_of(row, DPFAST[name])
+            outcome["planned_peak"], outcome["planned_time"] = planned.private.peak, planned.ratio()
         try:
             step = CONTESTANTS[name](task_of(row))
             for _ in range(2):

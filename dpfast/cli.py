@@ -206,6 +206,27 @@ def plan(recipe: RecipeArgument, settings: Set = None, debug: Debug = False) -> 
 
 
 @app.command()
+def bench(
+    recipe: RecipeArgument,
+    settings: Set = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.")] = 7,
+    debug: Debug = False,
+) -> None:
+    """Time and memory of a recipe's private step on this machine, beside the ordinary step of the same rows.
+
+    \b
+    Examples:
+      dpfast bench digits
+      dpfast bench digits --set private.augmult=16 --rounds 15
+    """
+    with reported(debug):
+        from dpfast.runs.describe import describe_bench
+
+        for line in describe_bench(_load(recipe, settings, None), rounds):
+            typer.echo(line)
+
+
+@app.command()
 def doctor(runs: Runs = RUNS, debug: Debug = False) -> None:
     """Versions, devices, native module, threads and disk: what to send along with a question.
 

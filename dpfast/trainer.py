@@ -233,19 +233,25 @@ class DPTrainer:
             size = smaller
         return size
 
+    def physical_losses(self, size: Size | None = None) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """What a physical batch computes: ``losses(model, *examples)``, and examples of zeros in its shapes."""
+        size = size or self.physical_size
+        device = self.performance.device
+        examples = tuple(x.to(device) for x in self.examples.batch(torch.arange(0), size.examples))
+        keys = RowKeys(self.seed, torch.arange(size.examples, device=device), 0, self.augmult).part(0, size.rows)
+        return lambda model, *examples: self.objective(model, *examples, keys), examples
+
     def plan_step(self, size: Size | None = None) -> StepPlan:
         """What a physical batch will cost in time and memory: predicted without running it, on no private data.
 
         Raises ``CaptureError`` where the objective or the model cannot be planned (``dpfast.clipping.plan_step``).
         """
         size = size or self.physical_size
-        examples = [x.to(self.performance.device) for x in self.examples.batch(torch.arange(0), size.examples)]
-        ids = torch.arange(size.examples, device=self.performance.device)
-        keys = RowKeys(self.seed, ids, 0, self.augmult).part(0, size.rows)
+        losses, examples = self.physical_losses(size)
         return plan_step(
             self.model,
-            lambda model, *examples: self.objective(model, *examples, keys),
-            tuple(examples),
+            losses,
+            examples,
             augmult=self.augmult,
             performance=self.performance,
             part=size.rows < self.augmult,

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dpfast import cli
 from test_runs import TINY
 
-COMMANDS = ("demo", "run", "pretrain", "train", "sample", "evaluate", "account", "plan", "doctor")
+COMMANDS = ("demo", "run", "pretrain", "train", "sample", "evaluate", "account", "plan", "bench", "doctor")
 
 
 def call(*arguments, code=0):
@@ -95,6 +95,16 @@ def test_account_and_its_inverse_agree():
     assert 1.23 < float(sigma) < 1.24
     back = call("account", "--batch-size", "25", "--dataset-size", "100", *common, "--noise-multiplier", sigma).output
     assert 9.9 < float(dict(line.split(None, 1) for line in back.splitlines())["epsilon"]) <= 10
+
+
+def test_bench_shows_time_and_memory_beside_the_ordinary_step():
+    smaller = ("--set", "private.augmult=2", "--set", "performance.microbatch=4", "--rounds", "2")
+    text = call("bench", "digits", *smaller).output
+    assert "4 images of 2 augmentations" in text
+    rows = {line[:16].strip(): line[16:].split() for line in text.splitlines()}
+    assert rows["ordinary step"][1:3] == ["1.00", "1.00"]
+    assert float(rows["private step"][1]) > 0
+    assert {"all gram", "all direct", "all materialise"} <= rows.keys()
 
 
 def test_plan_shows_the_noise_and_epsilon_by_step():

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.measure import peak_storages
 from cases import losses, unet, unet_inputs
 from dpfast import GhostClipper, Performance
 from dpfast.clipping import plan_step
@@ -15,6 +14,7 @@ from dpfast.clipping.accumulate import Accumulation
 from dpfast.errors import CaptureError
 from dpfast.kernels import cost
 from dpfast.kernels.cost import USUAL, Work
+from dpfast.measure import peak_storages
 
 WIDE = {"sample_size": 16, "block_out_channels": (16, 32), "norm_num_groups": 8, "attention_head_dim": 8}
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
 from benchmarks.kernels.case import Case, Passed
+from benchmarks.measure import ceiling
+from dpfast import measure
 
 OURS = "dpfast"
 SHORTEST = 1e-3  # seconds of a timed step: calls of microseconds are timed several at a time
@@ -24,10 +25,10 @@ def timed(case: Case, passed: Passed, rounds: int) -> dict[str, Any]:
         functions["ordinary"] = case.ordinary
     calls = math.ceil(SHORTEST / _seconds(lambda: case.ours(*arguments)))
     steps = {name: lambda f=f: [f(*arguments) for _ in range(calls)] for name, f in functions.items()}
-    ceiling = measure.ceiling(getattr(torch, case.dtype))
+    roof = ceiling(getattr(torch, case.dtype))
     seconds = measure.interleaved(steps, rounds=rounds)
     best = min(seconds[OURS]) / calls
-    computing = ceiling.is_computing(case.flops, passed.bytes)
+    computing = roof.is_computing(case.flops, passed.bytes)
     return {
         "op": case.op,
         "shape": case.shape,
@@ -40,7 +41,7 @@ def timed(case: Case, passed: Passed, rounds: int) -> dict[str, Any]:
         "time": {name: measure.ratio(seconds, OURS, name) for name in functions if name != OURS},
         "rate": (case.flops if computing else passed.bytes) / best,
         "unit": "FLOP/s" if computing else "B/s",
-        "ceiling": ceiling.flops if computing else ceiling.bytes,
+        "ceiling": roof.flops if computing else roof.bytes,
     }
 
 

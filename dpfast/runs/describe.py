@@ -1,8 +1,9 @@
-"""What the commands ``account``, ``plan`` and ``--dry-run`` print."""
+"""What the commands ``account``, ``plan``, ``bench`` and ``--dry-run`` print."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from dpfast.errors import ConfigError
@@ -13,6 +14,7 @@ from dpfast.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from dpfast.runs.run import Run
+    from dpfast.trainer import DPTrainer
 
 Rows = list[tuple[str, str]]
 
@@ -96,22 +98,35 @@ def describe_plan(recipe: Recipe) -> Rows:
 
 def describe_step(recipe: Recipe) -> str:
     """One physical batch of the private training: the form of each weight, predicted time and memory."""
+    trainer = _trainer(recipe)
+    return f"{_physical_batch(trainer)}, predicted:\n{trainer.plan_step()}"
+
+
+def describe_bench(recipe: Recipe, rounds: int) -> Iterator[str]:
+    """The same measured, on images of zeros: time and memory beside the ordinary step."""
+    from dpfast.bench import as_table, bench, environment
+
+    trainer = _trainer(recipe)
+    yield f"{_physical_batch(trainer)}; {environment()}"
+    losses, examples = trainer.physical_losses()
+    augmult = trainer.physical_size.rows  # where an example goes in passes: one of them
+    measured = bench(trainer.model, losses, examples, augmult=augmult, performance=recipe.performance, rounds=rounds)
+    yield from as_table(measured)
+
+
+def _trainer(recipe: Recipe) -> DPTrainer:
     from dpfast.runs import build
 
     data = build.private_data(recipe)
-    trainer = build.private_trainer(
-        recipe,
-        recipe.private,
-        build.unet(recipe, data),
-        data,
-        build.plan(recipe, len(data)),
-        build.private_objective(recipe, data),
-    )
+    model, plan = build.unet(recipe, data), build.plan(recipe, len(data))
+    return build.private_trainer(recipe, recipe.private, model, data, plan, build.private_objective(recipe, data))
+
+
+def _physical_batch(trainer: DPTrainer) -> str:
     size = trainer.physical_size
-    rows = f"{size.examples} images of {size.rows} augmentations" + (
-        " at a time" if size.rows < trainer.augmult else ""
-    )
-    return f"a physical batch on {recipe.performance.device}, {rows}, predicted:\n{trainer.plan_step()}"
+    passes = " at a time" if size.rows < trainer.augmult else ""
+    images = f"{size.examples} image{'s' if size.examples > 1 else ''} of {size.rows} augmentations{passes}"
+    return f"a physical batch on {trainer.performance.device}, {images}"
 
 
 def describe_cost(run: Run) -> Rows:

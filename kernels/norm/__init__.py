@@ -21,7 +21,10 @@ __all__ = ["group_norm_grads"]
 def group_norm_grads(
     x: Tensor, g: Tensor, groups: int, eps: float, examples: int, *, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients ``(weight, bias)`` of every example, each [B, C]; float32 at least. Native for float32 and bfloat16 on the CPU."""
+    """Gradients ``(weight, bias)`` of every example, each [B, C], float32 at least.
+
+    Native for float32 and bfloat16 on the CPU.
+    """
     return _group_norm_grads(x, g, groups, eps, examples, backend)
 
 

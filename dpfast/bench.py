@@ -1,0 +1,124 @@
+"""A private step beside the ordinary step of the same model and rows, on this machine: ``dpfast bench``."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.clipping import GhostClipper, plan_step
+from dpfast.kernels import cost
+from dpfast.measure import interleaved, peak_storages, ratio
+from dpfast.performance import Performance
+
+Losses = Callable[..., Tensor]  # (model, *inputs) -> [B*K]
+ORDINARY = "ordinary step"
+SLOW = 3.0  # a form that is predicted to take so many times the ordinary step is not run
+
+
+@dataclass(frozen=True)
+class Measured:
+    """seconds: of a step, median over the rounds. time: median of its ratio to the ordinary step within a round. peak:
+    bytes of tensors that a step holds at a time, beyond the model. planned_time, planned_peak: what the planner said.
+
+    skipped: why there is nothing but a prediction.
+    """
+
+    name: str
+    planned_time: float
+    planned_peak: int
+    seconds: float | None = None
+    time: float | None = None
+    peak: int | None = None
+    skipped: str | None = None
+
+
+def bench(
+    model: nn.Module,
+    losses: Losses,
+    inputs: tuple[Tensor, ...],
+    *,
+    augmult: int = 1,
+    performance: Performance | None = None,
+    rounds: int = 7,
+) -> list[Measured]:
+    """The ordinary step, the private one, and the private one with each form for all weights.
+
+    losses: ``losses(model, *inputs) -> [B*K]``. The model's gradients are discarded, its weights stay as they are.
+    """
+    performance = performance or Performance()
+    forms = [form for form in cost.FORMS if form != performance.form]
+    settings = {"private step": performance} | {f"all {form}": Performance(form=form) for form in forms}
+    plans = {
+        name: plan_step(model, losses, inputs, augmult=augmult, performance=each) for name, each in settings.items()
+    }
+    slow = {name: f"predicted {plan.ratio():.1f} times" for name, plan in plans.items() if plan.ratio() > SLOW}
+    slow.pop("private step", None)
+    steps: dict[str, Callable[[], object]] = {ORDINARY: _ordinary(model, losses, inputs)}
+    for name in settings.keys() - slow.keys():
+        steps[name] = _private(model, losses, inputs, augmult, settings[name])
+    seconds = interleaved(steps, rounds=rounds)
+    peaks = {name: peak_storages(step) for name, step in steps.items()}
+    model.zero_grad()
+    ordinary = plans["private step"].ordinary
+    planned = {ORDINARY: (1.0, ordinary.peak)} | {name: (p.ratio(), p.private.peak) for name, p in plans.items()}
+    return [
+        Measured(name, *planned[name], skipped=slow[name])
+        if name in slow
+        else Measured(
+            name,
+            *planned[name],
+            seconds=statistics.median(seconds[name]),
+            time=ratio(seconds, name, ORDINARY),
+            peak=peaks[name],
+        )
+        for name in planned
+    ]
+
+
+def _ordinary(model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    def step() -> None:
+        model.zero_grad()
+        losses(model, *inputs).mean().backward()
+
+    return step
+
+
+def _private(
+    model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...], augmult: int, performance: Performance
+) -> Callable[[], object]:
+    clipper = GhostClipper(model, max_grad_norm=1.0, augmult=augmult, performance=performance)
+
+    def step() -> None:
+        clipper.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said once, when the model is trained
+            with clipper:
+                clipper.backward(losses(model, *inputs))
+
+    return step
+
+
+def as_table(measured: list[Measured]) -> Iterator[str]:
+    """Lines of a table: milliseconds, time and peak memory relative to the ordinary step, and what was predicted."""
+    base = next(m for m in measured if m.name == ORDINARY)
+    assert base.peak is not None
+    yield f"{'':16}{'ms':>10}{'time':>8}{'planned':>9}{'MB':>10}{'memory':>8}{'planned':>9}"
+    for m in measured:
+        predicted = m.planned_peak / base.planned_peak
+        if m.seconds is None or m.time is None or m.peak is None:
+            yield f"{m.name:16}{'':10}{'':8}{m.planned_time:9.2f}{'':10}{'':8}{predicted:9.2f}  not run: {m.skipped}"
+            continue
+        time = f"{1e3 * m.seconds:10,.1f}{m.time:8.2f}{m.planned_time:9.2f}"
+        yield f"{m.name:16}{time}{m.peak / 1e6:10,.1f}{m.peak / base.peak:8.2f}{predicted:9.2f}"
+
+
+def environment() -> str:
+    """What the numbers depend on, in a line."""
+    from dpfast.kernels.dispatch import backend
+
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {backend()} kernels"
