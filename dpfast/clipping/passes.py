@@ -122,7 +122,7 @@ class Pass:
     def _accumulation(self) -> Accumulation:
         return Accumulation(
             self.parameters,
-            self.capture.derived,
+            self.capture.tracked,
             self.capture.tape,
             self.examples,
             self.performance,
