@@ -244,12 +244,12 @@ def test_a_saved_input_changed_in_place() -> None:
 
 @pytest.mark.filterwarnings("ignore:dpfast has no rule")
 def test_random_calls_without_a_rule() -> None:
-    model = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+    def attended(m, x):
+        query = m.query.expand(len(x), -1, -1)
+        return F.scaled_dot_product_attention(query, x, x, dropout_p=0.5)
 
-    def attended(m, rows):
-        return m(*rows * 3, need_weights=False)[0].square().flatten(1).mean(1)
-
-    assert "multi_head_attention_forward" in refusal(model, (torch.randn(4, 3, 4),), loss=attended)
+    message = refusal(Raw(attended, query=(1, 2, 4)), (torch.randn(4, 3, 4),))
+    assert "query: scaled_dot_product_attention draws random numbers" in message
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

@@ -318,7 +318,6 @@ class Capture(TorchFunctionMode):
                 Problem(
                     names,
                     f"{function_name(func)} draws random numbers, and dpfast has no rule for it",
-                    "move the dropout out of the call, or set its rate to 0 (attention.dropout = 0.0; in an"
-                    " nn.TransformerEncoderLayer, layer.self_attn.dropout = 0.0)",
+                    "move the dropout out of the call, or set its rate to 0",
                 )
             )
