@@ -145,10 +145,19 @@ def joined_in_place(m, x):
     return torch.cat([tokens, x], 1)
 
 
+def joined_out_of_sight(m, x):
+    """The same, where the capture cannot see it."""
+    tokens = m.token.repeat(len(x), 1, 1)
+    with torch._C.DisableTorchFunction():
+        tokens.mul_(3)
+    return torch.cat([tokens, x], 1)
+
+
 ENTRYWISE = [
     raw("tokens", learned_tokens, token=(1, 1, 4), last=(1, 1, 4), scale=(4,)),
     raw("token-of-a-vector", lambda m, x: torch.cat((m.t[None, None].expand(len(x), -1, -1), x), dim=-2), t=(4,)),
     raw("token-changed-in-place", joined_in_place, token=(1, 1, 4)),
+    raw("token-changed-out-of-sight", joined_out_of_sight, token=(1, 1, 4)),
     raw("stack", lambda m, x: torch.stack([x, m.p.expand_as(x), m.q.expand_as(x)], 2), p=(5, 4), q=(4,)),
     raw("stack-first", lambda m, x: torch.stack([x, m.p.expand_as(x)]).transpose(0, 1), p=(5, 4)),
     raw("cat-of-one-parameter", lambda m, x: torch.cat([m.p.expand_as(x), x, m.p.expand_as(x)], -1), p=(5, 1)),
@@ -186,6 +195,20 @@ def changed_through_a_view(m, x):
     return F.linear(x, w)
 
 
+def changed_out_of_sight(m, x):
+    w = m.w * 1.0
+    with torch._C.DisableTorchFunction():
+        w.mul_(4)
+    return F.linear(x, w)
+
+
+def moved_after_a_change(m, x):
+    w = m.w * 1.0
+    with torch._C.DisableTorchFunction():
+        w.mul_(4)
+    return F.linear(x, w.t())
+
+
 def changed_by_another(m, x):
     w = m.w * 2.0
     w[0] = m.q
@@ -210,6 +233,8 @@ MOVED = [
     raw("a-part-and-all", lambda m, x: F.linear(x, m.w[:3]).repeat(1, 1, 2) * F.linear(x, m.w), w=(6, 4)),
     raw("twice-one-view", lambda m, x: F.linear(F.linear(x, (w := m.w.t())), w), w=(4, 4)),
     raw("changed-through-a-view", changed_through_a_view, w=(6, 4)),
+    raw("changed-out-of-sight", changed_out_of_sight, w=(6, 4)),
+    raw("moved-after-a-change", moved_after_a_change, w=(4, 6)),
     raw("changed-by-another", changed_by_another, w=(6, 4), q=(4,)),
     raw("table-scaled", lambda m, y: F.embedding(y, m.t * 3.0), lambda n: (torch.randint(0, 7, (n, 3)),), t=(7, 4)),
 ]
@@ -235,6 +260,8 @@ MATERIALISED = {
     "a-part-and-all",
     "twice-one-view",
     "changed-through-a-view",
+    "changed-out-of-sight",
+    "moved-after-a-change",
     "changed-by-another",
 }
 IN_FORM = [c for c in [*PRODUCTS, *MOVED] if not c.slow_rule and c.name not in MATERIALISED]
@@ -356,6 +383,34 @@ def test_frozen_operands(case: Case) -> None:
     for p in list(model.parameters())[::2]:
         p.requires_grad_(False)
     check(model, inputs, augmult=2, forms=["auto"])
+
+
+@pytest.mark.parametrize("form", ["gram", "auto"])
+def test_a_gram_of_a_scaled_weight_never_understates(form) -> None:
+    """Its bound is scaled with it. Positions that nearly cancel; the clip norm is far below."""
+    torch.manual_seed(0)
+    model = Raw(lambda m, x: F.linear(x, (m.w * 0.01).t()), w=(64, 64))
+    sign = torch.tensor([1.0, -1.0]).repeat(8).view(1, 16, 1)
+    x = torch.randn(4, 1, 64).expand(4, 16, 64) + 1e-5 * torch.randn(4, 16, 64)
+
+    def cancelling(rows):
+        return (model(rows) * sign).flatten(1).sum(1) * 1e4
+
+    grads = [torch.autograd.grad(loss, model.w, retain_graph=True)[0] for loss in cancelling(x)]
+    exact = torch.stack([g.double().norm() for g in grads])
+    clipper = GhostClipper(model, max_grad_norm=1e-3, performance=Performance(form=form))
+    with clipper:
+        result = clipper.backward(cancelling(x))
+    assert (result.norms >= exact * (1 - 1e-3)).all()
+    assert model.w.grad.norm() <= 4e-3 * (1 + 1e-3)
+
+
+def test_composed_calls_are_probed_once() -> None:
+    """To the path of a step an attention is one call, in the probe as in the step."""
+    clipper = GhostClipper(Attention(), max_grad_norm=1.0)
+    with clipper:
+        clipper.backward(losses(clipper.model, (torch.randn(4, 3, 4),)))
+    assert len(clipper._calls._shown) == 1
 
 
 def test_a_scaled_weight_may_change_its_scale() -> None:

@@ -6,10 +6,9 @@ brought back to the parameter. All other derived tensors (standardised, joined) 
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from dpfast.clipping.trees import tensors_in
 
 Move = Callable[[Tensor], Tensor]
-Span = tuple[int, int]  # first and last place in memory
 
 
 def _named(*names: str) -> frozenset[Any]:
@@ -37,24 +35,23 @@ _EXPANSIONS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile", "r
 _BASIC = (int, slice, type(None), type(Ellipsis))
 
 
-@dataclass(frozen=True)
-class Chain:
+class Chain(NamedTuple):
     """How a tensor is made of one parameter: entries moved, left out, cast, and all multiplied by ``scale``.
 
     No entry stands in two places, so a gradient G of the tensor is a gradient of the parameter of norm |scale| |G|.
-    Casts are left out of ``moves``: sums are float32 at least, and stay so on their way back. span: where the entries
-    lie in the parameter's memory (or a wider one).
+    Casts are left out of ``moves``: sums are float32 at least, and stay so on their way back. within: a view of the
+    parameter that holds all of the entries.
     """
 
     parameter: Tensor
-    span: Span
+    within: Tensor
     moves: tuple[Move, ...] = ()
     scale: float = 1.0
 
     @classmethod
     def of(cls, parameter: nn.Parameter) -> Self:
         """The parameter itself."""
-        return cls(parameter, _span(parameter))
+        return cls(parameter, parameter)
 
     @property
     def is_identity(self) -> bool:
@@ -63,7 +60,7 @@ class Chain:
     def then(self, output: Tensor, move: Move | None = None, scale: float = 1.0) -> "Chain":
         shares_memory = output.untyped_storage().data_ptr() == self.parameter.untyped_storage().data_ptr()
         moves = self.moves if move is None else (*self.moves, move)
-        return Chain(self.parameter, _span(output) if shares_memory else self.span, moves, self.scale * scale)
+        return Chain(self.parameter, output if shares_memory else self.within, moves, self.scale * scale)
 
     def pull_back(self, total: Tensor) -> Tensor:
         """The gradient of the parameter that ``total``, one of the tensor, is; in the type of ``total``."""
@@ -77,8 +74,7 @@ class Chain:
         return total if self.scale == 1 else self.scale * total
 
 
-@dataclass(frozen=True)
-class Tracked:
+class Tracked(NamedTuple):
     """A tracked tensor, and the names of the parameters it is made of.
 
     version: that of its numbers when ``chain`` and ``base`` were true. base: what it was expanded (repeated) from.
@@ -173,7 +169,8 @@ def _is_expansion(t: Tensor, output: Tensor) -> bool:
     return all(size in (1, larger) for size, larger in zip(t.shape, aligned, strict=True))
 
 
-def _span(t: Tensor) -> Span:
+def _span(t: Tensor) -> tuple[int, int]:
+    """First and last place in memory."""
     start = t.storage_offset()
     return int(start), int(start + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)))
 
@@ -193,11 +190,12 @@ def direct_uses(tracked: Iterable[Tracked], times_used: Callable[[int], int]) ->
     for name, used in by_name.items():
         chains = [known.chain for known in used if known.chain is not None and known.unchanged]
         once = all(times_used(id(known.tensor)) == 1 for known in used)
-        if once and len(chains) == len(used) and _apart(chain.span for chain in chains):
+        if once and len(chains) == len(used) and _apart([chain.within for chain in chains]):
             direct.update({id(known.tensor): (name, chain) for known, chain in zip(used, chains, strict=True)})
     return direct
 
 
-def _apart(spans: Iterable[Span]) -> bool:
-    ordered = sorted(spans)
+def _apart(views: Sequence[Tensor]) -> bool:
+    """Whether no place in memory can belong to two of them."""
+    ordered = sorted(map(_span, views)) if len(views) > 1 else []
     return all(end < start for (_, end), (start, _) in pairwise(ordered))
