@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from cases import Case, Raw, floats, losses
-from checks import check, fallbacks
+from checks import check, clip, fallbacks
 from dpfast import GhostClipper, Performance
 from dpfast.clipping.rules.attention import multi_head_attention
 from dpfast.clipping.terms import ConvTerm, EmbeddingTerm, LinearTerm, Viewed
+from oracle import assert_as_good_as_torch, per_example
 
 
 class Attention(nn.Module):
@@ -411,6 +412,26 @@ def test_composed_calls_are_probed_once() -> None:
     with clipper:
         clipper.backward(losses(clipper.model, (torch.randn(4, 3, 4),)))
     assert len(clipper._calls._shown) == 1
+
+
+def half_like(m, x):
+    """Activations in bfloat16, as modules of mixed precision have them, unless everything is float64."""
+    h = x if x.dtype == torch.float64 else x.bfloat16()
+    h = F.conv1d(h.mT, m.w.to(h.dtype)[:, :, None], m.b.to(h.dtype)).mT
+    return F.linear(h.sin(), m.v.type_as(h) * 0.5).to(x.dtype)
+
+
+@pytest.mark.parametrize("form", ["auto", "gram", "direct", "materialise"])
+def test_weights_cast_to_bfloat16(form: str) -> None:
+    torch.manual_seed(0)
+    model, rows = Raw(half_like, w=(6, 4), b=(6,), v=(5, 6)), (torch.randn(6, 7, 4),)
+    settings = {"augmult": 2, "max_grad_norm": 0.1}
+    exact = per_example(model, losses, rows, **settings)
+    plain = per_example(model, losses, rows, **settings, dtype=torch.float32)
+    got = clip(model, rows, **settings, form=form)
+    assert_as_good_as_torch(got, plain, exact, dtype=torch.bfloat16)
+    for name, total in got.sums.items():  # the sums themselves are not rounded to the type of the activations
+        assert not torch.equal(total.bfloat16().float(), total), name
 
 
 def test_a_scaled_weight_may_change_its_scale() -> None:

@@ -89,7 +89,8 @@ class Tracked(NamedTuple):
     @property
     def unchanged(self) -> bool:
         """A parameter is itself whatever its numbers."""
-        return self.tensor._version == self.version or (self.chain is not None and self.chain.parameter is self.tensor)
+        is_parameter = self.chain is not None and self.chain.parameter is self.tensor
+        return is_parameter or self.tensor._version == self.version
 
 
 class TrackedTensors(dict[int, Tracked]):
