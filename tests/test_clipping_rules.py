@@ -107,6 +107,7 @@ PRODUCTS = [
     raw("einsum-list", lambda m, x: torch.einsum("ntc,dc->ntd", [x, m.w]), w=(3, 4)),
     raw("einsum-outer", lambda m, x: torch.einsum("ntc,p->ntcp", x, m.w), w=(3,)),
     raw("einsum-scale", lambda m, x: torch.einsum("ntc,c->ntc", x, m.w), w=(4,)),
+    raw("einsum-number", lambda m, x: torch.einsum("ntc,->ntc", x, m.w), w=()),
     raw("einsum-three", lambda m, x: torch.einsum("ntc,cd,d->ntd", x, m.w, m.v), w=(4, 3), v=(3,), slow=True),
     raw("einsum-summed", lambda m, x: torch.einsum("ntc,de->nte", x, m.w), w=(3, 2), slow=True),
     raw("matmul-left", lambda m, x: m.w @ x, w=(3, 5)),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from dpfast.clipping.functions import storage
 from dpfast.clipping.trees import tensors_in
 
 Move = Callable[[Tensor], Tensor]
@@ -58,7 +59,7 @@ class Chain(NamedTuple):
         return not self.moves and self.scale == 1
 
     def then(self, output: Tensor, move: Move | None = None, scale: float = 1.0) -> "Chain":
-        shares_memory = output.untyped_storage().data_ptr() == self.parameter.untyped_storage().data_ptr()
+        shares_memory = storage(output) == storage(self.parameter)
         moves = self.moves if move is None else (*self.moves, move)
         return Chain(self.parameter, output if shares_memory else self.within, moves, self.scale * scale)
 
@@ -107,9 +108,9 @@ class TrackedTensors(dict[int, Tracked]):
 
     def rename(self, written: Tensor, names: Iterable[str]) -> None:
         """After a change in place: whatever shares the memory is made of these parameters, too, and by no chain."""
-        place = written.untyped_storage().data_ptr()
+        place = storage(written)
         for key, known in list(self.items()):
-            if known.tensor.untyped_storage().data_ptr() == place:
+            if storage(known.tensor) == place:
                 self[key] = Tracked(known.tensor, tuple(dict.fromkeys((*known.names, *names))), known.version)
 
 

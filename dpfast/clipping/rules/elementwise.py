@@ -54,7 +54,7 @@ def _entrywise(*partials: Partial, in_place: bool = False) -> Rule:
             found = []
             for i, target in targets.items():
                 partial = partials[i].of(*(values[place] for place in partials[i].needs))
-                found.append((target, Stored(reduce_to(rows, _chain(g, partial), target.shape))))
+                found.append((target, Stored(reduce_to(rows, _times(g, partial), target.shape))))
             return found
 
         return Use(saved, terms)
@@ -66,7 +66,7 @@ def _wide(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype != torch.bool else value
 
 
-def _chain(g: Tensor, partial: Any) -> Tensor:
+def _times(g: Tensor, partial: Any) -> Tensor:
     """``g * partial``; a condition chooses, so that what was not chosen leaves no 0 * inf."""
     if isinstance(partial, Tensor) and partial.dtype == torch.bool:
         return torch.where(partial, g, 0)

@@ -99,7 +99,7 @@ def _product(data: Tensor, weight: Tensor, of_data: Labels, of_weight: Labels, o
     if not kept:
         return None
     row_dims = tuple(d for d, label in enumerate(of_result) if label in kept)
-    turned = not groups and of_weight[0] in inputs  # a matrix [D, P]: the term has it so
+    turned = bool(inputs) and of_weight[0] in inputs and not groups  # a matrix [D, P]: the term has it so
     stored = [*groups, *inputs, *outputs] if turned else [*groups, *outputs, *inputs]
     shape = tuple(sizes[label] for label in stored)
     order = tuple(stored.index(label) for label in of_weight if label in stored)
