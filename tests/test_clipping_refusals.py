@@ -1,5 +1,6 @@
 """What cannot be clipped per example is refused, with names and cures, before any p.grad is written."""
 
+import re
 import warnings
 
 import pytest
@@ -244,12 +245,12 @@ def test_a_saved_input_changed_in_place() -> None:
 
 @pytest.mark.filterwarnings("ignore:dpfast has no rule")
 def test_random_calls_without_a_rule() -> None:
-    model = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+    def attended(m, x):
+        query = m.query.expand(len(x), -1, -1)
+        return F.scaled_dot_product_attention(query, x, x, dropout_p=0.5)
 
-    def attended(m, rows):
-        return m(*rows * 3, need_weights=False)[0].square().flatten(1).mean(1)
-
-    assert "multi_head_attention_forward" in refusal(model, (torch.randn(4, 3, 4),), loss=attended)
+    message = refusal(Raw(attended, query=(1, 2, 4)), (torch.randn(4, 3, 4),))
+    assert "query: scaled_dot_product_attention draws random numbers" in message
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -361,3 +362,83 @@ def test_the_model_is_untouched_outside() -> None:
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     losses(model, inputs).mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def indexed(m, x):
+    h = x.sin()
+    h[:, 0] = m.p[0]
+    return h
+
+
+def in_place_on_a_weight(m, x):
+    w = m.p * 2
+    return w.expand_as(x).clone().add_(x) * 1.0
+
+
+def written_into(m, x):
+    return torch.mul(x, m.p, out=torch.empty_like(x))
+
+
+def powered_in_place(m, x):
+    return x.abs().add(1).pow_(m.p)
+
+
+def changed_after_use(m, x):
+    w = m.p * 2
+    h = x * w
+    w.mul_(3)
+    return h + w
+
+
+REFUSED = {  # what a model does: how it is told, and what to do
+    "indexed assignment": (indexed, r"p: __setitem__: a trainable parameter enters a change in place", "torch.where"),
+    "data into a weight": (in_place_on_a_weight, r"p: add_: a change in place, with data, of a tensor", "out-of-place"),
+    "out": (written_into, r"p: mul: a trainable parameter enters a change in place", r"x = x\.op\(p\)"),
+    "no rule in place": (powered_in_place, r"p: pow_: a trainable parameter enters a change in place", "out-of-place"),
+    "changed after use": (changed_after_use, r"p: changed in place after it", r"w = w \* 2"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_changes_in_place(name) -> None:
+    forward, told, cure = REFUSED[name]
+    message = refusal(Raw(forward, p=(4,)), (torch.randn(6, 4),), augmult=2)
+    assert re.search(told, message)
+    assert re.search(rf"cure: .*{cure}", message)
+
+
+def test_gradients_scaled_by_frequency() -> None:
+    message = refusal(nn.Embedding(5, 4, scale_grad_by_freq=True), (torch.randint(0, 5, (6, 2)),))
+    assert "weight: embedding: scale_grad_by_freq counts over the whole batch" in message
+    assert "use scale_grad_by_freq=False" in message
+
+
+@pytest.mark.filterwarnings("ignore:dpfast has no rule")
+def test_rows_that_cannot_be_told_apart() -> None:
+    """Twice as many rows in the result as in the argument."""
+    model = Raw(lambda m, x: torch.kron(x, m.p).view(len(x), -1), p=(2, 3))
+    message = refusal(model, (torch.randn(6, 5),))
+    assert "p: kron: the rows of its arguments cannot be told apart" in message
+    assert "keep the rows of the batch along one dimension of every argument" in message
+
+
+def test_more_losses_than_one_example_has_rows() -> None:
+    """The form "example" decides by the first call what autograd itself computes."""
+    model = nn.Linear(3, 3)
+    x = torch.randn(6, 3)
+
+    def one_by_one(m, rows):
+        return torch.cat([losses(m, (row[None],)) for row in rows[0]])
+
+    message = refusal(model, (x,), form="example", loss=one_by_one)
+    assert "took the model's input for one example" in message
+    assert "give the model all rows of the losses at once" in message
+
+
+def test_losses_of_an_earlier_forward_pass() -> None:
+    clipper = GhostClipper(nn.Linear(3, 3), max_grad_norm=1.0)
+    with clipper:
+        first = losses(clipper.model, (torch.randn(4, 3),))
+        clipper.backward(losses(clipper.model, (torch.randn(4, 3),)))
+        with pytest.raises(CaptureError, match=r"forward pass before the last clipper.backward; add up all losses"):
+            clipper.backward(first)

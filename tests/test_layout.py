@@ -15,6 +15,7 @@ ORDER = (
     "diffusion",
     "trainer",
     "probe",
+    "bench",
     "optimizer",
     "data",
     "privacy",

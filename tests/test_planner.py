@@ -66,7 +66,7 @@ def test_a_plan_chooses_what_the_step_chooses(monkeypatch) -> None:
     chosen, finish = [], Accumulation.finish
 
     def noting(self, *args):
-        chosen.append({name: form for name, (_, form) in self.chosen.items()})
+        chosen.append({name: form for name, _, form in self.chosen})
         return finish(self, *args)
 
     monkeypatch.setattr(Accumulation, "finish", noting)
@@ -150,8 +150,8 @@ def test_steps_keep_to_the_budget_and_spend_it(monkeypatch) -> None:
     steps, total_kept, finish = [], [], Accumulation.finish
 
     def noting(self, *args):
-        costs = [cost.predict(work, form, USUAL) for work, form in self.chosen.values()]
-        works = [work for work, _ in self.chosen.values()]
+        costs = [cost.predict(work, form, USUAL) for _, work, form in self.chosen]
+        works = [work for _, work, _ in self.chosen]
         total_kept.append(sum(min(cost.predict(work, f, USUAL).kept for f in cost.FORMS) for work in works))
         steps.append((sum(c.seconds for c in costs), sum(c.kept for c in costs), self.stored_bytes))
         return finish(self, *args)

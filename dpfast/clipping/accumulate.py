@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpfast.clipping.capture import Tracked
+from dpfast.clipping.derived import TrackedTensors, direct_uses
 from dpfast.clipping.forms import Forms
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse
-from dpfast.clipping.terms import FactoredTerm, Joined, Stored, Term
+from dpfast.clipping.terms import FactoredTerm, Joined, PulledBack, Stored, Term
 from dpfast.kernels.clip import clip_factors
 from dpfast.kernels.cost import Form, Work
 
@@ -34,8 +34,9 @@ def _is_small(term: Term) -> bool:
 class Accumulation:
     """Collects the terms of one backward pass.
 
-    A parameter used once keeps its term in the chosen form. The uses of a parameter used twice, or through a derived
-    tensor, are one gradient: they are materialised and summed before the norm is taken.
+    A parameter used once keeps its term in the chosen form, also where it was moved or scaled, or its parts were used
+    apart (``derived.direct_uses``). The uses of a parameter used twice, or through another derived tensor, are one
+    gradient: they are materialised and summed before the norm is taken.
 
     kind: of step, by which ``forms`` remembers it.
     begun: gradients ``[1, *shape]`` by name of the rows that earlier passes have seen of one example; everything is
@@ -45,7 +46,7 @@ class Accumulation:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        derived: list[Tracked],
+        tracked: TrackedTensors,
         tape: Tape,
         examples: int,
         forms: Forms,
@@ -55,30 +56,29 @@ class Accumulation:
     ) -> None:
         self.names = {id(p): name for name, p in parameters.items()}
         self.parameters = parameters
-        self.derived = derived
+        self.tracked = tracked
         self.forms, self.kind = forms, kind
         self.examples = examples
         self.sq = torch.zeros(examples, dtype=torch.float64, device=device)
         self.bound = torch.zeros_like(self.sq)
-        self.kept: dict[str, Term] = {}
+        self.kept: list[tuple[str, Term]] = []
         self.partial = {id(parameters[name]): grads for name, grads in (begun or {}).items()}
-        self.chosen: dict[str, tuple[Work, Form]] = {}
+        self.chosen: list[tuple[str, Work, Form]] = []
         self.stored_bytes = 0
-        through_derived = {name for d in derived for name in d.names}
-        self.shared = {key for key, count in tape.times_used.items() if count > 1}
-        self.shared |= {id(d.tensor) for d in derived}
-        self.shared |= {id(p) for name, p in parameters.items() if begun is not None or name in through_derived}
+        self.direct = {} if begun is not None else direct_uses(tracked.values(), tape.times_used.__getitem__)
 
     def add(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> None:
         for target, term in use.terms(saved, g, rows):
-            self.add_to(target, term)
+            if id(target) in self.direct:
+                name, chain = self.direct[id(target)]
+                kept = self._in_chosen_form(name, term)
+                self._keep(name, kept if chain.is_identity else PulledBack(kept, chain))
+            else:
+                self._add_partial(id(target), term.materialise())
 
-    def add_to(self, target: Tensor, term: Stored | FactoredTerm) -> None:
-        """A share of the gradients of one tensor."""
-        if id(target) in self.shared:
-            self._add_partial(id(target), term.materialise())
-        else:
-            self.keep(self.names[id(target)], term)
+    def add_whole(self, name: str, grads: Tensor) -> None:
+        """Gradients ``[B, *shape]`` of a parameter, or of those rows of one example that are in this pass."""
+        self._add_partial(id(self.parameters[name]), grads)
 
     def summed(self) -> dict[str, Tensor]:
         """Gradients ``[B, *shape]`` by name of what is summed before its norm is taken."""
@@ -87,23 +87,31 @@ class Accumulation:
 
     def finish(self, max_grad_norm: float, mask: Tensor) -> Clipped:
         """Clip; an example where ``mask [B]`` is False contributes exactly 0."""
-        self.forms.learn(self.kind, (work for work, _ in self.chosen.values()))
+        self.forms.learn(self.kind, (work for _, work, _ in self.chosen))
         for name, grads in self.summed().items():
-            self.keep(name, Stored(grads))
+            self._keep(name, Stored(grads))
         small = self._take_small()
         if small:
             self._add_norms(small)
         total = torch.where(self.bound > GRAM_TRUST * self.sq, self.sq + self.bound, self.sq)
         factors = torch.where(mask, clip_factors(total, max_grad_norm), 0)
-        sums = {name: self.kept.pop(name).clipped_sum(factors) for name in list(self.kept)}  # each freed once summed
+        sums = self._sums(factors)
         if small:
             sums |= small.clipped_sums(factors)
         return Clipped(total.sqrt(), factors, sums)
 
-    def keep(self, name: str, given: Stored | FactoredTerm) -> None:
-        """Add the squared norms of a parameter's whole gradient; ``finish`` sums it."""
-        term = self._in_chosen_form(name, given) if isinstance(given, FactoredTerm) else given
-        self.kept[name] = term
+    def _sums(self, factors: Tensor) -> dict[str, Tensor]:
+        """By name; a parameter used in parts has several terms. Each is freed once summed."""
+        sums: dict[str, Tensor] = {}
+        while self.kept:
+            name, term = self.kept.pop()
+            total = term.clipped_sum(factors)
+            sums[name] = sums[name] + total if name in sums else total
+        return sums
+
+    def _keep(self, name: str, term: Term) -> None:
+        """Add the squared norms of a parameter's gradient, or of a part of it; ``finish`` sums it."""
+        self.kept.append((name, term))
         if not _is_small(term):
             self._add_norms(term)
 
@@ -114,15 +122,16 @@ class Accumulation:
 
     def _take_small(self) -> Joined | None:
         """Biases, norm affines and the like, joined: one call for all of them instead of two for each."""
-        small = {name: term.grads for name, term in self.kept.items() if isinstance(term, Stored) and _is_small(term)}
-        for name in small:
-            del self.kept[name]
+        small = {name: term.grads for name, term in self.kept if isinstance(term, Stored) and _is_small(term)}
+        self.kept = [(name, term) for name, term in self.kept if not _is_small(term)]
         return Joined.of(small) if small else None
 
-    def _in_chosen_form(self, name: str, term: FactoredTerm) -> Term:
+    def _in_chosen_form(self, name: str, term: Stored | FactoredTerm) -> Term:
+        if isinstance(term, Stored):
+            return term
         work = term.work()
         form = self.forms.choose(work, term.device_type, self.kind, self.stored_bytes)
-        self.chosen[name] = work, form
+        self.chosen.append((name, work, form))
         if form == "gram":
             return term.by_gram()
         if form == "direct":
@@ -135,7 +144,9 @@ class Accumulation:
 
     def _pull_back(self) -> None:
         """Turn per-example gradients of derived tensors into those of the parameters they were computed from."""
-        for derived in self.derived:
+        for derived in self.tracked.values():
+            if id(derived.tensor) in self.names:
+                continue
             grads = self.partial.pop(id(derived.tensor), None)
             if grads is None:
                 continue

@@ -16,7 +16,6 @@ computes input gradients as always but no weight gradient, and a ``Tap`` on its 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dpfast.clipping.derived import Chain, Tracked, TrackedTensors, derive
 from dpfast.clipping.fallback import fallback_use
 from dpfast.clipping.functions import (
     ARITHMETIC,
@@ -39,17 +39,9 @@ from dpfast.clipping.functions import (
     written_by,
 )
 from dpfast.clipping.problems import Problem
-from dpfast.clipping.rules import GUARDED, MIXES_ROWS, RULES
+from dpfast.clipping.rules.table import COMPOSED, GUARDED, MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use, traced
 from dpfast.clipping.trees import TensorMap, function_name, leaves, replace_tensors, tensors_in
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """A tracked tensor, and the names of the parameters it is made of."""
-
-    tensor: Tensor
-    names: tuple[str, ...]
 
 
 class Capture(TorchFunctionMode):
@@ -95,8 +87,7 @@ class Capture(TorchFunctionMode):
         self.started, self.detach = False, True
         self.rewritten: set[str] = set()  # buffers that the step changes, not from data
         self.read_out = False  # whether numbers of the data have gone to Python
-        self.tracked = {id(p): Tracked(p, (name,)) for name, p in self.parameters.items()}
-        self.derived: list[Tracked] = []
+        self.tracked = TrackedTensors({id(p): Tracked(p, (n,), chain=Chain.of(p)) for n, p in self.parameters.items()})
 
     @contextmanager
     def tracing_only(self, trace: int) -> Iterator[Callable[[], int]]:
@@ -117,9 +108,6 @@ class Capture(TorchFunctionMode):
         """Whether a buffer that changed was computed from constants and parameters alone."""
         kept = replaced and now in self.constants and now not in self.counted
         return not self.read_out and (name in self.rewritten or kept)
-
-    def is_tracked(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and id(value) in self.tracked
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -144,8 +132,12 @@ class Capture(TorchFunctionMode):
         if written and self._protects(func, args, kwargs, written, data):
             return self._harmless(func, args, kwargs)
         if tracked and torch.is_grad_enabled():
-            if not data or (func in AS_ANOTHER and self.is_tracked(args[0])):
+            if func is Tensor.__iter__:
+                return iter(self.__torch_function__(Tensor.unbind, (), args))
+            if not data or (func in AS_ANOTHER and self.tracked(args[0])):
                 return self._derive(func, args, kwargs, tracked)
+            if func in COMPOSED:
+                return self._composed(COMPOSED[func], args, kwargs)
             if func not in AS_ANOTHER:
                 return self._use(func, args, kwargs, tracked, written)
         elif tracked:
@@ -192,13 +184,24 @@ class Capture(TorchFunctionMode):
         """Run a call on tracked tensors and constants; what requires grad among its outputs is tracked."""
         output = func(*args, **kwargs)
         names = tuple(dict.fromkeys(name for source in sources for name in source.names))
-        for tensor in (*tensors_in(output), *written_by(func, args, kwargs)):
+        source = sources[0] if len(sources) == 1 else None
+        written = written_by(func, args, kwargs)
+        for index, tensor in enumerate((*tensors_in(output), *written)):
             if tensor.requires_grad and id(tensor) not in self.tracked:
-                derived = Tracked(tensor, names)
-                self.tracked[id(tensor)] = derived
-                self.derived.append(derived)  # kept alive, so that its id stays its own
+                chain, base = (None, None) if written else derive(func, args, kwargs, source, tensor, index)
+                self.tracked[id(tensor)] = Tracked(tensor, names, tensor._version, chain, base)
             elif not tensor.requires_grad and func not in RANDOM:
                 self.constants[tensor] = True
+        for tensor in written:
+            self.tracked.rename(tensor, names)
+        return output
+
+    def _composed(self, compute: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a call as the simpler calls it is made of, each seen by the capture; to the trace it is one call."""
+        trace = self.tape.trace
+        with self:
+            output = compute(*args, **kwargs)
+        self.tape.trace = trace
         return output
 
     def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor]) -> Any:
@@ -223,12 +226,11 @@ class Capture(TorchFunctionMode):
                 )
             )
         targets = [source.tensor for source in tracked]  # twice in one call is used twice
+        targets += [base for t in targets if (base := self.tracked.base(t)) is not t]
         if isinstance(output, Tensor):
             return self._attach(output, use, func, names, targets, in_place=bool(written))
         if isinstance(output, tuple | list):  # each result is a use of its own: gradients add up
-            uses = [
-                fallback_use(func, args, kwargs, self.is_tracked, names=names, result=i) for i in range(len(output))
-            ]
+            uses = [fallback_use(func, args, kwargs, self.tracked, names=names, result=i) for i in range(len(output))]
             results = zip(output, uses, strict=True)
             attach = partial(self._attach, func=func, names=names, targets=targets, in_place=False)
             return type(output)([attach(o, cast(Use, u)) for o, u in results])
@@ -237,14 +239,14 @@ class Capture(TorchFunctionMode):
     def _use_of(
         self, func: Any, args: Any, kwargs: Any, names: tuple[str, ...], written: list[Tensor]
     ) -> Use | Problem:
-        if any(map(self.is_tracked, written)):
+        if any(map(self.tracked, written)):
             return Problem(
                 (),
                 "a change in place, with data, of a tensor that was computed from parameters alone",
                 "use the operation's out-of-place form (h = h - x instead of h.sub_(x) or h -= x)",
             )
         use = self._rule(func, args, kwargs)
-        return fallback_use(func, args, kwargs, self.is_tracked, names=names) if use is None else use
+        return fallback_use(func, args, kwargs, self.tracked, names=names) if use is None else use
 
     def _attach(
         self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: list[Tensor], *, in_place: bool
@@ -262,7 +264,7 @@ class Capture(TorchFunctionMode):
         if rule is None:
             return None
         try:
-            return rule(self.is_tracked, *args, **kwargs)
+            return rule(self.tracked, *args, **kwargs)
         except TypeError:  # an overload whose arguments the rule does not know
             return None
 
@@ -276,7 +278,7 @@ class Capture(TorchFunctionMode):
         return func(*replace_tensors(args, detached), **replace_tensors(kwargs, detached))
 
     def _guarded(self, func: Any, args: Any, kwargs: Any) -> Any:
-        problem = RULES[func](self.is_tracked, *args, **kwargs)
+        problem = RULES[func](self.tracked, *args, **kwargs)
         if isinstance(problem, Problem):
             self.tape.problems.append(problem)
             return self._harmless(func, args, kwargs)
@@ -316,7 +318,6 @@ class Capture(TorchFunctionMode):
                 Problem(
                     names,
                     f"{function_name(func)} draws random numbers, and dpfast has no rule for it",
-                    "move the dropout out of the call, or set its rate to 0 (attention.dropout = 0.0; in an"
-                    " nn.TransformerEncoderLayer, layer.self_attn.dropout = 0.0)",
+                    "move the dropout out of the call, or set its rate to 0",
                 )
             )

@@ -15,7 +15,6 @@ from dpfast.clipping.ownership import Ownership, Signature, is_fleeting, possibl
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
-from dpfast.clipping.terms import Stored
 from dpfast.errors import CaptureError
 
 Record = tuple[TapedUse, tuple[Tensor, ...], Tensor]
@@ -155,13 +154,13 @@ class Pass:
         with plain():
             for name, grad in grads.items():
                 if grad is not None:
-                    accumulation.add_to(self.parameters[name], Stored(grad.unsqueeze(0)))
+                    accumulation.add_whole(name, grad.unsqueeze(0))
         return accumulation
 
     def _accumulation(self, signature: Signature) -> Accumulation:
         return Accumulation(
             self.parameters,
-            self.capture.derived,
+            self.capture.tracked,
             self.capture.tape,
             self.examples,
             self.forms,

@@ -182,10 +182,11 @@ def plan_step(
             form,
             {f: cost.predict(work, f, rates) for f in cost.FORMS},
         )
-        for name, (work, form) in accumulation.chosen.items()
+        for name, work, form in accumulation.chosen
     ]
     norms = sum(layer.costs[layer.form].seconds for layer in layers)
-    others = [p for name, p in accumulation.parameters.items() if name not in accumulation.chosen]
+    factored = {layer.name for layer in layers}
+    others = [p for name, p in accumulation.parameters.items() if name not in factored]
     return StepPlan(
         accumulation.examples,
         augmult,

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,14 @@ def plain() -> Iterator[None]:
         yield
 
 
-IsTracked = Callable[[Any], bool]
+class IsTracked(Protocol):
+    """What rules may ask of a call's arguments: ``TrackedTensors``."""
+
+    def __call__(self, value: Any) -> bool: ...
+
+    def base(self, t: Tensor) -> Tensor: ...
+
+
 Term = Stored | FactoredTerm
 Terms = Sequence[tuple[Tensor, Term]]
 Receive = Callable[["TapedUse", tuple[Tensor, ...], Tensor], None]

@@ -12,6 +12,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from dpfast.clipping.derived import Chain
 from dpfast.kernels import clip, conv, embedding, linear
 from dpfast.kernels.cost import Work
 
@@ -74,6 +75,27 @@ class Joined:
         total = clip.clipped_sum(self.flat, w)
         parts = total.split([shape.numel() for shape in self.shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class PulledBack:
+    """A term of a tensor that moved and scaled a parameter's entries: of that parameter."""
+
+    term: Term
+    chain: Chain
+
+    @property
+    def sq(self) -> Tensor:
+        """In float64: the square of a small scale would vanish in float32."""
+        return self.term.sq.double() * self.chain.scale**2
+
+    @property
+    def bound(self) -> Tensor | None:
+        bound = self.term.bound
+        return None if bound is None else bound.double() * self.chain.scale**2
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        return self.chain.pull_back(self.term.clipped_sum(w))
 
 
 @dataclass(frozen=True)
@@ -219,6 +241,45 @@ class EmbeddingTerm(FactoredTerm):
     def work(self) -> Work:
         b, m, d = self.g.shape
         return Work(b, m, self.table_rows, d, pixels=0, held=_bytes(self.index, self.g), dense=False)
+
+
+@dataclass(frozen=True)
+class Viewed(FactoredTerm):
+    """A factored term whose gradients become the target's as ``reshape(shape).permute(order).reshape(final)``."""
+
+    term: FactoredTerm
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    final: tuple[int, ...]
+
+    def _view(self, total: Tensor) -> Tensor:
+        return total.reshape(self.shape).permute(self.order).reshape(self.final)
+
+    def stored(self) -> Stored:
+        stored = self.term.stored()
+        grads, b = stored.grads, len(stored.grads)
+        grads = grads.reshape(b, *self.shape).permute(0, *(d + 1 for d in self.order)).reshape(b, *self.final)
+        return Stored(grads, stored.known_sq)
+
+    def measured(self) -> Measured:
+        return Measured(self, self.term.measured().sq)
+
+    def by_gram(self) -> ByGram:
+        gram = self.term.by_gram()
+        return ByGram(self, gram.sq, gram.bound)
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        return self._view(self.term.clipped_sum(w))
+
+    def weighted_sum(self, w: Tensor) -> Tensor:
+        return self._view(self.term.weighted_sum(w))
+
+    def work(self) -> Work:
+        return self.term.work()
+
+    @property
+    def device_type(self) -> str:
+        return self.term.device_type
 
 
 def _bytes(*tensors: Tensor) -> int:

@@ -1,7 +1,11 @@
-"""Rules for normalisation layers: the gradient of an affine needs the normalised input, recomputed from the input."""
+"""Rules for normalisation layers, and refusals of what keeps statistics of activations.
+
+The gradient of an affine needs the normalised input, recomputed from the input.
+"""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -193,3 +197,9 @@ def _in_order_of_torch(rule: Rule) -> Rule:
 
 
 torch_batch_norm, torch_instance_norm = _in_order_of_torch(batch_norm), _in_order_of_torch(instance_norm)
+
+
+def fake_quant(is_tracked: IsTracked, input: Tensor, observer_on: Tensor, *_: Any, **__: Any) -> Problem | None:
+    if not observer_on.any():
+        return None
+    return Problem((), "it observes the range of private activations", "switch the observers off (disable_observer)")
