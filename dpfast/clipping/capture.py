@@ -14,7 +14,7 @@ A call with tracked and data arguments is a *use*: it runs with the tracked argu
 computes input gradients as always but no weight gradient, and a ``Tap`` on its output hands (a, g) to the tape.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +52,9 @@ class Tracked:
     names: tuple[str, ...]
 
 
+OnUse = Callable[[Any, tuple[Any, ...], dict[str, Any], Use, Any], None]  # function, arguments, how, result
+
+
 class Capture(TorchFunctionMode):
     """Active inside ``with clipper``; writes uses and problems to its ``tape``.
 
@@ -81,6 +84,8 @@ class Capture(TorchFunctionMode):
         self.anchor, self.on_start = anchor, on_start
         self.probe_trace: int | None = None
         self.inside_model = False
+        self.on_use: OnUse | None = None  # told of each use that goes to the tape
+        self.run_region: Callable[[Any, tuple[Any, ...]], Any] | None = None  # runs a graph of torch.compile
         self._begin()
 
     def restart(self) -> None:
@@ -120,6 +125,11 @@ class Capture(TorchFunctionMode):
 
     def is_tracked(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self.tracked
+
+    def names_of(self, values: Iterable[Any]) -> tuple[str, ...]:
+        """The names of the parameters that tracked ones among ``values`` are made of."""
+        sources = [self.tracked[id(value)] for value in values if self.is_tracked(value)]
+        return tuple(dict.fromkeys([name for source in sources for name in source.names]))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -201,10 +211,14 @@ class Capture(TorchFunctionMode):
                 self.constants[tensor] = True
         return output
 
-    def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor]) -> Any:
+    def start(self) -> None:
+        """At the first use of a step."""
         if not self.started:
             self.started = True
             self.on_start()
+
+    def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor]) -> Any:
+        self.start()
         names = tuple(dict.fromkeys([name for source in tracked for name in source.names]))
         use = self._use_of(func, args, kwargs, names, written)
         if isinstance(use, Problem):
@@ -222,6 +236,8 @@ class Capture(TorchFunctionMode):
                     "write it with an operation that returns a tensor (torch.where instead of indexed assignment)",
                 )
             )
+        if self.on_use is not None and self.detach:
+            self.on_use(func, args, kwargs, use, output)
         targets = [source.tensor for source in tracked]  # twice in one call is used twice
         if isinstance(output, Tensor):
             return self._attach(output, use, func, names, targets, in_place=bool(written))
