@@ -19,12 +19,15 @@ class Performance:
     microbatch: examples (each with its K augmentations) per physical batch in ``DPTrainer``; None lets it choose.
     memory_budget: bytes that ``auto`` may spend on stored per-example gradients; None means no limit.
     device: where ``DPTrainer`` runs the model.
+    compile: whether calls of the model inside ``with clipper`` are compiled (``torch.compile``, once for each batch
+        size). A model that is compiled already needs no setting.
     """
 
     form: Form = "auto"
     microbatch: int | None = None
     memory_budget: int | None = None
     device: str = "cpu"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):

@@ -98,6 +98,7 @@ OTHER = {
     "microbatch": [1, 5, 100],
     "memory_budget": [20_000, 60_000],
     "device": [f"cuda:{i}" for i in range(torch.cuda.device_count())],
+    "compile": [True],
 }
 
 
@@ -105,9 +106,12 @@ def test_every_performance_setting_is_looked_at() -> None:
     assert set(OTHER) == {field.name for field in dataclasses.fields(Performance)}
 
 
+# torch's own, at the first import of inductor.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OTHER.items() for value in values])
-def test_no_performance_setting_moves_the_result(name, value) -> None:
+def test_no_performance_setting_moves_the_result(name, value, monkeypatch) -> None:
     """What may not move epsilon moves nothing beyond rounding: six clipped steps without noise, full batches."""
+    monkeypatch.setattr("dpfast.clipping.private.COMPILER", "aot_eager")  # inductor takes long to compile
     clipped = plan(**{**NO_NOISE, "max_grad_norm": 0.5})
     usual = trainer(plan=clipped)
     usual.fit()

@@ -73,7 +73,7 @@ class Call:
     optional: made without gradients, and of interest only if it has the rows of the losses.
     """
 
-    module: nn.Module
+    module: Callable[..., Any]  # a module, or a compiled region
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     state: RandomState
@@ -89,7 +89,7 @@ class Call:
             (repr(value) if isinstance(value, _PLAIN) else type(value), *(tuple(t.shape) for t in tensors_in(value)))
             for value in given
         )
-        return id(self.module), kinds, tuple(self.kwargs)
+        return self.module, kinds, tuple(self.kwargs)
 
     def verdict(self, capture: Capture, rows: int, augmult: int, most: int) -> tuple[Said, bool]:
         """Of the forward probe, with the weights as they are and without those that hide; whether it ran what the step
@@ -140,12 +140,27 @@ class Call:
         batch = Synthetic(rows, augmult)
         left = [
             f"{type(module).__name__}.{name}"
-            for module in self.module.modules()
+            for module in (self.module.modules() if isinstance(self.module, nn.Module) else ())
             for name, value in vars(module).items()
             if name not in ("_parameters", "_buffers", "_modules")
             and any(t.ndim and t.shape[0] == batch.rows and batch.dim(t) == 0 for t in tensors_in(value))
         ]
         return sorted({*opaque, *left})
+
+
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether its forward is ``torch.compile``'s."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def _compiled(model: nn.Module) -> Callable[..., Any]:
+    """Calls ``model`` compiled, and leaves no mark on it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()  # torch.compile keeps a few results for each code object
+    return torch.compile(call, dynamic=False)
 
 
 def _looked_into(value: Any) -> bool:
@@ -180,15 +195,19 @@ class ModelCalls:
     probed once for every path: the functions that a step called, and the training modes of the layers.
     """
 
-    def __init__(self, model: nn.Module, augmult: int, *, one_by_one: bool) -> None:
-        """one_by_one: whether a batch of one example is differentiated by autograd itself (the form "example")."""
+    def __init__(self, model: nn.Module, augmult: int, *, one_by_one: bool, compiles: bool = False) -> None:
+        """one_by_one: whether a batch of one example is differentiated by autograd itself (the form "example").
+        compiles: whether calls of the model itself are compiled.
+        """
         self.model, self.augmult, self.one_by_one = model, augmult, one_by_one
+        self._compiled = _compiled(model) if compiles and not runs_compiled(model) else None
         self._capture: Capture | None = None
         self._shown: set[Hashable] = set()
         self._before_updates: set[Hashable] = set()  # paths shown with earlier weights
         self._tries: Counter[Hashable] = Counter()
         self._modules: list[nn.Module] = []
         self._depth = 0
+        self._handed_over = False  # to the compiled model, which calls the model itself where it cannot be compiled
         self._usual_call: Callable[..., Any] | None = None
         self.restart()
 
@@ -197,25 +216,42 @@ class ModelCalls:
         assert self._capture is not None
         return self._capture.tape.trace, tuple(module.training for module in self._modules)
 
-    def begin(self, capture: Capture) -> None:
-        """Watch the model until ``end``."""
+    def begin(self, capture: Capture, *, compiles: bool = False) -> None:
+        """Watch the model until ``end``. compiles: whether compiled modules run compiled."""
         self._capture = capture
         self.restart()
         self._modules = list(self.model.modules())
         own, usual = {id(module) for module in self._modules}, nn.Module.__call__
 
         def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._depth or self._capture is not capture or id(module) not in own:
+            if torch.compiler.is_compiling() or self._depth or self._capture is not capture:
                 return usual(module, *args, **kwargs)
-            self._depth = 1
-            try:
-                self._before(module, args, kwargs)
+            original = module._modules.get("_orig_mod") or module  # of what torch.compile returned
+            if id(original) not in own or (compiles and runs_compiled(module)):  # its regions are watched instead
                 return usual(module, *args, **kwargs)
-            finally:
-                self._after()
+            if compiles and module is self.model and self._compiled is not None and not self._handed_over:
+                self._handed_over = True
+                try:
+                    return self._compiled(*args, **kwargs)
+                finally:
+                    self._handed_over = False
+            return self.watch(original, args, kwargs, lambda: usual(module, *args, **kwargs))
 
         self._usual_call, self._watched_call = usual, watched
         nn.Module.__call__ = watched  # type: ignore[method-assign]
+
+    def watch(
+        self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]
+    ) -> Any:
+        """``run()``, which calls ``module``: a call of the user's, unless it is made inside another."""
+        if self._depth:
+            return run()
+        self._depth = 1
+        try:
+            self._before(module, args, kwargs)
+            return run()
+        finally:
+            self._after()
 
     def end(self) -> None:
         """Put the usual call back, unless somebody has put another in the place of ours (which then does nothing)."""
@@ -231,7 +267,7 @@ class ModelCalls:
         self._open: Call | None = None
         self.inputs: list[Tensor] = []  # of the first call
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         capture = self._capture
         if capture is None or capture.tape.receive is not None:
             return
@@ -284,7 +320,7 @@ class ModelCalls:
         self._tries.clear()
 
     def _probe(self, rows: int, most: int) -> tuple[str, bool]:
-        names = {id(module): name for name, module in self.model.named_modules()}
+        names = {id(m): name.removeprefix("_orig_mod").removeprefix(".") for name, m in self.model.named_modules()}
         assert self._capture is not None
         calls = list({call.shape(): call for call in reversed(self._calls)}.values())
         self._depth = 1  # what the probe calls is no call of the user's
@@ -311,7 +347,10 @@ class ModelCalls:
         hidden = sorted({name for call in calls for name in call.hidden(rows, self.augmult)})
         if hidden:
             return f"it reads {listed(hidden)}, which the probe cannot vary: hand tensors over as arguments", same_path
-        parts = sorted({names[id(call.module)] for call in calls if not call.optional} - {""})
+        called = {call.module for call in calls if not call.optional}
+        regions = [part for part in called if id(part) not in names]  # one alone is the compiled model
+        parts = sorted({names.get(id(part), "compiled") for part in called if part not in regions or len(regions) > 1})
+        parts = [name for name in parts if name]
         if parts:
             return (
                 f"its parts {listed(parts)} were called one by one, and what happens between them is unseen",

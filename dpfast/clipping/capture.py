@@ -14,7 +14,7 @@ A call with tracked and data arguments is a *use*: it runs with the tracked argu
 computes input gradients as always but no weight gradient, and a ``Tap`` on its output hands (a, g) to the tape.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -42,6 +42,8 @@ from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules.table import COMPOSED, GUARDED, MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use, traced
 from dpfast.clipping.trees import TensorMap, function_name, leaves, replace_tensors, tensors_in
+
+OnUse = Callable[[Any, tuple[Any, ...], dict[str, Any], Use, Any], None]  # function, arguments, how, result
 
 
 class Capture(TorchFunctionMode):
@@ -73,6 +75,8 @@ class Capture(TorchFunctionMode):
         self.anchor, self.on_start = anchor, on_start
         self.probe_trace: int | None = None
         self.inside_model = False
+        self.on_use: OnUse | None = None  # told of each use that goes to the tape
+        self.run_region: Callable[[Any, tuple[Any, ...]], Any] | None = None  # runs a graph of torch.compile
         self._begin()
 
     def restart(self) -> None:
@@ -108,6 +112,11 @@ class Capture(TorchFunctionMode):
         """Whether a buffer that changed was computed from constants and parameters alone."""
         kept = replaced and now in self.constants and now not in self.counted
         return not self.read_out and (name in self.rewritten or kept)
+
+    def names_of(self, values: Iterable[Any]) -> tuple[str, ...]:
+        """The names of the parameters that tracked ones among ``values`` are made of."""
+        sources = [self.tracked[id(value)] for value in values if self.tracked(value)]
+        return tuple(dict.fromkeys([name for source in sources for name in source.names]))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,10 +213,18 @@ class Capture(TorchFunctionMode):
         self.tape.trace = trace
         return output
 
-    def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor]) -> Any:
+    def with_bases(self, targets: list[Tensor]) -> list[Tensor]:
+        """Tracked tensors, and what they were expanded from."""
+        return targets + [base for t in targets if (base := self.tracked.base(t)) is not t]
+
+    def start(self) -> None:
+        """At the first use of a step."""
         if not self.started:
             self.started = True
             self.on_start()
+
+    def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor]) -> Any:
+        self.start()
         names = tuple(dict.fromkeys([name for source in tracked for name in source.names]))
         use = self._use_of(func, args, kwargs, names, written)
         if isinstance(use, Problem):
@@ -225,8 +242,9 @@ class Capture(TorchFunctionMode):
                     "write it with an operation that returns a tensor (torch.where instead of indexed assignment)",
                 )
             )
-        targets = [source.tensor for source in tracked]  # twice in one call is used twice
-        targets += [base for t in targets if (base := self.tracked.base(t)) is not t]
+        if self.on_use is not None and self.detach:
+            self.on_use(func, args, kwargs, use, output)
+        targets = self.with_bases([source.tensor for source in tracked])  # twice in one call is used twice
         if isinstance(output, Tensor):
             return self._attach(output, use, func, names, targets, in_place=bool(written))
         if isinstance(output, tuple | list):  # each result is a use of its own: gradients add up

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpfast.clipping.accumulate import Clipped
 from dpfast.clipping.calls import ModelCalls
 from dpfast.clipping.capture import Capture
+from dpfast.clipping.compiled import Regions, private_compilation
 from dpfast.clipping.forms import Forms
 from dpfast.clipping.losses import check_losses, check_part
 from dpfast.clipping.ownership import MANY_PATHS, Ownership
@@ -96,7 +97,9 @@ class GhostClipper:
         self.performance = performance or Performance()
         self._forms = Forms(self.performance)
         self._ownership = Ownership()
-        self._calls = ModelCalls(model, augmult, one_by_one=self.performance.form == "example")
+        one_by_one, compiles = self.performance.form == "example", self.performance.compile
+        self._calls = ModelCalls(model, augmult, one_by_one=one_by_one, compiles=compiles)
+        self._regions = Regions(self._calls)
         self._written: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: its p.grad, and the sum of its bits
         self._warned: set[str] = set()
         self._anchor = torch.zeros((), requires_grad=True)
@@ -154,7 +157,9 @@ class GhostClipper:
         self._parameters: Seen | None = None
         self._see_parameters(model)
         self._capture = Capture(model.trainable, model.fixed, self._anchor, on_start=self._see_parameters)
-        self._calls.begin(self._capture)
+        self._compilation = private_compilation()
+        self._calls.begin(self._capture, compiles=self._compilation.__enter__())
+        self._regions.begin(self._capture)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -162,7 +167,9 @@ class GhostClipper:
         capture, self._capture = self._capture, None
         assert capture is not None
         capture.__exit__(kind, value, tb)  # type: ignore[no-untyped-call]
+        self._compilation.__exit__(kind, value, tb)
         self._calls.end()
+        self._regions.end()
         unfinished = bool(capture.tape.uses or self._begun)
         capture.tape.close()
         self._begun = None
@@ -207,10 +214,12 @@ class GhostClipper:
                 unused = [name for name in model.trainable if name not in clipped.sums]
                 if not more:
                     self._write(clipped.sums, model.trainable)
+                self._regions.accept()
                 self._buffers = seen(model.fixed)
         finally:
             capture.restart()
             self._calls.restart()
+            self._regions.restart()
             self._parameters = None
         if examples and not more:
             self._warn(unused, tape, unseen=unseen)
@@ -361,6 +370,10 @@ class GhostClipper:
                 f"the model reads numbers out of the batch ({listed(sorted(tape.read_out))}): what it does with them"
                 " may depend on all examples at once, which no probe can show. Use torch.where, or decide outside of"
                 " the model from what is public",
+            )
+        for reason in sorted(tape.eager):
+            self._warn_once(
+                f"eager {reason}", f"a part of the compiled model runs eagerly inside `with clipper`, because {reason}"
             )
         if unseen:
             self._warn_once(

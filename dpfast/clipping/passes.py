@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from dpfast.clipping.accumulate import Accumulation, Clipped
 from dpfast.clipping.capture import Capture
 from dpfast.clipping.forms import Forms
 from dpfast.clipping.ownership import Ownership, Signature, is_fleeting, possible_dims, weigh
+from dpfast.clipping.private import repeatable_backward
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
@@ -188,7 +190,8 @@ class Pass:
         for p in parameters:
             p.grad = None
         try:
-            with torch._C._EnableTorchFunction(), self.capture.tape.receiving(receive):
+            again = repeatable_backward() if retain_graph else nullcontext()
+            with torch._C._EnableTorchFunction(), self.capture.tape.receiving(receive), again:
                 # torch.autograd.backward, less its own torch-function dispatch: that would leave the capture
                 grads = torch.autograd.Variable._execution_engine.run_backward(
                     (self.losses,),
@@ -244,8 +247,8 @@ def reachable(losses: Tensor, sites: AbstractSet[Site]) -> AbstractSet[Site]:
         if "CopySlices" in node.name():
             return sites
         visited.add(node)
-        if isinstance(use := getattr(node, "use", None), TapedUse):
-            found.add(use.site)
+        if isinstance(uses := getattr(node, "uses", None), tuple):
+            found.update(use.site for use in uses if isinstance(use, TapedUse))
         waiting.extend(following for following, _ in node.next_functions)
     return found & sites
 

@@ -94,6 +94,7 @@ class Tape:
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # functions without a rule: parameters
     used_without_grad: set[str] = field(default_factory=set)  # parameters
     read_out: set[str] = field(default_factory=set)  # functions by which the model gave numbers of the data to Python
+    eager: set[str] = field(default_factory=set)  # why compiled regions ran eagerly, in words
     problems: list[Problem] = field(default_factory=list)
     receive: Receive | None = None  # set during a backward pass only
     closed: bool = False  # after its backward pass
@@ -118,17 +119,22 @@ class Tape:
         in_place: whether ``output`` is one of the call's arguments, which it changed.
         """
         taped = TapedUse(site, use.terms, use.row_dims)
-        if self.receive is None:  # a forward recomputed during backward (checkpointing) is no new use
-            self.uses[site] = taped
-            self.shapes[site] = output.shape
-            for target in targets:
-                self.times_used[id(target)] += 1
-                self.versions.setdefault(id(target), (target, target._version, site.names))
+        self.note(taped, output.shape, targets)
         if not use.ruled:
             output = output.clone()  # the function may have saved its result, which Tap would mark as changed
         saved = [t.detach() for t in use.saved]  # no edges into their graphs; the version counter is shared
         tapped: Tensor = Tap.apply(output, self.anchor, self, taped, in_place, *saved)  # type: ignore[no-untyped-call]
         return tapped
+
+    def note(self, use: TapedUse, shape: torch.Size, targets: Iterable[Tensor]) -> None:
+        """That a use has happened, with an output of this shape."""
+        if self.receive is not None:  # a forward recomputed during backward (checkpointing) is no new use
+            return
+        self.uses[use.site] = use
+        self.shapes[use.site] = shape
+        for target in targets:
+            self.times_used[id(target)] += 1
+            self.versions.setdefault(id(target), (target, target._version, use.site.names))
 
     def close(self) -> None:
         """After its backward pass: what it holds would keep the graph alive, which may hold the tape."""
@@ -183,7 +189,7 @@ class Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
-        ctx.tape, ctx.use = tape, use
+        ctx.tape, ctx.uses = tape, (use,)
         if output._is_view() and not in_place:
             memory = output.untyped_storage()
             return output.new_empty(0).set_(memory, output.storage_offset(), output.shape, output.stride())
@@ -193,5 +199,5 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is not None:
-            ctx.tape.record(ctx.use, ctx.saved_tensors, g)
+            ctx.tape.record(*ctx.uses, ctx.saved_tensors, g)
         return (g, *[None] * (len(ctx.needs_input_grad) - 1))
