@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -65,11 +66,17 @@ void sq_norms(std::uintptr_t grads, std::int64_t examples, std::int64_t numbers,
                      reinterpret_cast<double*>(parts), reinterpret_cast<double*>(sq), threads);
 }
 
-void clipped_sum(std::uintptr_t grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,
-                 std::uintptr_t weights, std::uintptr_t out, int threads) {
+// Of each tensor: where its gradients lie, their numbers and stride, and where the sum goes.
+using StoredAt = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t>;
+
+void clipped_sums(const std::vector<StoredAt>& places, std::int64_t examples, std::uintptr_t weights, int threads) {
+    std::vector<dpfast::Stored> stored;
+    for (const auto& [at, numbers, stride, out] : places) {
+        stored.push_back({reinterpret_cast<const float*>(at), numbers, stride, reinterpret_cast<float*>(out)});
+    }
     py::gil_scoped_release release;
-    dpfast::clipped_sum(reinterpret_cast<const float*>(grads), examples, numbers, stride,
-                        reinterpret_cast<const float*>(weights), reinterpret_cast<float*>(out), threads);
+    dpfast::clipped_sums(stored.data(), static_cast<std::int64_t>(stored.size()), examples,
+                         reinterpret_cast<const float*>(weights), threads);
 }
 
 void group_norm_grads(std::uintptr_t x, const Three& x_stride, std::uintptr_t g, const Three& g_stride,
@@ -115,8 +122,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("square_blocks", &dpfast::square_blocks, py::arg("numbers"));
     m.def("sq_norms", &sq_norms, py::arg("grads"), py::arg("examples"), py::arg("numbers"), py::arg("stride"),
           py::arg("parts"), py::arg("sq"), py::arg("threads"));
-    m.def("clipped_sum", &clipped_sum, py::arg("grads"), py::arg("examples"), py::arg("numbers"), py::arg("stride"),
-          py::arg("weights"), py::arg("out"), py::arg("threads"));
+    m.def("clipped_sums", &clipped_sums, py::arg("stored"), py::arg("examples"), py::arg("weights"),
+          py::arg("threads"));
     m.def("fingerprints", &fingerprints, py::arg("memory"), py::arg("threads"));
     m.def("group_norm_grads", &group_norm_grads, py::arg("x"), py::arg("x_stride"), py::arg("g"), py::arg("g_stride"),
           py::arg("shape"), py::arg("eps"), py::arg("dtype"), py::arg("weight"), py::arg("bias"), py::arg("threads"));

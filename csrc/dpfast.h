@@ -10,7 +10,7 @@ enum Dtype : int { Float32 = 0, BFloat16 = 1 };
 
 // Raised whenever a signature below changes; dpfast/kernels/dispatch.py refuses another value, so that a module built
 // from older sources is never called.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 // Sizes, or strides in elements, of a tensor [B, M, C, S]: examples, rows of an example, channels, positions.
 struct Dims {
@@ -28,9 +28,15 @@ void sq_norms(const float* grads, std::int64_t examples, std::int64_t numbers, s
               double* sq, int threads);
 std::int64_t square_blocks(std::int64_t numbers);
 
-// out = sum over e of weights[e] * gradient e; one with weights[e] = 0 is not looked at.
-void clipped_sum(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,
-                 const float* weights, float* out, int threads);
+// Gradients of one tensor, each `numbers` floats in a row and `stride` further than the one before; and their sum.
+struct Stored {
+    const float* grads;
+    std::int64_t numbers, stride;
+    float* out;
+};
+
+// out = sum over e of weights[e] * gradient e, for `count` tensors; one with weights[e] = 0 is not looked at.
+void clipped_sums(const Stored* stored, std::int64_t count, std::int64_t examples, const float* weights, int threads);
 
 // Strides in elements of [rows, channels, positions].
 struct NormStride {

@@ -17,7 +17,7 @@ from dpfast.errors import ConfigError, DPFastError
 
 Backend = Literal["native", "reference"]
 
-_ABI = 3  # kAbi of csrc/dpfast.h
+_ABI = 4  # kAbi of csrc/dpfast.h
 _VARIABLE = "DPFAST_BACKEND"
 
 

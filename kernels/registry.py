@@ -29,8 +29,8 @@ def register(
     """Define ``dpfast::name(...)`` and return a function that calls it.
 
     run, fake: take the arguments of ``schema`` in order and return its results, new tensors that share no memory with
-    the arguments. scratch: bytes that a call holds meanwhile. Plain tensors, their first argument, go to ``run``
-    without torch's dispatcher, which costs 45 us a call; what has to be seen by others (fake tensors, a trace) goes
+    the arguments. scratch: bytes that a call holds meanwhile. Plain tensors (by the first) go to ``run`` without
+    torch's dispatcher, which costs 45 us a call; what has to be seen by others (fake tensors, a trace) goes
     through it.
     """
     name, _, _ = schema.partition("(")
@@ -51,7 +51,8 @@ def register(
     op = getattr(torch.ops.dpfast, name).default
 
     def call(*args: Any) -> Any:
-        if type(args[0]) in _PLAIN and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
+        first = args[0][0] if type(args[0]) is list else args[0]
+        if type(first) in _PLAIN and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
             return on_values(*args)
         return op(*args)
 

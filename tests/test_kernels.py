@@ -270,7 +270,7 @@ def ops():
         "group_norm_grads": (n.group_norm_grads, (torch.randn(6, 8, 5, 5), torch.randn(6, 8, 5, 5), 4, 1e-5, 3, None)),
         "bias_grads": (n.bias_grads, (b, None)),
         "clip_sq_norms": (n.clip_sq_norms, (x.flatten(1), None)),
-        "clip_clipped_sum": (n.clip_clipped_sum, (x.flatten(1), w, None)),
+        "clip_clipped_sums": (n.clip_clipped_sums, ([x.flatten(1), torch.randn(len(x), 5)], w, None)),
     }
 
 
@@ -343,6 +343,21 @@ def test_clip_factors() -> None:
     sq = torch.tensor([-1e-6, 0.0, 1e-40, 0.25, 1.0, 4.0, 1e30, float("inf"), float("nan")])
     factors = clip.clip_factors(sq, 1.0)
     torch.testing.assert_close(factors, torch.tensor([1, 1, 1, 1, 1, 0.5, 1e-15, 0, 0]))
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipped_sums_of_several_tensors(backend) -> None:
+    """Of sizes around a block, with rows that are slices; what has no weight is not looked at."""
+    torch.manual_seed(0)
+    w = torch.tensor([0.5, 0.0, 1.0])
+    grads = [torch.randn(3, n + 3)[:, :n] for n in (1, 7, 4095, 4096, 4097, 10000, 1)]
+    for g in grads:
+        g[1] = float("nan")
+    exact = [torch.tensordot(w.double(), g.double().nan_to_num(), 1) for g in grads]
+    for ours, total in zip(clip.clipped_sums(grads, w, backend=backend), exact, strict=True):
+        assert relative(ours, total) <= 1e-6
+    assert clip.clipped_sums([], w, backend=backend) == []
 
 
 def test_clipped_sum_of_permuted_gradients() -> None:

@@ -2,6 +2,7 @@
 //
 // This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <algorithm>
+#include <vector>
 
 #include "isa.h"
 #include "vec.h"
@@ -53,18 +54,25 @@ void sq_norms(const float* grads, int64_t examples, int64_t numbers, int64_t str
     (void)threads;  // unused without OpenMP
 }
 
-void clipped_sum(const float* grads, int64_t examples, int64_t numbers, int64_t stride, const float* weights,
-                 float* out, int threads) {
-    const int64_t blocks = (numbers + kColumns - 1) / kColumns;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && examples * numbers > kSerial)
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = block * kColumns, n = std::min(kColumns, numbers - first);
-        std::fill(out + first, out + first + n, 0.0f);
+void clipped_sums(const Stored* stored, int64_t count, int64_t examples, const float* weights, int threads) {
+    std::vector<int64_t> ends;  // of each one's blocks
+    int64_t blocks = 0, all = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        blocks += (stored[i].numbers + kColumns - 1) / kColumns;
+        ends.push_back(blocks);
+        all += examples * stored[i].numbers;
+    }
+#pragma omp parallel for num_threads(threads) if (threads > 1 && all > kSerial)
+    for (int64_t at = 0; at < blocks; ++at) {
+        const int64_t i = std::upper_bound(ends.begin(), ends.end(), at) - ends.begin();
+        const Stored& one = stored[i];
+        const int64_t first = (at - (i ? ends[i - 1] : 0)) * kColumns, n = std::min(kColumns, one.numbers - first);
+        std::fill(one.out + first, one.out + first + n, 0.0f);
         for (int64_t e = 0; e < examples; ++e) {
-            if (weights[e] > 0) add(grads + e * stride + first, weights[e], out + first, n);
+            if (weights[e] > 0) add(one.grads + e * one.stride + first, weights[e], one.out + first, n);
         }
     }
-    (void)threads;
+    (void)threads;  // unused without OpenMP
 }
 
 }  // namespace DPFAST_ISA

@@ -61,9 +61,8 @@ void sq_norms(const float* grads, std::int64_t examples, std::int64_t numbers, s
 
 std::int64_t square_blocks(std::int64_t numbers) { return (numbers + kSquareBlock - 1) / kSquareBlock; }
 
-void clipped_sum(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,
-                 const float* weights, float* out, int threads) {
-    DPFAST_RUN(clipped_sum(grads, examples, numbers, stride, weights, out, threads))
+void clipped_sums(const Stored* stored, std::int64_t count, std::int64_t examples, const float* weights, int threads) {
+    DPFAST_RUN(clipped_sums(stored, count, examples, weights, threads))
 }
 
 void group_norm_grads(const void* x, NormStride x_stride, const void* g, NormStride g_stride, const NormShape& shape,

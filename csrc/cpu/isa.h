@@ -8,8 +8,8 @@
                       float* bias, int threads);                                                                      \
     void sq_norms(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,               \
                   double* parts, double* sq, int threads);                                                            \
-    void clipped_sum(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,            \
-                     const float* weights, float* out, int threads);                                                  \
+    void clipped_sums(const Stored* stored, std::int64_t count, std::int64_t examples, const float* weights,          \
+                      int threads);                                                                                   \
     void group_norm_grads(const void* x, NormStride x_stride, const void* g, NormStride g_stride,                     \
                           const NormShape& shape, double eps, Dtype dtype, float* weight, float* bias, int threads);  \
     void fingerprints(const Memory* memory, std::int64_t count, std::uint64_t* out, int threads);                     \

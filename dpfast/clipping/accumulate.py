@@ -10,11 +10,12 @@ from dpfast.clipping.derived import TrackedTensors, direct_uses
 from dpfast.clipping.forms import Forms
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse
-from dpfast.clipping.terms import FactoredTerm, Joined, PulledBack, Stored, Term
-from dpfast.kernels.clip import clip_factors
+from dpfast.clipping.terms import FactoredTerm, Joined, Packed, PulledBack, Stored, Term
+from dpfast.kernels.clip import clip_factors, clipped_sums
 from dpfast.kernels.cost import Form, Work
 
 SMALL = 4096  # numbers of a stored gradient up to which calls cost more than its memory
+LARGE = 1 << 16  # numbers of a stored gradient from which its memory costs more than a call
 GRAM_TRUST = 0.01  # a Gram whose error bound exceeds this share of the squared norm is replaced by its safe side
 
 
@@ -101,8 +102,12 @@ class Accumulation:
         return Clipped(total.sqrt(), factors, sums)
 
     def _sums(self, factors: Tensor) -> dict[str, Tensor]:
-        """By name; a parameter used in parts has several terms. Each is freed once summed."""
+        """By name; a parameter used in parts has several terms. Large ones are freed once summed."""
         sums: dict[str, Tensor] = {}
+        packed = [(name, term) for name, term in self.kept if isinstance(term, Packed) and term.flat.shape[1] <= LARGE]
+        self.kept = [(name, term) for name, term in self.kept if not any(term is p for _, p in packed)]
+        totals = clipped_sums([term.flat for _, term in packed], factors)
+        sums |= {name: term.unpacked(total) for (name, term), total in zip(packed, totals, strict=True)}
         while self.kept:
             name, term = self.kept.pop()
             total = term.clipped_sum(factors)

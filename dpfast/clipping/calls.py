@@ -216,15 +216,15 @@ class ModelCalls:
         assert self._capture is not None
         return self._capture.tape.trace, tuple(module.training for module in self._modules)
 
-    def begin(self, capture: Capture, *, compiles: bool = False) -> None:
-        """Watch the model until ``end``. compiles: whether compiled modules run compiled."""
+    def begin(self, capture: Capture, modules: list[nn.Module], *, compiles: bool = False) -> None:
+        """Watch the model until ``end``. modules: all of its; compiles: whether compiled modules run compiled."""
         self._capture = capture
         self.restart()
-        self._modules = list(self.model.modules())
+        self._modules = modules
         own, usual = {id(module) for module in self._modules}, nn.Module.__call__
 
         def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or self._depth or self._capture is not capture:
+            if self._depth or self._capture is not capture or torch.compiler.is_compiling():
                 return usual(module, *args, **kwargs)
             original = module._modules.get("_orig_mod") or module  # of what torch.compile returned
             if id(original) not in own or (compiles and runs_compiled(module)):  # its regions are watched instead

@@ -293,7 +293,7 @@ class Capture(TorchFunctionMode):
         def detached(t: Tensor) -> Tensor:
             return t.detach() if id(t) in self.tracked else t
 
-        return func(*replace_tensors(args, detached), **replace_tensors(kwargs, detached))
+        return func(*replace_tensors(args, detached), **(replace_tensors(kwargs, detached) if kwargs else kwargs))
 
     def _guarded(self, func: Any, args: Any, kwargs: Any) -> Any:
         problem = RULES[func](self.tracked, *args, **kwargs)

@@ -158,7 +158,7 @@ class GhostClipper:
         self._see_parameters(model)
         self._capture = Capture(model.trainable, model.fixed, self._anchor, on_start=self._see_parameters)
         self._compilation = private_compilation()
-        self._calls.begin(self._capture, compiles=self._compilation.__enter__())
+        self._calls.begin(self._capture, model.modules, compiles=self._compilation.__enter__())
         self._regions.begin(self._capture)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
         return self

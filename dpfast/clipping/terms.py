@@ -51,6 +51,28 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Stored gradients of a convolution's weight, ``flat [B, numbers]`` in the order of ``spec``, and their ``sq``."""
+
+    flat: Tensor
+    sq: Tensor
+    spec: conv.ConvSpec
+
+    bound = None
+
+    @property
+    def grads(self) -> Tensor:
+        return self.spec.weights(self.flat)
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        return self.unpacked(clip.clipped_sums([self.flat], w)[0])
+
+    def unpacked(self, total: Tensor) -> Tensor:
+        """A sum ``[numbers]`` as a weight."""
+        return self.spec.weights(total.unsqueeze(0)).squeeze(0)
+
+
+@dataclass(frozen=True)
 class Joined:
     """Stored gradients of several parameters side by side, ``[B, n]``."""
 
@@ -128,7 +150,7 @@ class FactoredTerm:
 
     g: Tensor
 
-    def stored(self) -> Stored:
+    def stored(self) -> Stored | Packed:
         raise NotImplementedError
 
     def measured(self) -> Measured:
@@ -193,8 +215,8 @@ class ConvTerm(FactoredTerm):
     spec: conv.ConvSpec
     examples: int
 
-    def stored(self) -> Stored:
-        return Stored(*conv.per_example_grads(self.a, self.g, self.spec, self.examples))
+    def stored(self) -> Packed:
+        return Packed(*conv.packed_grads(self.a, self.g, self.spec, self.examples), self.spec)
 
     def measured(self) -> Measured:
         return Measured(self, conv.sq_norms(self.a, self.g, self.spec, self.examples))
@@ -259,7 +281,7 @@ class Viewed(FactoredTerm):
         stored = self.term.stored()
         grads, b = stored.grads, len(stored.grads)
         grads = grads.reshape(b, *self.shape).permute(0, *(d + 1 for d in self.order)).reshape(b, *self.final)
-        return Stored(grads, stored.known_sq)
+        return Stored(grads, stored.sq)
 
     def measured(self) -> Measured:
         return Measured(self, self.term.measured().sq)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LEAVES = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
+_LEAVES = frozenset((int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -60,6 +60,8 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
     """The same structure with each tensor replaced, visited in the order of ``tensors_in``."""
     if isinstance(value, Tensor):
         return replace(value)
+    if type(value) in _LEAVES:
+        return value
     if isinstance(value, list | tuple):
         items = [replace_tensors(item, replace) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -14,20 +14,22 @@ Seen = dict[str, tuple[int, int]]  # by name: the identity of a tensor, and its 
 
 @dataclass(frozen=True)
 class Inventory:
-    """Trainable parameters, frozen ones and buffers of a model by name, each tensor once."""
+    """Trainable parameters, frozen ones and buffers of a model by name, each tensor once, and its modules."""
 
     trainable: dict[str, nn.Parameter]
     frozen: dict[str, nn.Parameter]
     buffers: dict[str, Tensor]
+    modules: list[nn.Module]
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
         """In one walk over the modules, named as torch names them."""
-        found = cls({}, {}, {})
+        found = cls({}, {}, {}, [])
         known: set[int] = set()
 
         def visit(module: nn.Module, prefix: str) -> None:
             known.add(id(module))
+            found.modules.append(module)
             for name, p in module._parameters.items():
                 if p is not None and id(p) not in known:
                     known.add(id(p))

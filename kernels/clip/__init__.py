@@ -4,6 +4,7 @@ Shapes: ``sq [B]`` squared norms over all parameters, ``w [B]`` factors, ``grads
 any strides. Cost: one read of ``grads`` each; both are bound by memory.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dpfast.kernels.clip.reference import clip_factors
 from dpfast.kernels.dispatch import Backend, choose
 from dpfast.kernels.registry import register
 
-__all__ = ["clip_factors", "clipped_sum", "sq_norms"]
+__all__ = ["clip_factors", "clipped_sum", "clipped_sums", "sq_norms"]
 
 
 def sq_norms(grads: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -26,9 +27,14 @@ def sq_norms(grads: Tensor, *, backend: Backend | None = None) -> Tensor:
 def clipped_sum(grads: Tensor, w: Tensor, *, backend: Backend | None = None) -> Tensor:
     """``sum_i w_i G_i``; an example with ``w_i = 0`` contributes exactly 0, whatever its values."""
     flat, order = _in_memory_order(grads)
-    total = _clipped_sum(flat, w, backend)
+    (total,) = _clipped_sums([flat], w, backend)
     inverse = [order.index(dim) for dim in range(1, grads.ndim)]
     return total.view([grads.shape[dim] for dim in order]).permute(inverse)
+
+
+def clipped_sums(flats: Sequence[Tensor], w: Tensor, *, backend: Backend | None = None) -> list[Tensor]:
+    """``sum_i w_i G_i [n]`` of the gradients ``[B, n]`` of several parameters, in one call."""
+    return _clipped_sums(list(flats), w, backend) if flats else []
 
 
 def _in_memory_order(grads: Tensor) -> tuple[Tensor, list[int]]:
@@ -37,13 +43,13 @@ def _in_memory_order(grads: Tensor) -> tuple[Tensor, list[int]]:
     return grads.permute(0, *order).unsqueeze(-1).flatten(1), order
 
 
-def _implementation(flat: Tensor, backend: Backend | None) -> Any:
-    dense = flat.shape[1] < 2 or flat.stride(1) == 1
-    return native if choose(backend, flat) == "native" and dense else reference
+def _implementation(backend: Backend | None, *flats: Tensor) -> Any:
+    dense = all(flat.shape[1] < 2 or flat.stride(1) == 1 for flat in flats)
+    return native if choose(backend, *flats) == "native" and dense else reference
 
 
 def _run_sq_norms(flat: Tensor, backend: Backend | None) -> Tensor:
-    sq: Tensor = _implementation(flat, backend).sq_norms(flat)
+    sq: Tensor = _implementation(backend, flat).sq_norms(flat)
     return sq
 
 
@@ -51,16 +57,16 @@ def _fake_sq_norms(flat: Tensor, _: Backend | None) -> Tensor:
     return flat.new_empty(flat.shape[0], dtype=torch.float64)
 
 
-def _run_clipped_sum(flat: Tensor, w: Tensor, backend: Backend | None) -> Tensor:
-    total: Tensor = _implementation(flat, backend).clipped_sum(flat, w)
-    return total
+def _run_clipped_sums(flats: list[Tensor], w: Tensor, backend: Backend | None) -> list[Tensor]:
+    totals: list[Tensor] = _implementation(backend, *flats).clipped_sums(flats, w)
+    return totals
 
 
-def _fake_clipped_sum(flat: Tensor, _w: Tensor, _: Backend | None) -> Tensor:
-    return flat.new_empty(flat.shape[1])
+def _fake_clipped_sums(flats: list[Tensor], _w: Tensor, _: Backend | None) -> list[Tensor]:
+    return [flat.new_empty(flat.shape[1]) for flat in flats]
 
 
 _sq_norms = register("clip_sq_norms(Tensor flat, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
-_clipped_sum = register(
-    "clip_clipped_sum(Tensor flat, Tensor w, str? backend) -> Tensor", _run_clipped_sum, _fake_clipped_sum
+_clipped_sums = register(
+    "clip_clipped_sums(Tensor[] flats, Tensor w, str? backend) -> Tensor[]", _run_clipped_sums, _fake_clipped_sums
 )

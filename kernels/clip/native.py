@@ -1,5 +1,7 @@
 """``clip`` on the CPU in float32: ``csrc/cpu/clip.cpp``, one pass over memory each."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,10 @@ def sq_norms(flat: Tensor) -> Tensor:
     return sq
 
 
-def clipped_sum(flat: Tensor, w: Tensor) -> Tensor:
-    """``sum_i w_i G_i [n]`` of such rows; one with ``w_i = 0`` is not looked at."""
-    weights, out = w.to(torch.float32).contiguous(), flat.new_empty(flat.shape[1])
-    native_module().clipped_sum(
-        flat.data_ptr(), *flat.shape, flat.stride(0), weights.data_ptr(), out.data_ptr(), torch.get_num_threads()
-    )
-    return out
+def clipped_sums(flats: Sequence[Tensor], w: Tensor) -> list[Tensor]:
+    """``sum_i w_i G_i [n]`` of each of some such ``[B, n]``; an example with ``w_i = 0`` is not looked at."""
+    weights = w.to(torch.float32).contiguous()
+    sums = [flat.new_empty(flat.shape[1]) for flat in flats]
+    places = [(f.data_ptr(), f.shape[1], f.stride(0), out.data_ptr()) for f, out in zip(flats, sums, strict=True)]
+    native_module().clipped_sums(places, len(weights), weights.data_ptr(), torch.get_num_threads())
+    return sums

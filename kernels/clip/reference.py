@@ -1,5 +1,7 @@
 """The formulas of clipping."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def sq_norms(flat: Tensor) -> Tensor:
     return blocks.double().square().sum(1) + rest.double().square()
 
 
-def clipped_sum(flat: Tensor, w: Tensor) -> Tensor:
-    """``sum_i w_i G_i [n]``; an example with ``w_i = 0`` contributes exactly 0, whatever its values."""
-    weight = w.to(flat.dtype)
-    return weight @ torch.where((weight > 0).unsqueeze(1), flat, 0)
+def clipped_sums(flats: Sequence[Tensor], w: Tensor) -> list[Tensor]:
+    """``sum_i w_i G_i [n]`` of each ``[B, n]``; an example with ``w_i = 0`` contributes exactly 0."""
+    kept = (w > 0).unsqueeze(1)
+    return [w.to(flat.dtype) @ torch.where(kept, flat, 0) for flat in flats]

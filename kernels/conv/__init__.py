@@ -27,15 +27,31 @@ from dpfast.kernels.dispatch import backend as backend_now
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
-__all__ = ["ConvSpec", "clipped_sum", "gram_sq_norms", "has_pixel_gram", "per_example_grads", "sq_norms"]
+__all__ = [
+    "ConvSpec",
+    "clipped_sum",
+    "gram_sq_norms",
+    "has_pixel_gram",
+    "packed_grads",
+    "per_example_grads",
+    "sq_norms",
+]
 
 
 def per_example_grads(
     a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
     """``G [B, *weight_shape]`` (a view of memory in ``spec``'s order) and ``|G_i|^2 [B]`` of the numbers stored."""
-    flat, sq = _per_example_grads(a, g, *spec.arguments, examples, backend)
+    flat, sq = packed_grads(a, g, spec, examples, backend=backend)
     return spec.weights(flat), sq
+
+
+def packed_grads(
+    a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same as ``[B, numbers]``: ``spec.weights`` makes weights of it."""
+    flat, sq = _per_example_grads(a, g, *spec.arguments, examples, backend)
+    return flat, sq
 
 
 def sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None) -> Tensor:
