@@ -6,10 +6,11 @@ from dpfast.kernels import cost
 from dpfast.kernels.cost import Rates, Work
 from dpfast.performance import Performance
 
-# Seconds that a kept byte is worth, in times of writing one. 0 would store every gradient that is stored a little
-# faster than computed twice; at 1 a UNet of 6M parameters (B = 8, K = 1) peaks at 1.00 instead of 1.19 times the
-# non-private step, in 1.02 times the time.
-PRICE = 1.0
+# Seconds that a kept byte is worth: what writing one to fresh memory takes on a usual machine. 0 would store every
+# gradient that is stored a little faster than computed twice; so a UNet of 6M parameters (B = 8, K = 1) peaks at 1.00
+# instead of 1.19 times the non-private step, in 1.02 times the time. Not what this machine takes: where the allocator
+# keeps its memory, writing costs a tenth, and memory is worth no less.
+PRICE = cost.USUAL.store
 MOST_STEPS = 256  # kinds of steps whose works are remembered
 
 
@@ -30,12 +31,11 @@ class Forms:
         if wanted != "auto":
             return "direct" if wanted == "example" else wanted
         rates = cost.rates_of(device_type)
-        price = PRICE * rates.store
         if budget is None:
-            return cost.choose(work, rates, price)
+            return cost.choose(work, rates, PRICE)
         if kind in self._known:
-            return cost.choose(work, rates, cost.price_within(self._known[kind], rates, price, budget))
-        form = cost.choose(work, rates, price)
+            return cost.choose(work, rates, cost.price_within(self._known[kind], rates, PRICE, budget))
+        form = cost.choose(work, rates, PRICE)
         return form if stored_bytes + work.gradients <= budget else _leanest(work, rates)
 
     def learn(self, kind: Hashable, works: Iterable[Work]) -> None:
