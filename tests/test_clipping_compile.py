@@ -156,6 +156,20 @@ def test_inductor_compiles_forward_and_backward_once(spy, monkeypatch) -> None:
     assert [node.args[-1][1:] for node in nodes] == [[False, False]]  # no gradients of weights and biases
 
 
+def test_inductor_and_a_unet_that_it_gets_wrong_by_itself(spy, monkeypatch) -> None:
+    """torch 2.13 on the CPU makes most gradients of this network 0 when it chooses memory formats: ours does not."""
+    monkeypatch.setattr(private, "COMPILER", COMPILER)
+    torch.manual_seed(0)
+    model = unet(sample_size=16, block_out_channels=(32, 64), norm_num_groups=32, down_block_types=("DownBlock2D",) * 2,
+                 up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    rest = unet_inputs(2)[1:]
+    inputs = (torch.randn(2, 1, 16, 16), *rest)
+    compiled, clipper = fullgraph(model), clipper_of(model)
+    for _ in range(2):
+        check(step(clipper, lambda: losses(compiled, inputs)), model, inputs)
+    assert (spy.compiled, spy.runs) == (1, 1)
+
+
 def test_a_function_and_other_sizes(spy) -> None:
     model = net()
     compiled = torch.compile(lambda *inputs: losses(model, inputs), fullgraph=True)
