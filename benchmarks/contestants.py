@@ -47,6 +47,10 @@ class Task:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def gradient(self) -> dict[str, Tensor]:
+        """What is in ``p.grad``."""
+        return {name: p.grad for name, p in self.parameters().items() if p.grad is not None}
+
     def forget(self) -> None:
         """As an optimizer's ``zero_grad()``: every step makes its gradients anew."""
         for p in self.model.parameters():
@@ -82,43 +86,25 @@ def non_private_compiled(task: Task) -> Step:
     return step
 
 
-def dpfast(performance: Performance) -> Contestant:
-    """``GhostClipper`` with these settings."""
+def dpfast(performance: Performance, rows: int | None = None) -> Contestant:
+    """``GhostClipper`` with these settings.
+
+    rows: of one example in a pass, as ``DPTrainer`` makes them where the memory budget asks for it; all by default.
+    """
 
     def build(task: Task) -> Step:
         clipper = GhostClipper(
             task.model, max_grad_norm=task.max_grad_norm, augmult=task.augmult, performance=performance
         )
+        size = len(task.inputs[0]) if rows is None else rows
 
         def step() -> Clipped:
             clipper.zero_grad()
             with clipper:
-                norms = clipper.backward(task.losses()).norms
-            return Clipped(norms, {name: p.grad for name, p in clipper.parameters.items() if p.grad is not None})
-
-        return step
-
-    return build
-
-
-def dpfast_in_passes(rows: int) -> Contestant:
-    """The rows of one example, so many at a time: as ``DPTrainer`` does where the memory budget asks for it."""
-
-    def build(task: Task) -> Step:
-        clipper = GhostClipper(
-            task.model,
-            max_grad_norm=task.max_grad_norm,
-            augmult=task.augmult,
-            performance=Performance(form="example"),
-        )
-
-        def step() -> Clipped:
-            clipper.zero_grad()
-            with clipper:
-                for first in range(0, task.augmult, rows):
-                    part = tuple(x[first : first + rows] for x in task.inputs)
-                    norms = clipper.backward(task.losses(inputs=part), more=first + rows < task.augmult).norms
-            return Clipped(norms, {name: p.grad for name, p in clipper.parameters.items() if p.grad is not None})
+                for first in range(0, len(task.inputs[0]), size):
+                    part = tuple(x[first : first + size] for x in task.inputs)
+                    norms = clipper.backward(task.losses(inputs=part), more=first + size < len(task.inputs[0])).norms
+            return Clipped(norms, task.gradient())
 
         return step
 
@@ -203,8 +189,7 @@ def opacus_ghost(task: Task) -> Step:
         wrapped.disable_hooks()
         (rows * task.factors(norms)).sum().backward()
         wrapped.enable_hooks()
-        sums = {name: p.grad for name, p in task.parameters().items() if p.grad is not None}
-        return Clipped(norms, sums)
+        return Clipped(norms, task.gradient())
 
     return step
 

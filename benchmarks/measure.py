@@ -15,10 +15,6 @@ class Ceiling:
     flops: float
     bytes: float
 
-    def floor(self, flops: float, moved: int) -> float:
-        """Seconds that nothing with this work can be faster than, unless its data are in a cache already."""
-        return max(flops / self.flops, moved / self.bytes)
-
     def is_computing(self, flops: float, moved: int) -> bool:
         """Whether products are the limit, not memory."""
         return flops / self.flops > moved / self.bytes

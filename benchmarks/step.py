@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from benchmarks import contestants as c
 from benchmarks import plots, results
 from benchmarks.cases import MODELS, ROWS, SWEEPS, Row
 from dpfast import Performance, measure
+from dpfast.bench import SLOW
 from dpfast.clipping import plan_step
 from dpfast.clipping.planner import StepPlan
 from dpfast.kernels import cost
@@ -42,13 +43,12 @@ CONTESTANTS: dict[str, c.Contestant] = {
     BASE: c.non_private,
     COMPILED: c.non_private_compiled,
     **{name: c.dpfast(performance) for name, performance in DPFAST.items()},
-    PASSES: c.dpfast_in_passes(ROWS_OF_A_PASS),
+    PASSES: c.dpfast(Performance(form="example"), ROWS_OF_A_PASS),
     "example at a time": c.example_at_a_time,
     "vmap": c.vmap,
     "Opacus hooks": c.opacus_hooks,
     "Opacus ghost": c.opacus_ghost,
 }
-SLOW = 3.0  # forms that are predicted to take so many times the non-private step are skipped
 SWEPT = (BASE, "dpfast", "example at a time", "Opacus hooks", "vmap")
 MOST_STORED = 2 << 30  # bytes of gradients in a sweep: a contestant that stores more is left out
 # Relative errors that pass the gate. float32: a hundred roundings, far below any mistake of a factor; bfloat16 is held
@@ -93,18 +93,16 @@ def ordinary(task: c.Task) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def error_of_mean(task: c.Task, exact: dict[str, torch.Tensor]) -> float:
-    """Relative error of what a non-private step has left in ``p.grad``."""
-    found = {name: p.grad for name, p in task.model.named_parameters()}
-    wrong = torch.stack([(found[name].double() - g).norm() for name, g in exact.items()]).norm()
-    return (wrong / torch.stack([g.norm() for g in exact.values()]).norm()).item()
+def error_of(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> float:
+    """Relative error of all tensors together."""
+    wrong = torch.stack([(found[name].double() - e).norm() for name, e in exact.items()]).norm()
+    return (wrong / torch.stack([e.norm() for e in exact.values()]).norm()).item()
 
 
 def error(got: c.Clipped, exact: c.Clipped) -> float:
     """The larger of the relative errors of any norm and of all sums together."""
     norms = ((got.norms.double() - exact.norms).abs() / exact.norms).max().item()
-    difference = torch.stack([(got.sums[name].double() - s).norm() for name, s in exact.sums.items()]).norm()
-    return max(norms, (difference / torch.stack([s.norm() for s in exact.sums.values()]).norm()).item())
+    return max(norms, error_of(got.sums, exact.sums))
 
 
 def plan_of(row: Row, performance: Performance) -> StepPlan:
@@ -119,15 +117,14 @@ def plan_of(row: Row, performance: Performance) -> StepPlan:
     )
 
 
-def why_not(name: str, row: Row) -> str | None:
-    """Why a contestant does not take part in a row, if it does not."""
+def why_not(name: str, row: Row, planned: StepPlan | None) -> str | None:
+    """Why a contestant does not take part in a row, if it does not. planned: of those that are dpfast's."""
     if name == "Opacus ghost" and row.augmult > 1:
         return "clips rows, not examples"
     if name == PASSES and (row.examples > 1 or row.augmult <= ROWS_OF_A_PASS):
         return "for one example of many rows"
-    form = DPFAST[name].form if name in DPFAST else "auto"
-    if form in cost.FORMS and (ratio := plan_of(row, DPFAST[name]).ratio()) > SLOW:
-        return f"predicted {ratio:.1f}"
+    if planned is not None and DPFAST[name].form in cost.FORMS and planned.ratio() > SLOW:
+        return f"predicted {planned.ratio():.1f}"
     return None
 
 
@@ -137,12 +134,12 @@ def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = Tru
     for name in names:
         outcome: dict[str, Any] = {"row": row.name, **vars(row), "contestant": name}
         found.append(outcome)
-        if reason := why_not(name, row):
+        planned = plan_of(row, DPFAST[name]) if name in DPFAST else None
+        if planned is not None:
+            outcome["planned_peak"], outcome["planned_time"] = planned.private.peak, planned.ratio()
+        if reason := why_not(name, row, planned):
             outcome["skipped"] = reason
             continue
-        if name in DPFAST:
-            planned = plan_of(row, DPFAST[name])
-            outcome["planned_peak"], outcome["planned_time"] = planned.private.peak, planned.ratio()
         try:
             task = task_of(row)
             step = CONTESTANTS[name](task)
@@ -151,7 +148,8 @@ def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = Tru
         except Exception as failure:  # a contestant that fails is a result, too
             outcome["skipped"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
             continue
-        outcome["error"] = error(result, exact) if isinstance(result, c.Clipped) else error_of_mean(task, mean)
+        clips = isinstance(result, c.Clipped)
+        outcome["error"] = error(result, exact) if clips else error_of(task.gradient(), mean)
         if outcome["error"] > TOLERANCE[getattr(torch, row.dtype)]:
             outcome["skipped"] = "wrong"
             continue

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping import GhostClipper, plan_step
+from dpfast.clipping.planner import Losses
 from dpfast.kernels import cost
 from dpfast.measure import interleaved, peak_storages, ratio
 from dpfast.performance import Performance
 
-Losses = Callable[..., Tensor]  # (model, *inputs) -> [B*K]
 ORDINARY = "ordinary step"
 SLOW = 3.0  # a form that is predicted to take so many times the ordinary step is not run
 
@@ -59,8 +59,9 @@ def bench(
     slow = {name: f"predicted {plan.ratio():.1f} times" for name, plan in plans.items() if plan.ratio() > SLOW}
     slow.pop("private step", None)
     steps: dict[str, Callable[[], object]] = {ORDINARY: _ordinary(model, losses, inputs)}
-    for name in settings.keys() - slow.keys():
-        steps[name] = _private(model, losses, inputs, augmult, settings[name])
+    for name, each in settings.items():
+        if name not in slow:
+            steps[name] = _private(model, losses, inputs, augmult, each)
     seconds = interleaved(steps, rounds=rounds)
     peaks = {name: peak_storages(step) for name, step in steps.items()}
     model.zero_grad()

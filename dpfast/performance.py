@@ -17,7 +17,9 @@ class Performance:
         then makes such batches; a larger batch is computed as ``direct``); ``auto`` chooses a form for each use of a
         parameter.
     microbatch: examples (each with its K augmentations) per physical batch in ``DPTrainer``; None lets it choose.
-    memory_budget: bytes that ``auto`` may spend on stored per-example gradients; None means no limit.
+    memory_budget: bytes of tensors that a step may hold at a time beyond the model; None means no limit. ``DPTrainer``
+        makes physical batches that are predicted to fit; ``auto`` keeps no more than that until the clip factors are
+        known, where any choice of forms allows it.
     device: where ``DPTrainer`` runs the model.
     compile: whether calls of the model inside ``with clipper`` are compiled (``torch.compile``, once for each batch
         size). A model that is compiled already needs no setting.

@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dpfast.performance import Performance
+
+NUMBERS = 1 << 16  # of a physical batch: 1024 rows of 8x8 pixels cost 35% less each than 256 (2 cores)
+
 
 @dataclass(frozen=True)
 class Size:
@@ -23,6 +27,14 @@ class Size:
         if self.examples > 1:
             return replace(self, examples=math.ceil(self.examples / 2))
         return replace(self, rows=math.ceil(self.rows / 2)) if self.rows > 1 else None
+
+
+def usual_size(performance: Performance, augmult: int, numbers_per_example: int, expected_batch_size: float) -> Size:
+    """Of a full physical batch, where no memory budget asks for less: no more than the expected batch."""
+    if performance.form == "example":
+        return Size(1, augmult)
+    fits = max(1, NUMBERS // (augmult * numbers_per_example))
+    return Size(performance.microbatch or min(fits, math.ceil(expected_batch_size)), augmult)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """DPTrainer: a model, a data set and a plan in; a privately trained model out."""
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +21,13 @@ from dpfast.errors import CheckpointError, ConfigError, PrivacyError
 from dpfast.objective import Objective
 from dpfast.optimizer import DPOptimizer
 from dpfast.performance import Performance
-from dpfast.physical import Batch, Size, is_out_of_memory
+from dpfast.physical import Batch, Size, is_out_of_memory, usual_size
 from dpfast.privacy import Ledger, Plan, PrivacyStatement, poisson_sample, random_bytes, read_ledger
 from dpfast.probe import show_objective
 from dpfast.progress import Progress, silent
 from dpfast.seeding import seeded
 
 CHECKPOINTS = 50  # at least this many over a run: a kill loses at most 2% of the steps
-NUMBERS = 1 << 16  # of a physical batch: 1024 rows of 8x8 pixels cost 35% less each than 256 (2 cores)
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -62,7 +60,7 @@ class DPTrainer:
         sampling nor dropout nor random transforms of the data set, which come from the operating system.
     state_dir: ledger and checkpoint, of one data set; None keeps the ledger in memory and writes nothing.
     performance: ``microbatch`` examples run at a time; by default as many as make some 65,000 numbers of input, and no
-        more than the expected batch.
+        more than the expected batch; fewer, down to some rows of one, where ``memory_budget`` asks for it.
     progress: called as ``progress(step, steps, message)`` after each step.
     ema_decay: of the averaged copy of the model, ``ema_model``.
 
@@ -216,12 +214,8 @@ class DPTrainer:
     @functools.cached_property
     def physical_size(self) -> Size:
         """Of a full physical batch: what ``performance`` says, or fits its memory budget; less once memory ran out."""
-        if self.performance.form == "example":
-            most = 1
-        else:
-            fits = max(1, NUMBERS // (self.augmult * self._numbers_per_example))
-            most = self.performance.microbatch or min(fits, math.ceil(self.plan.expected_batch_size))
-        size, budget = Size(most, self.augmult), self.performance.memory_budget
+        size = usual_size(self.performance, self.augmult, self._numbers_per_example, self.plan.expected_batch_size)
+        budget = self.performance.memory_budget
         while budget is not None and self.plan_step(size).private.peak > budget:
             smaller = size.half()
             if smaller is None:
@@ -278,7 +272,7 @@ class DPTrainer:
             if not is_out_of_memory(error):
                 raise
         # Outside of ``except``, where the error and its frames are gone, and with them the tensors they held.
-        smaller = Size(len(batch.ids), min(self.physical_size.rows, self.augmult)).half()
+        smaller = Size(len(batch.ids), self.physical_size.rows).half()
         if smaller is None:
             raise ConfigError("one row of one example does not fit into memory: train a smaller model, or elsewhere")
         self.physical_size = smaller

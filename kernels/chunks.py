@@ -13,6 +13,11 @@ def at_a_time(each: int, examples: int) -> int:
     return max(1, min(examples, BYTES // max(1, each)))
 
 
+def bytes_alive(each: int, examples: int) -> int:
+    """Of a chunk."""
+    return each * at_a_time(each, examples)
+
+
 def chunks(each: int, examples: int) -> Iterator[slice]:
     """At least one, which is empty where there are no examples."""
     step = at_a_time(each, examples)

@@ -5,11 +5,11 @@ import pytest
 from dpfast.data.keyed import RowKeys
 from dpfast.diffusion import DiffusionObjective
 from dpfast.evaluation import ClassifierObjective
+from dpfast.physical import NUMBERS
 from dpfast.recipes import load
 from dpfast.runs import estimate as module
 from dpfast.runs.estimate import estimate
 from dpfast.runs.pipeline import open_run
-from dpfast.trainer import NUMBERS
 from test_runs import TINY
 
 LARGE = ("private.sample_rate=1", "private.augmult=8", "baseline.sample_rate=0.5", "baseline.augmult=2")

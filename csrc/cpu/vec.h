@@ -48,8 +48,6 @@ inline Vec load(const Brain* at) {
     return v;
 }
 
-inline Vec all(float x) { return x - Vec{}; }
-
 // As many doubles as a Vec has floats. (A vector of twice the register's size would be taken apart into numbers.)
 struct Wide {
     Half low{}, high{};

@@ -103,11 +103,10 @@ class Accumulation:
 
     def _sums(self, factors: Tensor) -> dict[str, Tensor]:
         """By name; a parameter used in parts has several terms. Large ones are freed once summed."""
-        sums: dict[str, Tensor] = {}
-        packed = [(name, term) for name, term in self.kept if isinstance(term, Packed) and term.flat.shape[1] <= LARGE]
-        self.kept = [(name, term) for name, term in self.kept if not any(term is p for _, p in packed)]
-        totals = clipped_sums([term.flat for _, term in packed], factors)
-        sums |= {name: term.unpacked(total) for (name, term), total in zip(packed, totals, strict=True)}
+        packed = {name: term for name, term in self.kept if isinstance(term, Packed) and term.flat.shape[1] <= LARGE}
+        self.kept = [(name, term) for name, term in self.kept if name not in packed]
+        totals = clipped_sums([term.flat for term in packed.values()], factors)
+        sums = {name: term.spec.weight(total) for (name, term), total in zip(packed.items(), totals, strict=True)}
         while self.kept:
             name, term = self.kept.pop()
             total = term.clipped_sum(factors)

@@ -115,8 +115,7 @@ class Capture(TorchFunctionMode):
 
     def names_of(self, values: Iterable[Any]) -> tuple[str, ...]:
         """The names of the parameters that tracked ones among ``values`` are made of."""
-        sources = [self.tracked[id(value)] for value in values if self.tracked(value)]
-        return tuple(dict.fromkeys([name for source in sources for name in source.names]))
+        return _names([self.tracked[id(value)] for value in values if self.tracked(value)])
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -192,7 +191,7 @@ class Capture(TorchFunctionMode):
     def _derive(self, func: Any, args: Any, kwargs: Any, sources: list[Tracked]) -> Any:
         """Run a call on tracked tensors and constants; what requires grad among its outputs is tracked."""
         output = func(*args, **kwargs)
-        names = tuple(dict.fromkeys(name for source in sources for name in source.names))
+        names = _names(sources)
         source = sources[0] if len(sources) == 1 else None
         written = written_by(func, args, kwargs)
         for index, tensor in enumerate((*tensors_in(output), *written)):
@@ -225,7 +224,7 @@ class Capture(TorchFunctionMode):
 
     def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor]) -> Any:
         self.start()
-        names = tuple(dict.fromkeys([name for source in tracked for name in source.names]))
+        names = _names(tracked)
         use = self._use_of(func, args, kwargs, names, written)
         if isinstance(use, Problem):
             self.tape.problems.append(Problem(names, f"{function_name(func)}: {use.what}", use.cure))
@@ -339,3 +338,8 @@ class Capture(TorchFunctionMode):
                     "move the dropout out of the call, or set its rate to 0",
                 )
             )
+
+
+def _names(sources: list[Tracked]) -> tuple[str, ...]:
+    """Of the parameters that they are made of, each once."""
+    return tuple(dict.fromkeys([name for source in sources for name in source.names]))

@@ -30,7 +30,7 @@ from dpfast.kernels import cost
 from dpfast.kernels.registry import scratch_bytes
 from dpfast.performance import Performance
 
-Losses = Callable[..., Tensor]  # (model, *inputs) -> [N]
+Losses = Callable[..., Tensor]  # (model, *inputs) -> [B*K]
 
 
 @dataclass(frozen=True)

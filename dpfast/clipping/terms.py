@@ -65,11 +65,7 @@ class Packed:
         return self.spec.weights(self.flat)
 
     def clipped_sum(self, w: Tensor) -> Tensor:
-        return self.unpacked(clip.clipped_sums([self.flat], w)[0])
-
-    def unpacked(self, total: Tensor) -> Tensor:
-        """A sum ``[numbers]`` as a weight."""
-        return self.spec.weights(total.unsqueeze(0)).squeeze(0)
+        return self.spec.weight(clip.clipped_sums([self.flat], w)[0])
 
 
 @dataclass(frozen=True)

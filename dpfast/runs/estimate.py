@@ -17,11 +17,11 @@ from dpfast.data import ImageSet, RowKeys
 from dpfast.diffusion.sampler import generate
 from dpfast.evaluation import ClassifierSpec, build_classifier, train_classifier
 from dpfast.objective import Objective
+from dpfast.physical import usual_size
 from dpfast.privacy.plan import Plan
 from dpfast.recipes.schema import Baseline, Private
 from dpfast.runs import build
 from dpfast.runs.run import Run
-from dpfast.trainer import NUMBERS
 
 _PHYSICAL_BATCHES = 4  # of a private step that are timed; a longer step is scaled up from them
 
@@ -94,11 +94,8 @@ class _Measured:
 
     def _physical_batch(self) -> int:
         """Images of it, as ``DPTrainer`` chooses them."""
-        performance = self.run.recipe.performance
-        if performance.form == "example":
-            return 1
-        numbers = self.training.augmult * math.prod(self.run.private.image_shape)
-        return performance.microbatch or max(1, NUMBERS // numbers)
+        numbers, expected = math.prod(self.run.private.image_shape), self.plan.expected_batch_size
+        return usual_size(self.run.recipe.performance, self.training.augmult, numbers, expected).examples
 
     def _step(self, batch: float) -> float:
         """Seconds of a step with so many images on average: the mean of two, after one to warm up."""

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.kernels.chunks import at_a_time
+from dpfast.kernels.chunks import bytes_alive
 from dpfast.kernels.conv import library, native, reference
 from dpfast.kernels.conv.spec import ConvSpec
-from dpfast.kernels.dispatch import Backend, choose
+from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, choose
 from dpfast.kernels.dispatch import backend as backend_now
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
@@ -69,17 +69,17 @@ def gram_sq_norms(
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor, *, backend: Backend | None = None) -> Tensor:
     """``sum_i w_i G_i``, of the weight's shape; an example with ``w_i = 0`` contributes exactly 0."""
     flat = _clipped_sum(a, g, *spec.arguments, w, backend)
-    return spec.weights(flat.unsqueeze(0)).squeeze(0)
+    return spec.weight(flat)
 
 
 def has_pixel_gram(a: Tensor, spec: ConvSpec) -> bool:
     """Whether ``gram_sq_norms`` multiplies pixels instead of patches."""
-    return native.takes_gram(spec) and a.device.type == "cpu" and a.dtype in native.DTYPES and backend_now() == "native"
+    return native.takes_gram(spec) and a.device.type == "cpu" and a.dtype in NATIVE_DTYPES and backend_now() == "native"
 
 
 def _implementation(backend: Backend | None, a: Tensor, g: Tensor) -> Any:
-    fits = a.dtype == g.dtype and a.dtype in native.DTYPES
-    chosen = choose(backend, a, g, dtypes=tuple(native.DTYPES)) if fits or backend else "reference"
+    fits = a.dtype == g.dtype and a.dtype in NATIVE_DTYPES
+    chosen = choose(backend, a, g, dtypes=tuple(NATIVE_DTYPES)) if fits or backend else "reference"
     return native if chosen == "native" else library
 
 
@@ -136,7 +136,7 @@ def _gram_scratch(a: Tensor, g: Tensor, *rest: Any) -> int:
     rows = a.shape[0] // max(1, examples)
     pixels = has_pixel_gram(a, spec)
     each = native.gram_bytes(a, g, rows) if pixels else reference.gram_bytes(a, g, spec, rows)
-    return each * at_a_time(each, examples)
+    return bytes_alive(each, examples)
 
 
 def _run_clipped_sum(a: Tensor, g: Tensor, *rest: Any) -> Tensor:

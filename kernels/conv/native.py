@@ -10,10 +10,8 @@ from torch import Tensor
 
 from dpfast.kernels.chunks import in_chunks
 from dpfast.kernels.conv.spec import ConvSpec
-from dpfast.kernels.dispatch import native_module
+from dpfast.kernels.dispatch import NATIVE_DTYPES, native_module
 from dpfast.kernels.precision import full_precision, gram_error
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +96,7 @@ class Problem:
     ) -> None:
         (self.x, x_stride), (self.y, y_stride) = x, y
         self.examples = sizes[0]
-        self.native = _native(sizes, geometry, x_stride, y_stride, DTYPES[self.x.dtype], patches)
+        self.native = _native(sizes, geometry, x_stride, y_stride, NATIVE_DTYPES[self.x.dtype], patches)
         _, _, groups, c, p = sizes
         self.numbers = c * groups * p * math.prod(geometry[2])
 

@@ -93,6 +93,10 @@ class ConvSpec:
         taps_first = flat.unflatten(1, (*self.kernel, *self.weight_shape[:2]))
         return taps_first.permute(0, 1 + dims, 2 + dims, *range(1, 1 + dims))
 
+    def weight(self, flat: Tensor) -> Tensor:
+        """One of them: ``[numbers]`` to ``weight_shape``."""
+        return self.weights(flat.unsqueeze(0)).squeeze(0)
+
     def pad(self, x: Tensor) -> Tensor:
         """Zero-pad the spatial dimensions of ``x [N, C, *space]``."""
         flat = [p for pair in reversed(self.padding) for p in pair]

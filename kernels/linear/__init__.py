@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels import clip
-from dpfast.kernels.chunks import at_a_time, in_chunks
-from dpfast.kernels.dispatch import Backend, choose
+from dpfast.kernels.chunks import bytes_alive, in_chunks
+from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, choose
 from dpfast.kernels.linear import native, reference
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
@@ -53,7 +53,7 @@ def weighted_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
 def _is_native(backend: Backend | None, a: Tensor, g: Tensor) -> bool:
     if backend is None and (a.dtype != g.dtype or a.ndim != 3):
         return False
-    return choose(backend, a, g, dtypes=tuple(native.DTYPES)) == "native"
+    return choose(backend, a, g, dtypes=tuple(NATIVE_DTYPES)) == "native"
 
 
 def _run_per_example_grads(a: Tensor, g: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def _gram_bytes(a: Tensor, g: Tensor) -> int:
 
 
 def _gram_scratch(a: Tensor, g: Tensor) -> int:
-    return _gram_bytes(a, g) * at_a_time(_gram_bytes(a, g), len(a))
+    return bytes_alive(_gram_bytes(a, g), len(a))
 
 
 def _fake_gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from dpfast.kernels.conv.native import DTYPES, of_linear
+from dpfast.kernels.conv.native import of_linear
 
-__all__ = ["DTYPES", "clipped_sum", "per_example_grads", "sq_norms"]
+__all__ = ["clipped_sum", "per_example_grads", "sq_norms"]
 
 
 def per_example_grads(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

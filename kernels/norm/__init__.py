@@ -10,7 +10,7 @@ norm has C groups. Cost: one read of x and g by the native backend; the referenc
 import torch
 from torch import Tensor
 
-from dpfast.kernels.dispatch import Backend, choose
+from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, choose
 from dpfast.kernels.norm import native, reference
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
@@ -32,7 +32,7 @@ def _run(
     x: Tensor, g: Tensor, groups: int, eps: float, examples: int, backend: Backend | None
 ) -> tuple[Tensor, Tensor]:
     fits = backend is not None or x.dtype == g.dtype
-    is_native = fits and choose(backend, x, g, dtypes=tuple(native.DTYPES)) == "native"
+    is_native = fits and choose(backend, x, g, dtypes=tuple(NATIVE_DTYPES)) == "native"
     return (native if is_native else reference).group_norm_grads(x, g, groups, eps, examples)
 
 

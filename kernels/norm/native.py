@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from dpfast.kernels.dispatch import native_module
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from dpfast.kernels.dispatch import NATIVE_DTYPES, native_module
 
 
 def group_norm_grads(x: Tensor, g: Tensor, groups: int, eps: float, examples: int) -> tuple[Tensor, Tensor]:
@@ -16,7 +14,7 @@ def group_norm_grads(x: Tensor, g: Tensor, groups: int, eps: float, examples: in
     bias = torch.empty_like(weight)
     native_module().group_norm_grads(
         x.data_ptr(), x.stride(), g.data_ptr(), g.stride(),
-        (examples, rows // max(1, examples), groups, channels, positions), eps, DTYPES[x.dtype],
+        (examples, rows // max(1, examples), groups, channels, positions), eps, NATIVE_DTYPES[x.dtype],
         weight.data_ptr(), bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return weight, bias
