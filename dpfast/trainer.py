@@ -280,8 +280,10 @@ class DPTrainer:
             self._add(step, part)
 
     def _run(self, step: int, batch: Batch) -> None:
-        """All rows at once, or those of one example in several passes."""
+        """All rows at once, or those of one example in several passes, of which padding alone needs none."""
         size = self.physical_size.rows if len(batch.ids) == 1 else self.augmult
+        if size < self.augmult and not batch.mask.any():
+            return
         keys = RowKeys(self.seed, batch.ids, step, self.augmult)
         with self.clipper:
             for first in range(0, self.augmult, size):
@@ -289,7 +291,7 @@ class DPTrainer:
                     losses = self.objective(self.model, *batch.examples, keys.part(first, size))
                     if size == self.augmult:
                         self.clipper.backward(losses, example_mask=batch.mask)
-                    elif batch.mask.all():
+                    else:
                         self.clipper.backward(losses, more=first + size < self.augmult)
 
     def _show_objective(self) -> None:

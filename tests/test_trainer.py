@@ -162,6 +162,15 @@ def test_what_does_not_fit_is_run_again_in_halves(fits) -> None:
     torch.testing.assert_close(weights(halved.model), weights(usual.model), rtol=1e-4, atol=1e-6)
 
 
+def test_an_empty_sample_in_passes_says_nothing() -> None:
+    """Whether a sample was empty is not to be seen: warnings are errors here."""
+    t = trainer(performance=Performance(memory_budget=4_000))
+    assert t.physical_size.rows < K
+    for ids, mask in t._microbatches(torch.arange(0)):
+        t._accumulate(1, ids, mask)
+    assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
+
+
 def test_a_row_that_does_not_fit_ends_the_training() -> None:
     def never(*_):
         raise torch.OutOfMemoryError("none left")
