@@ -1,5 +1,7 @@
 """The ops by themselves: fast paths against the reference formulas, float64, layouts, and the one-sided bound."""
 
+import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -155,6 +157,24 @@ def test_many_examples_and_rows_of_few_positions(rows) -> None:
         assert_all_forms("3x3", a, g, weight, spec, examples, "native")
 
 
+def assert_all_channels(dtype: torch.dtype) -> None:
+    """Every size of the native tiles, whose vectors reach into what lies beside them, on lines of eight and more."""
+    spec_of = {k: ConvSpec.of(torch.empty(1, 1, k, k), padding=k // 2) for k in (1, 3)}
+    for kernel, c, p in itertools.product(spec_of, (3, 8, 9, 16, 17, 33), (*range(1, 14), 24, 25)):
+        a, g = torch.randn(2, c, 3, 11).to(dtype), torch.randn(2, p, 3, 11).to(dtype)
+        spec = dataclasses.replace(spec_of[kernel], weight_shape=(p, c, kernel, kernel))
+        exact, _ = conv.per_example_grads(a.double(), g.double(), spec, 2, backend="reference")
+        grads, sq = conv.per_example_grads(a, g, spec, 2, backend="native")
+        assert relative(grads, exact) < 1e-6, (kernel, c, p)
+        assert relative(sq, exact.flatten(1).square().sum(1)) < 1e-6, (kernel, c, p)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_of_channels(dtype) -> None:
+    assert_all_channels(dtype)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("geometry", ["3x3", "3x3, two vectors and more", "transposed, wide"])
@@ -290,12 +310,13 @@ LEVELS = """
 import sys, torch
 sys.path.insert(0, {folder!r})
 from dpfast.kernels import dispatch
-from test_kernels import GEOMETRIES, assert_all_forms, convolution
+from test_kernels import GEOMETRIES, assert_all_channels, assert_all_forms, convolution
 print(dispatch.native_module().instruction_set)
 for geometry in GEOMETRIES:
     a, g, spec, weight = convolution(geometry, rows=6, dtype=torch.float32)
     assert_all_forms(geometry, a, g, weight, spec, 3, "native")
     assert_all_forms(geometry, a.bfloat16(), g.bfloat16(), weight, spec, 3, "native")
+assert_all_channels(torch.float32)
 """
 
 

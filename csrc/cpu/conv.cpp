@@ -10,6 +10,7 @@
 // This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "isa.h"
 #include "vec.h"
@@ -24,12 +25,13 @@ namespace {
 
 using std::int64_t;
 
-// Output channels in a tile: its sums fill three quarters of the registers.
+// A tile's sums, vectors of them, fill three quarters of the registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kMost = 12;
+constexpr int kSums = 24;
 #else
-constexpr int kMost = 6;
+constexpr int kSums = 12;
 #endif
+constexpr int most(int vectors) { return kSums / vectors < 12 ? kSums / vectors : 12; }  // output channels in a tile
 
 constexpr int64_t kBlock = 256;      // positions at a time: their x and y stay in the first-level cache
 constexpr int64_t kPacked = 1 << 18; // numbers of y that are packed before they are used, if the examples are small
@@ -60,7 +62,7 @@ struct Cut {
         vectors = columns > kLanes ? 2 : 1;
         block = vectors * kLanes;
         blocks = ceil_div(columns, block);
-        pieces = ceil_div(c.p, kMost);
+        pieces = ceil_div(c.p, most(vectors));
         piece_size = c.p / pieces;
         larger = c.p % pieces;
         chunk = positions > kBlock / 2 || positions < 1 ? 1 : kBlock / positions;
@@ -152,26 +154,15 @@ inline void tile(const Source& x, const Conv& c, const Run& run, const float* y,
 
 typedef void (*Tile)(const Source&, const Conv&, const Run&, const float*, float*, int64_t);
 
+template <int N, int... M>
+Tile tile_of(int64_t m, std::integer_sequence<int, M...>) {
+    static constexpr Tile tiles[] = {tile<M + 1, N>...};
+    return tiles[m - 1];
+}
+
 template <int N>
 Tile tile_of(int64_t m) {
-    switch (m) {
-        case 1: return tile<1, N>;
-        case 2: return tile<2, N>;
-        case 3: return tile<3, N>;
-        case 4: return tile<4, N>;
-        case 5: return tile<5, N>;
-        case 6: return tile<6, N>;
-#if defined(__AVX512F__) || defined(__aarch64__)
-        case 7: return tile<7, N>;
-        case 8: return tile<8, N>;
-        case 9: return tile<9, N>;
-        case 10: return tile<10, N>;
-        case 11: return tile<11, N>;
-        default: return tile<12, N>;
-#else
-        default: return tile<6, N>;
-#endif
-    }
+    return tile_of<N>(m, std::make_integer_sequence<int, most(N)>());
 }
 
 #ifdef __AVX2__
@@ -209,7 +200,7 @@ inline void gather(const T* from, int64_t channel, int64_t position, int64_t wid
 #ifdef __AVX2__
     if (position == 1) {
         for (; w + 8 <= width; w += 8, to += 8 * block) {
-            for (int64_t first = 0; first < block; first += 8) {
+            for (int64_t first = (block - 1) / 8 * 8; first >= 0; first -= 8) {
                 const int64_t count = columns - first < 8 ? columns - first : 8;
                 const int64_t room = block - first < 8 ? block - first : 8;
                 __m256 v[8];
@@ -217,8 +208,8 @@ inline void gather(const T* from, int64_t channel, int64_t position, int64_t wid
                     v[j] = j < count ? eight(from + (first + j) * channel + w) : _mm256_setzero_ps();
                 }
                 transpose(v);
-                // A store of eight may reach into the next positions, which are written after it, but not beyond the
-                // last of these eight.
+                // A store of eight may reach into the next position, whose first channels are written after it (so the
+                // last channels come first), but not beyond the last of these eight.
                 for (int64_t i = 0; i < 8; ++i) {
                     if (i * block + first + 8 <= 8 * block) {
                         _mm256_storeu_ps(to + i * block + first, v[i]);
