@@ -45,7 +45,8 @@ class Work:
     ``inputs``, P ``outputs``.
 
     pixels: what a Gram multiplies per row instead of D; taps: shifts it is looked at through; held: bytes of a and g,
-    which forms that do not store gradients keep; dense: whether gradients are products (not looked-up rows).
+    which forms that do not store gradients keep; dense: whether gradients are products (not looked-up rows);
+    sharing: how many weights have this input, of which one Gram is made.
     """
 
     examples: int
@@ -56,6 +57,7 @@ class Work:
     taps: int = 1
     held: int = 0
     dense: bool = True
+    sharing: int = 1
 
     @property
     def products(self) -> float:
@@ -86,7 +88,7 @@ def predict(work: Work, form: Form, rates: Rates) -> Cost:
         calls = 1 if work.dense else work.examples  # tables are made one example at a time
         return Cost(2 * (once + through + calls * rates.call), work.held)
     pairs = float(work.examples * work.rows**2)
-    gram = 2 * pairs * (work.pixels + work.outputs) / rates.gemm + pairs * work.taps / 2 / rates.shift
+    gram = 2 * pairs * (work.pixels / work.sharing + work.outputs) / rates.gemm + pairs * work.taps / 2 / rates.shift
     # The sum of a linear layer is one matrix product over all rows.
     total = once + through if work.taps > 1 else work.products / rates.gemm
     return Cost(gram + total + 4 * rates.call, work.held)

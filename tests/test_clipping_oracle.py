@@ -1,13 +1,17 @@
 """GhostClipper against the float64 oracle: every layer, form, layout and number of augmentations."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from cases import CONVOLUTIONS, EVERY, LAYERS, LAYOUTS, PATTERNS, Case, losses, relayout, unet, unet_inputs
 from checks import FORMS, check, clip, fallbacks
 from dpfast import GhostClipper, Performance
+from dpfast.kernels import linear
 from dpfast.performance import Form
 from oracle import Clipped, assert_as_good_as_torch, per_example
 
@@ -41,6 +45,35 @@ def test_unet_of_diffusers(augmult: int, memory_format: torch.memory_format) -> 
     model = unet().to(memory_format=memory_format)
     images, *rest = unet_inputs(3 * augmult)
     check(model, (images.contiguous(memory_format=memory_format), *rest), augmult=augmult)
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one input; then queries of that, keys and values of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.ModuleList(nn.Linear(6, n) for n in (4, 4, 6))
+        self.cross = nn.ModuleList(nn.Linear(6, n, bias=False) for n in (5, 5, 3))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = F.scaled_dot_product_attention(*[of(x) for of in self.own])
+        q, k, v = (of(given) for of, given in zip(self.cross, (x, context, context), strict=True))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_maps_of_one_input_share_its_gram(monkeypatch) -> None:
+    torch.manual_seed(0)
+    model, inputs = Attention(), (torch.randn(6, 7, 6), torch.randn(6, 5, 6))
+    check(model, inputs, augmult=2)
+    together = []
+
+    def counted(a: Tensor, *g: Tensor) -> tuple[Tensor, Tensor]:
+        together.append(len(g))
+        return linear.gram_sq_norms(a, *g)
+
+    monkeypatch.setattr("dpfast.clipping.accumulate.linear", SimpleNamespace(gram_sq_norms=counted))
+    clip(model, inputs, augmult=2, max_grad_norm=1.0, form="gram")
+    assert together == [2, 3]  # keys and values of the context, then all three of x
 
 
 @pytest.mark.filterwarnings("ignore:dpfast has no rule")

@@ -230,6 +230,17 @@ def test_linear_forms(size, layout, dtype, backend) -> None:
         assert relative(total, torch.tensordot(w, exact, 1)) <= limit
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_maps_of_one_input_share_its_gram(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(chunks, "BYTES", 2_000)  # several chunks
+    torch.manual_seed(0)
+    a, *gs = (torch.randn(5, 7, n).to(dtype) for n in (9, 4, 1, 12))
+    exact = sum(torch.einsum("bmp,bmd->bpd", g.double(), a.double()).square().sum((1, 2)) for g in gs)
+    sq, bound = linear.gram_sq_norms(a, *gs)
+    assert relative(sq, exact) <= 1e-5
+    assert ((sq - exact).abs() <= bound).all()
+
+
 NORMS = [(6, 8, 5, 7), (4, 33, 9), (6, 12), (2, 64, 4, 4, 3), (3, 6, 1, 1), (6, 16, 16, 16)]
 
 
@@ -278,7 +289,7 @@ def ops():
         "conv_clipped_sum": (n.conv_clipped_sum, (a, g, *spec.arguments, w, None)),
         "linear_per_example_grads": (n.linear_per_example_grads, (x, y, None)),
         "linear_sq_norms": (n.linear_sq_norms, (x, y, None)),
-        "linear_gram_sq_norms": (n.linear_gram_sq_norms, (x, y)),
+        "linear_gram_sq_norms": (n.linear_gram_sq_norms, (x, [y, y[..., :2]])),
         "linear_clipped_sum": (n.linear_clipped_sum, (x, y, w, None)),
         "linear_weighted_sum": (n.linear_weighted_sum, (x, y, w)),
         "embedding_per_example_grads": (n.embedding_per_example_grads, (index, looked_up, 9)),
@@ -414,6 +425,8 @@ def test_norms_are_never_understated_beyond_the_bound(dtype) -> None:
         sq, bound = linear.gram_sq_norms(a, g)
         assert (sq.double() + bound.double() >= exact).all(), name
         assert (sq.double() - bound.double() <= exact).all(), name
+        sq, bound = linear.gram_sq_norms(a, g[..., :2], g[..., 2:])  # the same numbers, as of two maps
+        assert ((sq.double() - exact).abs() <= bound.double()).all(), name
         direct = linear.sq_norms(a, g).double()
         scale = (a.double().norm(dim=-1) * g.double().norm(dim=-1)).sum(1).square()
         assert (direct >= exact * (1 - 1e-3) - 1e-12 * scale).all(), name

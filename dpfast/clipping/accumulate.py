@@ -1,7 +1,7 @@
 """From terms to squared norms, clip factors and clipped sums."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from dpfast.clipping.derived import TrackedTensors, direct_uses
 from dpfast.clipping.forms import Forms
 from dpfast.clipping.rows import Rows
-from dpfast.clipping.tape import Tape, TapedUse
-from dpfast.clipping.terms import FactoredTerm, Joined, Packed, PulledBack, Stored, Term
+from dpfast.clipping.tape import Tape, TapedUse, place
+from dpfast.clipping.terms import FactoredTerm, Joined, Kept, LinearTerm, Packed, PulledBack, Stored, Term, Unmeasured
+from dpfast.kernels import linear
 from dpfast.kernels.clip import clip_factors, clipped_sums
 from dpfast.kernels.cost import Form, Work
 
@@ -28,7 +29,7 @@ class Clipped:
     sums: dict[str, Tensor]
 
 
-def _is_small(term: Term) -> bool:
+def _is_small(term: Kept) -> bool:
     return isinstance(term, Stored) and term.known_sq is None and term.grads[:1].numel() <= SMALL
 
 
@@ -58,11 +59,13 @@ class Accumulation:
         self.names = {id(p): name for name, p in parameters.items()}
         self.parameters = parameters
         self.tracked = tracked
+        self.tape = tape
         self.forms, self.kind = forms, kind
         self.examples = examples
         self.sq = torch.zeros(examples, dtype=torch.float64, device=device)
         self.bound = torch.zeros_like(self.sq)
-        self.kept: list[tuple[str, Term]] = []
+        self.kept: list[tuple[str, Kept]] = []
+        self.one_input: list[LinearTerm] = []  # of one input, not measured yet
         self.partial = {id(parameters[name]): grads for name, grads in (begun or {}).items()}
         self.chosen: list[tuple[str, Work, Form]] = []
         self.stored_bytes = 0
@@ -70,12 +73,15 @@ class Accumulation:
 
     def add(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> None:
         for target, term in use.terms(saved, g, rows):
-            if id(target) in self.direct:
-                name, chain = self.direct[id(target)]
-                kept = self._in_chosen_form(name, term)
-                self._keep(name, kept if chain.is_identity else PulledBack(kept, chain))
-            else:
+            if id(target) not in self.direct:
                 self._add_partial(id(target), term.materialise())
+                continue
+            name, chain = self.direct[id(target)]
+            if isinstance(term, LinearTerm) and chain.is_identity and (sharing := self.tape.sharing(use, saved)) > 1:
+                self._keep_of_one_input(name, term, sharing)
+                continue
+            kept = term if isinstance(term, Stored) else term.in_form(self._choose(name, term, term.work()))
+            self._keep(name, kept if chain.is_identity else PulledBack(kept, chain))
 
     def add_whole(self, name: str, grads: Tensor) -> None:
         """Gradients ``[B, *shape]`` of a parameter, or of those rows of one example that are in this pass."""
@@ -91,6 +97,7 @@ class Accumulation:
         self.forms.learn(self.kind, (work for _, work, _ in self.chosen))
         for name, grads in self.summed().items():
             self._keep(name, Stored(grads))
+        self._measure_one_input()
         small = self._take_small()
         if small:
             self._add_norms(small)
@@ -130,18 +137,30 @@ class Accumulation:
         self.kept = [(name, term) for name, term in self.kept if not _is_small(term)]
         return Joined.of(small) if small else None
 
-    def _in_chosen_form(self, name: str, term: Stored | FactoredTerm) -> Term:
-        if isinstance(term, Stored):
-            return term
-        work = term.work()
+    def _keep_of_one_input(self, name: str, term: LinearTerm, sharing: int) -> None:
+        """A Gram waits until a linear map of another input comes, or the backward pass ends."""
+        form = self._choose(name, term, replace(term.work(), sharing=sharing))
+        if form != "gram":
+            self._keep(name, term.in_form(form))
+            return
+        if self.one_input and place(self.one_input[0].a) != place(term.a):
+            self._measure_one_input()
+        self.one_input.append(term)
+        self.kept.append((name, Unmeasured(term)))
+
+    def _measure_one_input(self) -> None:
+        if self.one_input:
+            sq, bound = linear.gram_sq_norms(self.one_input[0].a, *[term.g for term in self.one_input])
+            self.sq += sq
+            self.bound += bound
+            self.one_input.clear()
+
+    def _choose(self, name: str, term: FactoredTerm, work: Work) -> Form:
         form = self.forms.choose(work, term.device_type, self.kind, self.stored_bytes)
         self.chosen.append((name, work, form))
-        if form == "gram":
-            return term.by_gram()
-        if form == "direct":
-            return term.measured()
-        self.stored_bytes += work.gradients
-        return term.stored()
+        if form == "materialise":
+            self.stored_bytes += work.gradients
+        return form
 
     def _add_partial(self, key: int, grads: Tensor) -> None:
         self.partial[key] = self.partial[key] + grads if key in self.partial else grads

@@ -1,7 +1,7 @@
 """The tape of one private step: which parameters were used, and what their uses contribute."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +18,11 @@ from dpfast.errors import CaptureError
 def traced(trace: int, func: Any) -> int:
     """The trace after a call of ``func``."""
     return hash((trace, func))
+
+
+def place(t: Tensor) -> Hashable:
+    """Where its numbers lie in memory, and how."""
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
 
 
 @contextmanager
@@ -89,6 +94,7 @@ class Tape:
     calls: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
     shapes: dict[Site, torch.Size] = field(default_factory=dict)  # of the outputs
     trace: int = 0  # of every torch function called, in order
+    inputs: Counter[Hashable] = field(default_factory=Counter)  # what uses of one function saved, by place in memory
     times_used: Counter[int] = field(default_factory=Counter)  # by id of the tracked tensor
     versions: dict[int, tuple[Tensor, int, tuple[str, ...]]] = field(default_factory=dict)  # of what was used
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # functions without a rule: parameters
@@ -103,6 +109,10 @@ class Tape:
         call = self.calls[function, names]
         self.calls[function, names] += 1
         return Site(function, names, call)
+
+    def sharing(self, use: TapedUse, saved: tuple[Tensor, ...]) -> int:
+        """How many uses of the function saved what this one did (0: not known)."""
+        return self.inputs[use.site.function, place(saved[0])] if len(saved) == 1 else 0
 
     @contextmanager
     def receiving(self, receive: Receive) -> Iterator[None]:
@@ -122,6 +132,8 @@ class Tape:
         self.note(taped, output.shape, targets)
         if not use.ruled:
             output = output.clone()  # the function may have saved its result, which Tap would mark as changed
+        if len(use.saved) == 1:
+            self.inputs[site.function, place(use.saved[0])] += 1
         saved = [t.detach() for t in use.saved]  # no edges into their graphs; the version counter is shared
         tapped: Tensor = Tap.apply(output, self.anchor, self, taped, in_place, *saved)  # type: ignore[no-untyped-call]
         return tapped

@@ -14,19 +14,23 @@ from torch import Tensor
 
 from dpfast.clipping.derived import Chain
 from dpfast.kernels import clip, conv, embedding, linear
-from dpfast.kernels.cost import Work
+from dpfast.kernels.cost import Form, Work
 
 
-class Term(Protocol):
-    """Gradients of one tensor, whose squared norms ``sq [B]`` are known up to ``bound [B]`` (None: exactly)."""
+class Kept(Protocol):
+    """Gradients of one tensor that can be summed."""
+
+    def clipped_sum(self, w: Tensor) -> Tensor: ...
+
+
+class Term(Kept, Protocol):
+    """Those whose squared norms ``sq [B]`` are known up to ``bound [B]`` (None: exactly)."""
 
     @property
     def sq(self) -> Tensor: ...
 
     @property
     def bound(self) -> Tensor | None: ...
-
-    def clipped_sum(self, w: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,16 @@ class ByGram:
         return self.term.weighted_sum(w)
 
 
+@dataclass(frozen=True)
+class Unmeasured:
+    """A factored term that is measured elsewhere, together with others."""
+
+    term: "FactoredTerm"
+
+    def clipped_sum(self, w: Tensor) -> Tensor:
+        return self.term.weighted_sum(w)
+
+
 class FactoredTerm:
     """Factors of ``G_i``, which can be put into any form. ``g``: their output gradients."""
 
@@ -154,6 +168,12 @@ class FactoredTerm:
 
     def by_gram(self) -> ByGram:
         raise NotImplementedError
+
+    def in_form(self, form: Form) -> Term:
+        """What is kept of it until the factors are known."""
+        if form == "materialise":
+            return self.stored()
+        return self.by_gram() if form == "gram" else self.measured()
 
     def clipped_sum(self, w: Tensor) -> Tensor:
         """Of the very ``G_i`` that ``measured`` measures."""

@@ -5,7 +5,7 @@ positions). ``G_i = sum_m g[i,m] (x) a[i,m]`` is ``[P, D]``.
 
     per_example_grads   2 B M D P FLOPs      writes B D P numbers, the norms in the same pass
     sq_norms            2 B M D P FLOPs      nothing stored
-    gram_sq_norms       2 B M^2 (D + P)      two [M, M] matrices per example
+    gram_sq_norms       2 B M^2 (D + P)      two [M, M] matrices per example; P counts all maps of one input
     clipped_sum         2 B M D P FLOPs      of the very G_i that are measured, one at a time
     weighted_sum        2 B M D P FLOPs      one matrix product, which rounds w g: for what a Gram has measured
 
@@ -35,9 +35,13 @@ def sq_norms(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> Tensor:
     return _sq_norms(a, g, backend)
 
 
-def gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """``|G_i|^2 [B]`` from Gram matrices, and the bound on its rounding error ``[B]``."""
-    return _gram_sq_norms(a, g)
+def gram_sq_norms(a: Tensor, *g: Tensor) -> tuple[Tensor, Tensor]:
+    """``|G_i|^2 [B]`` from Gram matrices, and the bound on its rounding error ``[B]``.
+
+    Several ``g [B, M, P]``, each with its own P, are of linear maps with one input (queries, keys and values): the
+    squared norms are of all their gradients together, and the Gram of ``a`` is made once.
+    """
+    return _gram_sq_norms(a, list(g))
 
 
 def clipped_sum(a: Tensor, g: Tensor, w: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -76,21 +80,21 @@ def _fake_sq_norms(a: Tensor, g: Tensor, _: Backend | None) -> Tensor:  # noqa: 
     return a.new_empty(a.shape[0], dtype=torch.float64)
 
 
-def _run_gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    return in_chunks(_gram_bytes(a, g), len(a), lambda of: reference.gram_sq_norms(a[of], g[of]))
+def _run_gram_sq_norms(a: Tensor, gs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return in_chunks(_gram_bytes(a, gs), len(a), lambda of: reference.gram_sq_norms(a[of], *[g[of] for g in gs]))
 
 
-def _gram_bytes(a: Tensor, g: Tensor) -> int:
-    """Of one example's Grams and their product."""
-    return 3 * a.shape[1] ** 2 * accumulation_dtype(a, g).itemsize
+def _gram_bytes(a: Tensor, gs: list[Tensor]) -> int:
+    """Of one example's Grams and their product, or the next Gram."""
+    return 3 * a.shape[1] ** 2 * accumulation_dtype(a, *gs).itemsize
 
 
-def _gram_scratch(a: Tensor, g: Tensor) -> int:
-    return bytes_alive(_gram_bytes(a, g), len(a))
+def _gram_scratch(a: Tensor, gs: list[Tensor]) -> int:
+    return bytes_alive(_gram_bytes(a, gs), len(a))
 
 
-def _fake_gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    sq = a.new_empty(a.shape[0], dtype=accumulation_dtype(a, g))
+def _fake_gram_sq_norms(a: Tensor, gs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    sq = a.new_empty(a.shape[0], dtype=accumulation_dtype(a, *gs))
     return sq, torch.empty_like(sq)
 
 
@@ -109,7 +113,7 @@ _per_example_grads = register(
 )
 _sq_norms = register("linear_sq_norms(Tensor a, Tensor g, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
 _gram_sq_norms = register(
-    "linear_gram_sq_norms(Tensor a, Tensor g) -> (Tensor, Tensor)",
+    "linear_gram_sq_norms(Tensor a, Tensor[] gs) -> (Tensor, Tensor)",
     _run_gram_sq_norms,
     _fake_gram_sq_norms,
     _gram_scratch,

@@ -21,18 +21,23 @@ def sq_norms(a: Tensor, g: Tensor) -> Tensor:
 
 
 @full_precision()
-def gram_sq_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def gram_sq_norms(a: Tensor, *gs: Tensor) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>`` and a bound on its rounding error, both ``[B]``.
 
-    The sum cancels where positions cancel, so the result can be far too small, even negative. The bound is
-    ``gram_error(...) (sum_t |a_t| |g_t|)^2``. Squares below the smallest normal number vanish: no clip norm is as small
-    as that.
+    Several g are taken side by side, as one whose inner products are the sums of theirs. The sum cancels where
+    positions cancel, so the result can be far too small, even negative. The bound is ``gram_error(...) (sum_t |a_t|
+    |g_t|)^2``. Squares below the smallest normal number vanish: no clip norm is as small as that.
     """
-    dtype = accumulation_dtype(a, g)
-    a, g = a.to(dtype), g.to(dtype)
-    sq = ((a @ a.mT) * (g @ g.mT)).flatten(1).sum(1)
-    magnitude = (a.norm(dim=-1) * g.norm(dim=-1)).sum(-1).square().unsqueeze(-1).flatten(1).sum(1)
-    return sq, gram_error(a.shape[-2], a.shape[-1], g.shape[-1], dtype) * magnitude
+    dtype = accumulation_dtype(a, *gs)
+    a, gs = a.to(dtype), tuple(g.to(dtype) for g in gs)
+    products = gs[0] @ gs[0].mT
+    for g in gs[1:]:
+        products += g @ g.mT
+    products *= a @ a.mT
+    length = torch.stack([g.norm(dim=-1) for g in gs]).norm(dim=0)
+    magnitude = (a.norm(dim=-1) * length).sum(-1).square().unsqueeze(-1).flatten(1).sum(1)
+    outputs = sum(g.shape[-1] for g in gs)
+    return products.flatten(1).sum(1), gram_error(a.shape[-2], a.shape[-1], outputs, dtype) * magnitude
 
 
 def clipped_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
