@@ -84,9 +84,10 @@ def predict(work: Work, form: Form, rates: Rates) -> Cost:
     if form == "materialise":
         return Cost(once + work.gradients * (rates.store + rates.load) + 2 * rates.call, work.gradients)
     through = work.gradients * rates.load  # every gradient passes through the cache, to be measured or added
+    if form == "direct" and not work.dense:  # looked-up rows are sorted, and added up where they are the same
+        return Cost(2 * (3 * work.held * (rates.store + rates.load) + 10 * rates.op), work.held)
     if form == "direct":
-        calls = 1 if work.dense else work.examples  # tables are made one example at a time
-        return Cost(2 * (once + through + calls * rates.call), work.held)
+        return Cost(2 * (once + through + rates.call), work.held)
     pairs = float(work.examples * work.rows**2)
     gram = 2 * pairs * (work.pixels / work.sharing + work.outputs) / rates.gemm + pairs * work.taps / 2 / rates.shift
     # The sum of a linear layer is one matrix product over all rows.

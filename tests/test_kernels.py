@@ -433,7 +433,8 @@ def test_norms_are_never_understated_beyond_the_bound(dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_embedding(dtype) -> None:
+def test_embedding(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(chunks, "BYTES", 1_000)  # several chunks
     torch.manual_seed(0)
     index, g, w = torch.randint(0, 7, (4, 9)), torch.randn(4, 9, 5, dtype=dtype), torch.rand(4, dtype=dtype)
     table = torch.zeros(7, 5, dtype=dtype, requires_grad=True)
@@ -446,6 +447,9 @@ def test_embedding(dtype) -> None:
     torch.testing.assert_close(embedding.sq_norms(index, g, 7), exact.double().square().sum((1, 2)))
     torch.testing.assert_close(embedding.clipped_sum(index, g, 7, w), torch.tensordot(w, exact, 1))
     torch.testing.assert_close(embedding.weighted_sum(index, g, 7, w), torch.tensordot(w, exact, 1))
+    g, w = g.clone(), w.clone()
+    g[1], w[1] = float("nan"), 0.0
+    torch.testing.assert_close(embedding.clipped_sum(index, g, 7, w), torch.tensordot(w, exact, 1))
 
 
 def test_the_library_takes_low_precision_and_gives_float32() -> None:

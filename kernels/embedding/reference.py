@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dpfast.kernels.chunks import chunks
 from dpfast.kernels.clip.reference import sq_norms as squares
 from dpfast.kernels.precision import accumulation_dtype, full_precision, gram_error
 
@@ -24,23 +25,44 @@ def gram_sq_norms(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return sq, gram_error(g.shape[1], 1, g.shape[2], g.dtype) * magnitude
 
 
-def sq_norms(index: Tensor, g: Tensor, rows: int) -> Tensor:
-    """``|G_i|^2 [B]`` with one table alive at a time."""
-    norms = [squares(per_example_grads(i[None], g_i[None], rows).flatten(1)) for i, g_i in zip(index, g, strict=True)]
-    return torch.cat(norms) if norms else g.new_zeros(0, dtype=torch.float64)
+def looked_up(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of ``G_i`` that are not zero: their numbers ``[B, M]`` and themselves ``[B, M, D]``.
+
+    An example that looked a row up twice has one place too many: number 0, and zeros.
+    """
+    order = index.argsort(dim=1, stable=True)
+    index = index.gather(1, order)
+    place = torch.cat((torch.zeros_like(index[:, :1]), index.diff(dim=1).ne(0)), 1).cumsum(1)
+    g = g.to(accumulation_dtype(g)).gather(1, order.unsqueeze(-1).expand_as(g))
+    numbers = torch.zeros_like(index).scatter_(1, place, index)
+    return numbers, torch.zeros_like(g).scatter_add_(1, place.unsqueeze(-1).expand_as(g), g)
+
+
+def sq_norms(index: Tensor, g: Tensor, rows: int) -> Tensor:  # noqa: ARG001
+    """``|G_i|^2 [B]`` of the rows that were looked up: a sum of squares, never negative."""
+    parts = chunks(chunk_bytes(g), len(index))
+    return torch.cat([squares(looked_up(index[of], g[of])[1].flatten(1)) for of in parts])
 
 
 def clipped_sum(index: Tensor, g: Tensor, rows: int, w: Tensor) -> Tensor:
     """``sum_i w_i G_i [V, D]`` of the very ``G_i`` that are measured; ``w_i = 0`` contributes exactly 0."""
     total = torch.zeros(rows, g.shape[-1], dtype=accumulation_dtype(g), device=g.device)
-    for factor, i, g_i in zip(w.to(total.dtype), index, g, strict=True):
-        total += torch.where(factor > 0, factor * per_example_grads(i[None], g_i[None], rows)[0], 0)
+    for of in chunks(chunk_bytes(g), len(index)):
+        _add(total, *looked_up(index[of], g[of]), w[of])
     return total
 
 
 def weighted_sum(index: Tensor, g: Tensor, rows: int, w: Tensor) -> Tensor:
     """The same in one pass over ``g``, which rounds every ``w_i g``."""
-    g = g.to(accumulation_dtype(g))
+    total = torch.zeros(rows, g.shape[-1], dtype=accumulation_dtype(g), device=g.device)
+    return _add(total, index, g.to(total.dtype), w)
+
+
+def chunk_bytes(g: Tensor) -> int:
+    """Of one example's ``looked_up``: gradients in order, and their sums."""
+    return int(2 * g[:1].numel() * accumulation_dtype(g).itemsize)
+
+
+def _add(total: Tensor, index: Tensor, g: Tensor, w: Tensor) -> Tensor:
     weight = w.to(g.dtype).view(-1, 1, 1)
-    g = torch.where(weight > 0, weight * g, 0)
-    return g.new_zeros(rows, g.shape[-1]).index_add_(0, index.flatten(), g.flatten(0, 1))
+    return total.index_add_(0, index.flatten(), torch.where(weight > 0, weight * g, 0).flatten(0, 1))
