@@ -29,10 +29,6 @@ class Clipped:
     sums: dict[str, Tensor]
 
 
-def _is_small(term: Kept) -> bool:
-    return isinstance(term, Stored) and term.known_sq is None and term.grads[:1].numel() <= SMALL
-
-
 class Accumulation:
     """Collects the terms of one backward pass.
 
@@ -65,6 +61,9 @@ class Accumulation:
         self.sq = torch.zeros(examples, dtype=torch.float64, device=device)
         self.bound = torch.zeros_like(self.sq)
         self.kept: list[tuple[str, Kept]] = []
+        self.small: dict[
+            str, Tensor
+        ] = {}  # gradients ``[B, *shape]`` of biases, norm affines and the like, joined later
         self.one_input: list[LinearTerm] = []  # of one input, not measured yet
         self.partial = {id(parameters[name]): grads for name, grads in (begun or {}).items()}
         self.chosen: list[tuple[str, Work, Form]] = []
@@ -98,7 +97,8 @@ class Accumulation:
         for name, grads in self.summed().items():
             self._keep(name, Stored(grads))
         self._measure_one_input()
-        small = self._take_small()
+        small = Joined.of(self.small) if self.small else None
+        self.small.clear()
         if small:
             self._add_norms(small)
         total = torch.where(self.bound > GRAM_TRUST * self.sq, self.sq + self.bound, self.sq)
@@ -122,20 +122,16 @@ class Accumulation:
 
     def _keep(self, name: str, term: Term) -> None:
         """Add the squared norms of a parameter's gradient, or of a part of it; ``finish`` sums it."""
-        self.kept.append((name, term))
-        if not _is_small(term):
+        if isinstance(term, Stored) and term.known_sq is None and term.grads.numel() <= SMALL * self.examples:
+            self.small[name] = term.grads
+        else:
+            self.kept.append((name, term))
             self._add_norms(term)
 
     def _add_norms(self, term: Term | Joined) -> None:
         self.sq += term.sq
         if term.bound is not None:
             self.bound += term.bound
-
-    def _take_small(self) -> Joined | None:
-        """Biases, norm affines and the like, joined: one call for all of them instead of two for each."""
-        small = {name: term.grads for name, term in self.kept if isinstance(term, Stored) and _is_small(term)}
-        self.kept = [(name, term) for name, term in self.kept if not _is_small(term)]
-        return Joined.of(small) if small else None
 
     def _keep_of_one_input(self, name: str, term: LinearTerm, sharing: int) -> None:
         """A Gram waits until a linear map of another input comes, or the backward pass ends."""

@@ -1,6 +1,7 @@
 """The calls of a model inside a step: how many rows they take, and the forward probe of each."""
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -163,6 +164,12 @@ def _compiled(model: nn.Module) -> Callable[..., Any]:
     return torch.compile(call, dynamic=False)
 
 
+def _kind_of_compiled() -> set[type]:
+    """The class of what ``torch.compile(module)`` returns, if there can be one."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return set() if dynamo is None else {dynamo.eval_frame.OptimizedModule}
+
+
 def _looked_into(value: Any) -> bool:
     known = (*_PLAIN, Tensor, nn.Module, torch.dtype, torch.device, torch.Generator, torch.memory_format)
     return isinstance(value, known) or callable(value)
@@ -190,9 +197,10 @@ def brought_out(parameters: Iterable[nn.Parameter]) -> Iterator[bool]:
 class ModelCalls:
     """Sees the calls of a model's modules for the length of a ``with`` block.
 
-    Through ``nn.Module.__call__``, which is replaced meanwhile: hooks on every module cost 46 ms a step on a UNet of
-    300 modules. Of the modules of ``model``, those that the user's code calls directly (the model itself, usually) are
-    probed once for every path: the functions that a step called, and the training modes of the layers.
+    Through ``__call__`` of their classes, which is replaced meanwhile: hooks on every module cost 46 ms a step on a
+    UNet of 300 modules, and replacing that of ``nn.Module`` makes Python look up every method anew. Of the modules of
+    ``model``, those that the user's code calls directly (the model itself, usually) are probed once for every path: the
+    functions that a step called, and the training modes of the layers.
     """
 
     def __init__(self, model: nn.Module, augmult: int, *, one_by_one: bool, compiles: bool = False) -> None:
@@ -208,7 +216,9 @@ class ModelCalls:
         self._modules: list[nn.Module] = []
         self._depth = 0
         self._handed_over = False  # to the compiled model, which calls the model itself where it cannot be compiled
-        self._usual_call: Callable[..., Any] | None = None
+        self._watched: list[
+            tuple[Any, Any, Any]
+        ] = []  # class, the call of its own if it has one, what stands there now
         self.restart()
 
     def path(self) -> Hashable:
@@ -221,8 +231,19 @@ class ModelCalls:
         self._capture = capture
         self.restart()
         self._modules = modules
-        own, usual = {id(module) for module in self._modules}, nn.Module.__call__
+        own = {id(module) for module in self._modules}
+        kinds = {type(module) for module in self._modules} | _kind_of_compiled()
+        # The usual calls are looked up before any is replaced: one kind may inherit another's.
+        self._watched = [
+            (kind, vars(kind).get("__call__"), self._watching(kind.__call__, capture, own, compiles=compiles))
+            for kind in kinds
+        ]
+        for kind, _, call in self._watched:
+            kind.__call__ = call
 
+    def _watching(
+        self, usual: Callable[..., Any], capture: Capture, own: set[int], *, compiles: bool
+    ) -> Callable[..., Any]:
         def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self._depth or self._capture is not capture or torch.compiler.is_compiling():
                 return usual(module, *args, **kwargs)
@@ -237,8 +258,7 @@ class ModelCalls:
                     self._handed_over = False
             return self.watch(original, args, kwargs, lambda: usual(module, *args, **kwargs))
 
-        self._usual_call, self._watched_call = usual, watched
-        nn.Module.__call__ = watched  # type: ignore[method-assign]
+        return watched
 
     def watch(
         self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]
@@ -254,9 +274,14 @@ class ModelCalls:
             self._after()
 
     def end(self) -> None:
-        """Put the usual call back, unless somebody has put another in the place of ours (which then does nothing)."""
-        if nn.Module.__call__ is self._watched_call and self._usual_call is not None:
-            nn.Module.__call__ = self._usual_call  # type: ignore[method-assign]
+        """Put the usual calls back, unless somebody has put another in the place of ours (which then does nothing)."""
+        for kind, usual, call in self._watched:
+            if vars(kind).get("__call__") is call:
+                if usual is None:
+                    del kind.__call__
+                else:
+                    kind.__call__ = usual
+        self._watched = []
         self.restart()
         self._capture = None
 
