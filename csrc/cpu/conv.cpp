@@ -36,7 +36,13 @@ constexpr int most(int vectors) { return kSums / vectors < 12 ? kSums / vectors 
 constexpr int64_t kBlock = 256;      // positions at a time: their x and y stay in the first-level cache
 constexpr int64_t kPacked = 1 << 18; // numbers of y that are packed before they are used, if the examples are small
 
+constexpr std::uintptr_t kAlign = 64;  // bytes: vectors of packed numbers do not cross cache lines
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline float* aligned(double* at) {
+    return reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(at) + kAlign - 1) / kAlign * kAlign);
+}
 
 // How the work is cut, from the sizes alone.
 struct Cut {
@@ -230,10 +236,18 @@ inline void gather(const T* from, int64_t channel, int64_t position, int64_t wid
     }
 }
 
+// Asks for memory that is read next, line by line: gathering jumps from channel to channel, which no prefetcher follows.
+inline void ask_for(const void* memory, int64_t bytes) {
+    constexpr int64_t kLine = 64, kMostBytes = 1 << 14;
+    const char* at = static_cast<const char*>(memory);
+    for (int64_t i = 0; i < bytes && i < kMostBytes; i += kLine) __builtin_prefetch(at + i);
+}
+
 // y of some rows and one group: for each run and piece of output channels [rows * positions][piece].
 template <class T>
 void pack_y(const Conv& c, const Cut& cut, const T* y, int64_t rows, float* out) {
     const int64_t* step = c.y_stride;  // row, channel, and the three dimensions
+    ask_for(y, sizeof(T) * rows * step[0]);
     for_runs(c, rows, [&](const Run& run) {
         for (int64_t piece = 0; piece < cut.pieces; ++piece) {
             const int64_t size = cut.size(piece);
@@ -255,6 +269,7 @@ template <class T>
 void pack_x(const Conv& c, const Cut& cut, const T* x, int64_t first, float* out) {
     const int64_t* step = c.x_stride;
     const int64_t columns = cut.columns - first < cut.block ? cut.columns - first : cut.block;
+    ask_for(x + first * step[1], sizeof(T) * columns * step[1]);
     const int64_t left = c.pad[2], right = left + c.in[2] < cut.pad[2] ? left + c.in[2] : cut.pad[2];
     for (int64_t d = 0; d < cut.pad[0]; ++d) {
         for (int64_t h = 0; h < cut.pad[1]; ++h) {
@@ -439,9 +454,9 @@ void run(const Conv& c, const T* x, const T* y, const float* weights, float* out
     const Cut cut(c, threads, sum);
     const int64_t size = cut.taps * c.groups * c.p * cut.columns;
     double* square_parts = scratch;
-    float* packed = reinterpret_cast<float*>(square_parts + cut.squares);
-    float* partial = packed + cut.wave * cut.y_numbers;
-    float* own = partial + cut.sum_numbers;
+    float* own = aligned(square_parts + cut.squares);
+    float* partial = own + threads * (cut.x_numbers + cut.acc_numbers);
+    float* packed = partial + cut.sum_numbers;
     float* sums = cut.parts > 1 ? partial : out;
     const int64_t owners = sum ? cut.parts : cut.wave;  // a wave's examples, or parts of the sum
     const int64_t chunks = ceil_div(c.rows, cut.chunk);
@@ -512,7 +527,7 @@ void run(const Conv& c, const T* x, const T* y, const float* weights, float* out
 std::int64_t conv_scratch(const Conv& c, bool sum, int threads) {
     const Cut cut(c, threads, sum);
     const int64_t floats = cut.wave * cut.y_numbers + cut.sum_numbers + threads * (cut.x_numbers + cut.acc_numbers);
-    return cut.squares + ceil_div(floats, 2);
+    return cut.squares + ceil_div(floats, 2) + kAlign / sizeof(double);
 }
 
 void conv_grads(const Conv& c, const void* x, const void* y, const float* weights, float* out, double* sq,
