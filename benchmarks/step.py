@@ -131,8 +131,9 @@ def why_not(name: str, row: Row, planned: StepPlan | None) -> str | None:
 def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = True) -> list[dict[str, Any]]:
     """One JSON row for each contestant."""
     exact, mean, steps, found = oracle(task_of(row)), ordinary(task_of(row)), {}, []
+    settings = {key: value for key, value in vars(row).items() if key not in ("time", "memory")}  # those are targets
     for name in names:
-        outcome: dict[str, Any] = {"row": row.name, **vars(row), "contestant": name}
+        outcome: dict[str, Any] = {"row": row.name, **settings, "contestant": name}
         found.append(outcome)
         planned = plan_of(row, DPFAST[name]) if name in DPFAST else None
         if planned is not None:
@@ -209,7 +210,22 @@ def table(rows: list[dict[str, Any]]) -> str:
         found = [newest.get((row.name, name)) for row in cases]
         if name != BASE and any(found):
             lines.append([name, *map(cell, found)])
+    of_dpfast = [{name: r for name in DPFAST if (r := newest.get((row.name, name)))} for row in cases]
+    lines.append(["dpfast / fastest form", *map(over_the_fastest, of_dpfast)])
+    lines.append(["planned / measured memory", *map(planned_memory, of_dpfast)])
+    lines.append(["processor", *(newest[row.name, BASE]["machine"]["processor"] for row in cases)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def over_the_fastest(found: dict[str, dict[str, Any]]) -> str:
+    """Time of the automatic choice over that of the best single form."""
+    forms = [r["time"] for name, r in found.items() if DPFAST[name].form in cost.FORMS and "time" in r]
+    return f"{found['dpfast']['time'] / min(forms):.2f}" if forms and "time" in found.get("dpfast", {}) else ""
+
+
+def planned_memory(found: dict[str, dict[str, Any]]) -> str:
+    r = found.get("dpfast", {})
+    return f"{r['planned_peak'] / r['peak']:.2f}" if "peak" in r else ""
 
 
 def cell(r: dict[str, Any] | None) -> str:
