@@ -32,11 +32,27 @@ def full_precision() -> Iterator[None]:
             place.fp32_precision = precision
 
 
-def gram_error(m: int, d: int, p: int, dtype: torch.dtype) -> float:
-    """Relative rounding error of ``sum_{t,s} <a_t, a_s> <g_t, g_s>`` over m positions, against norms.
+BLOCK = 256  # features whose products are added up before their sums are
 
-    An inner product of length n errs by at most ``4 sqrt(n) u`` of the product of the norms, u = eps / 2, but with
-    negligible probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, lambda = 4); the pairwise sum over m^2 terms
-    by ``log2(m^2) u``, doubled here.
+
+def gram(x: Tensor) -> Tensor:
+    """``x @ x.mT [..., M, M]`` of ``x [..., M, D]``, with an error that grows with D / BLOCK instead of D."""
+    first, *rest = x.split(BLOCK, dim=-1)
+    total = first @ first.mT
+    for block in rest:
+        total += block @ block.mT
+    return total
+
+
+def gram_error(d: int, p: int, dtype: torch.dtype, steps: int = 0) -> float:
+    """How far ``sum_{t,s} <a_t, a_s> <g_t, g_s>`` may err, relative to ``(sum_t |a_t| |g_t|)^2``.
+
+    d, p: features of a and g, whose inner products come from ``gram``. steps: additions in ``dtype`` that a product
+    goes through afterwards, in a chain.
+
+    n products that are added up in any order err by at most n roundings u = eps / 2 of the sum of their magnitudes
+    (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). A bound for *random* roundings, 4 sqrt(n) u,
+    does not hold: where all features are alike, they round alike.
     """
-    return (2 * math.sqrt(d) + 2 * math.sqrt(p) + 2 * math.log2(max(m, 2))) * torch.finfo(dtype).eps
+    roundings = sum(min(n, BLOCK) + math.ceil(n / BLOCK) for n in (d, p)) + steps + 8
+    return 1.01 * roundings * torch.finfo(dtype).eps / 2

@@ -101,7 +101,7 @@ class Accumulation:
         self.small.clear()
         if small:
             self._add_norms(small)
-        total = torch.where(self.bound > GRAM_TRUST * self.sq, self.sq + self.bound, self.sq)
+        total = torch.where(self.bound > GRAM_TRUST * self.sq, self.sq.clamp(min=0) + self.bound, self.sq)
         factors = torch.where(mask, clip_factors(total, max_grad_norm), 0)
         sums = self._sums(factors)
         if small:

@@ -41,9 +41,29 @@ from dpfast.clipping.functions import (
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules.table import COMPOSED, GUARDED, MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use, traced
-from dpfast.clipping.trees import TensorMap, function_name, leaves, replace_tensors, tensors_in
+from dpfast.clipping.trees import TensorMap, function_name, leaves, own_lists, replace_tensors, tensors_in
 
 OnUse = Callable[[Any, tuple[Any, ...], dict[str, Any], Use, Any], None]  # function, arguments, how, result
+
+
+class Constants(TensorMap):
+    """Tensors taken for constants: whether they can be nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._places: set[int] = set()
+
+    def __setitem__(self, t: Tensor, certain: bool) -> None:
+        super().__setitem__(t, certain)
+        self._places.add(storage(t))
+
+    def forget(self, place: int) -> None:
+        """All whose numbers lie there."""
+        if place in self._places:
+            self._places.discard(place)
+            for t in self.keys():
+                if storage(t) == place:
+                    del self[t]
 
 
 class Capture(TorchFunctionMode):
@@ -66,7 +86,7 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.parameters = dict(parameters)
-        self.constants = TensorMap()  # whether they can be nothing else
+        self.constants = Constants()
         for t in fixed.values():
             self.constants[t] = True
         self.drawn = TensorMap()
@@ -132,7 +152,7 @@ class Capture(TorchFunctionMode):
         tensors = tensors_in((args, kwargs) if kwargs else args)
         written = written_by(func, args, kwargs)
         tracked = [self.tracked[id(t)] for t in tensors if id(t) in self.tracked]
-        data = [t for t in tensors if id(t) not in self.tracked and t not in self.constants]
+        data = [t for t in tensors if id(t) not in self.tracked and not self._is_constant(t)]
         if data and func in READ_OUT:
             self.read_out = True
             if self.inside_model and not all(t in self.drawn for t in data):
@@ -154,10 +174,14 @@ class Capture(TorchFunctionMode):
             return self._guarded(func, args, kwargs)
         output = func(*args, **kwargs)
         outputs = [*tensors_in(output), *written]
-        self._note_constants(func, tensors, outputs)
+        self._note_constants(func, tensors, outputs, written)
         if func in ARITHMETIC and all(storage(t) in self.protected for t in tensors):
             self.counted.update(dict.fromkeys(outputs, True))
         return output
+
+    def _is_constant(self, t: Tensor) -> bool:
+        """One that autograd follows has been written into by another name."""
+        return t in self.constants and not (t.requires_grad and t.grad_fn is not None)
 
     def _broadcast(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         """Each tensor is expanded by itself: only their shapes meet."""
@@ -190,6 +214,7 @@ class Capture(TorchFunctionMode):
 
     def _derive(self, func: Any, args: Any, kwargs: Any, sources: list[Tracked]) -> Any:
         """Run a call on tracked tensors and constants; what requires grad among its outputs is tracked."""
+        args, kwargs = own_lists(args), own_lists(kwargs)
         output = func(*args, **kwargs)
         names = _names(sources)
         source = sources[0] if len(sources) == 1 else None
@@ -223,6 +248,7 @@ class Capture(TorchFunctionMode):
             self.on_start()
 
     def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor]) -> Any:
+        args, kwargs = own_lists(args), own_lists(kwargs)
         self.start()
         names = _names(tracked)
         use = self._use_of(func, args, kwargs, names, written)
@@ -245,6 +271,7 @@ class Capture(TorchFunctionMode):
             self.on_use(func, args, kwargs, use, output)
         targets = self.with_bases([source.tensor for source in tracked])  # twice in one call is used twice
         if isinstance(output, Tensor):
+            self._no_longer_constant(written)
             return self._attach(output, use, func, names, targets, in_place=bool(written))
         if isinstance(output, tuple | list):  # each result is a use of its own: gradients add up
             uses = [fallback_use(func, args, kwargs, self.tracked, names=names, result=i) for i in range(len(output))]
@@ -311,17 +338,22 @@ class Capture(TorchFunctionMode):
 
         return func(*replace_tensors(args, copied), **replace_tensors(kwargs, copied))
 
-    def _note_constants(self, func: Any, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+    def _no_longer_constant(self, written: list[Tensor]) -> None:
+        """Data was written into them, and so into all that share their memory."""
+        for t in written:
+            self.constants.forget(storage(t))
+
+    def _note_constants(self, func: Any, tensors: list[Tensor], outputs: list[Tensor], written: list[Tensor]) -> None:
         if tensors:
-            made_from_constants = all(t in self.constants or id(t) in self.tracked for t in tensors)
+            made_from_constants = all(id(t) in self.tracked or self._is_constant(t) for t in tensors)
             certain = all(self.constants.get(t, True) for t in tensors)
         else:
             made_from_constants, certain = func in FACTORIES, func not in NUMBERS
+        if written and not made_from_constants:
+            self._no_longer_constant(written)
         for t in outputs:
             if made_from_constants and func not in RANDOM:
                 self.constants[t] = certain
-            elif t in self.constants:  # data written into it in place
-                del self.constants[t]
             elif all(s in self.drawn or s in self.constants for s in tensors):
                 self.drawn[t] = True
             elif t in self.drawn:

@@ -33,6 +33,8 @@ _CASTS = _named("to", "type", "type_as", "float", "double", "half", "bfloat16", 
 _PRODUCTS = _named("mul", "multiply", "__mul__", "__rmul__")
 _QUOTIENTS = _named("div", "divide", "true_divide", "__truediv__")
 _EXPANSIONS = _named("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
+# Beyond, the gradient of a scaled weight may be so large or small that its squares overflow or vanish in float32.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-12, 1e6
 _BASIC = (int, slice, type(None), type(Ellipsis))
 
 
@@ -142,7 +144,9 @@ def _next(
     if n == 1 and (func in _MOVES or (func is Tensor.__getitem__ and _is_basic(args[1]))):
         return chain.then(output, lambda t: tensors_in(func(t, *rest, **kwargs))[index])
     scale = None if kwargs else _scale(func, rest)
-    return None if scale is None else chain.then(output, scale=scale)
+    if scale is None or (scale and not SMALLEST_SCALE <= abs(chain.scale * scale) <= LARGEST_SCALE):
+        return None
+    return chain.then(output, scale=scale)
 
 
 def _scale(func: Any, rest: tuple[Any, ...]) -> float | None:

@@ -86,7 +86,7 @@ def fallback_use(
 
 
 Call = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-Dims = tuple[int | None, ...]  # per saved tensor: the dimension that holds the rows, None if none does
+Dims = tuple[int | None, ...]  # per tensor: the dimension that holds the rows, None if none does
 
 
 def _alone(tensors: Sequence[Tensor], dims: Dims, example: int, examples: int) -> list[Tensor]:
@@ -105,29 +105,32 @@ def _tiled(block: Tensor, dim: int, examples: int) -> Tensor:
 def _row_dims(
     call: Call, values: Sequence[Tensor], saved: Sequence[Tensor], is_data: Sequence[bool], g: Tensor, rows: Rows
 ) -> Dims | None:
-    """Where the arguments hold rows: shown by making an example alone in the batch, which must keep its output.
+    """Where ``[*values, *saved]`` hold rows: shown by making an example alone in the batch, which must keep its output.
 
-    With random numbers for the parameters, the same for each row, whose zeros would hide everything.
+    With random numbers for the values, whose zeros would hide everything. They hold rows where something for each row
+    was computed from parameters alone (an embedding of ``torch.arange``, a bias expanded).
     """
-    size = g.shape[rows.dim]
+    size, n = g.shape[rows.dim], len(values)
     generator = torch.Generator().manual_seed(0)
+    held = [*(torch.randn(v.shape, generator=generator).to(v) for v in values), *saved]
 
-    def random(v: Tensor) -> Tensor:
-        return torch.randn([1 if n == size else n for n in v.shape], generator=generator).to(v).expand(v.shape)
+    def fitting(t: Tensor) -> list[int | None]:
+        return sorted((d for d in range(t.ndim) if t.shape[d] == size), key=lambda d: d != rows.dim)
 
-    values = [random(v) for v in values]
-    choices: list[list[int | None]] = []
-    for t, data in zip(saved, is_data, strict=True):
-        fitting = [d for d in range(t.ndim) if data and t.shape[d] == size]
-        choices.append([*sorted(fitting, key=lambda d: d != rows.dim), None])
-    output = rows.split(call(values, saved))
+    choices: list[list[int | None]] = [[None, *fitting(v)] for v in values]
+    choices += [[*fitting(t), None] if data else [None] for t, data in zip(saved, is_data, strict=True)]
+    output = rows.split(call(held[:n], saved))
     finite = [i for i in range(rows.examples) if bool(output[i].isfinite().all())]
     shown = {finite[0], finite[-1]} if finite else set()
     scale = max((output[i].abs().max().item() for i in shown if output[i].numel()), default=1.0)
 
     def keeps_outputs(dims: Dims) -> bool:
-        alone = {i: rows.split(call(values, _alone(saved, dims, i, rows.examples)))[0] for i in shown}
-        return all(torch.allclose(got, output[i], rtol=1e-4, atol=1e-5 * scale) for i, got in alone.items())
+        for i in shown:
+            alone = _alone(held, dims, i, rows.examples)
+            got = rows.split(call(alone[:n], alone[n:]))[0]
+            if not torch.allclose(got, output[i], rtol=1e-4, atol=1e-5 * scale):
+                return False
+        return True
 
     return next(filter(keeps_outputs, product(*choices)), None)
 
@@ -141,25 +144,49 @@ def _per_example(
     """
     if dims is None:
         return None
-    held = [i for i, dim in enumerate(dims) if dim is not None]
-    blocks = [Rows(rows.examples, cast(int, dims[i])).split(saved[i]) for i in held]
+    everything, n = [*values, *saved], len(values)
+    with_rows = [i for i, dim in enumerate(dims) if dim is not None]
+    blocks = [Rows(rows.examples, cast(int, dims[i])).split(everything[i]) for i in with_rows]
 
     def of(g_block: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        tensors = list(saved)
-        for i, block in zip(held, own, strict=True):
-            tensors[i] = _tiled(block, cast(int, dims[i]), rows.examples)
+        """Of a value that holds rows, those of the example, rows first."""
+        held = list(everything)
+        for i, block in zip(with_rows, own, strict=True):
+            held[i] = _tiled(block, cast(int, dims[i]), rows.examples)
         nothing = torch.zeros_like(g_block).repeat(rows.examples - 1, *[1] * (g_block.ndim - 1))
         cotangent = torch.cat([g_block, nothing]).movedim(0, rows.dim)
-        grads: tuple[Tensor, ...] = torch.func.vjp(lambda *v: call(v, tensors), *values)[1](cotangent)
-        return grads
+        grads: tuple[Tensor, ...] = torch.func.vjp(lambda *v: call(v, held[n:]), *held[:n])[1](cotangent)
+        return tuple(
+            grad if dim is None else Rows(rows.examples, dim).split(grad)[0]
+            for grad, dim in zip(grads, dims[:n], strict=True)
+        )
 
     batched = (rows.split(g), *blocks)
+    grads = _mapped(of, batched, chunk=max(1, CHUNK_ELEMENTS // max(1, g.numel())))
+    if grads is None:
+        each = [of(*(b[i] for b in batched)) for i in range(rows.examples)]
+        grads = tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
+    return tuple(grad if dim is None else _in_place(grad, dim) for grad, dim in zip(grads, dims[:n], strict=True))
+
+
+def _mapped(of: Callable[..., tuple[Tensor, ...]], batched: Sequence[Tensor], chunk: int) -> tuple[Tensor, ...] | None:
+    """``of`` for all examples at once; None if torch cannot, or does it wrongly (``linalg.solve`` in torch 2.13)."""
     try:
-        chunk = max(1, CHUNK_ELEMENTS // max(1, g.numel()))
         with warnings.catch_warnings():  # torch says which operations it maps slowly; the user knows that it is slow
             warnings.filterwarnings("ignore", message="There is a performance drop")
             mapped: tuple[Tensor, ...] = torch.func.vmap(of, chunk_size=chunk)(*batched)
-        return mapped
-    except RuntimeError:  # an operation without a batching rule: one example after the other
-        each = [of(*(b[i] for b in batched)) for i in range(rows.examples)]
-        return tuple(torch.stack(grads) for grads in zip(*each, strict=True))
+    except RuntimeError:  # an operation without a batching rule
+        return None
+    norms = torch.stack([grad.flatten(1).double().norm(dim=1) for grad in mapped]).norm(dim=0)
+    example = int(norms.nan_to_num(-1, -1, -1).argmax())
+    plain = of(*(b[example] for b in batched))
+    errors = torch.stack([(one - grad[example]).double().norm() for one, grad in zip(plain, mapped, strict=True)])
+    return mapped if bool(errors.norm() <= 1e-3 * norms[example]) or not norms[example].isfinite() else None
+
+
+def _in_place(grads: Tensor, dim: int) -> Tensor:
+    """``[B, R, ...]``, what each example's own rows have, to ``[B, *shape]`` with the B * R rows along ``dim``."""
+    b = len(grads)
+    whole = grads.new_zeros(b, b, *grads.shape[1:])
+    whole[range(b), range(b)] = grads
+    return whole.flatten(1, 2).movedim(1, dim + 1)

@@ -80,6 +80,12 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def own_lists(value: Any) -> Any:
+    """The same arguments, less lists that the caller may change after the call."""
+    items = value.values() if isinstance(value, dict) else value
+    return replace_tensors(value, lambda t: t) if any(isinstance(item, list | dict) for item in items) else value
+
+
 def _is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
@@ -108,6 +114,10 @@ class TensorMap:
 
     def __delitem__(self, t: Tensor) -> None:
         del self._known[id(t)]
+
+    def keys(self) -> list[Tensor]:
+        """Those that live."""
+        return [t for reference, _ in self._known.values() if (t := reference()) is not None]
 
     def prune(self) -> None:
         """Forget the dead."""

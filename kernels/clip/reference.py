@@ -9,9 +9,11 @@ BLOCK = 1024
 
 
 def clip_factors(sq: Tensor, max_grad_norm: float) -> Tensor:
-    """``w_i = min(1, C / sqrt(sq_i))``, and 0 where ``sq_i`` is not finite: such an example contributes nothing."""
-    factors = (max_grad_norm / sq.clamp(min=0).sqrt()).clamp(max=1.0)  # a cancelling Gram may be negative
-    return torch.where(sq.isfinite(), factors, 0)
+    """``w_i = min(1, C / sqrt(sq_i))``, and 0 where ``sq_i`` is no square (not finite, negative): such an example
+    contributes nothing.
+    """
+    factors = (max_grad_norm / sq.sqrt()).clamp(max=1.0)
+    return torch.where(sq.isfinite() & (sq >= 0), factors, 0)
 
 
 def sq_norms(flat: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpfast.kernels.chunks import in_chunks
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.dispatch import NATIVE_DTYPES, native_module
-from dpfast.kernels.precision import full_precision, gram_error
+from dpfast.kernels.precision import full_precision, gram, gram_error
 
 
 def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
@@ -66,15 +66,15 @@ def _gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple
     magnitude = torch.empty_like(sq)
     pointers = [t.data_ptr() for t in (*grams, sq, magnitude)]
     native_module().conv_gram(examples, rows, geometry, *pointers, torch.get_num_threads())
-    positions = rows * math.prod(y.shape[2:])
-    error = gram_error(positions, math.prod(spec.weight_shape[1:]), spec.weight_shape[0], torch.float32)
+    _, lines, width = _three(y.shape[2:], 1)
+    error = gram_error(x.shape[1], y.shape[1], torch.float32, steps=lines * (width // 8 + 1))  # dots() in csrc
     return sq, error * magnitude
 
 
 def _pixel_gram(t: Tensor, examples: int, rows: int) -> Tensor:
     """``[N, C, *space]`` to ``[B, rows * pixels, rows * pixels]``."""
     channels_first = t.float().reshape(examples, rows, t.shape[1], math.prod(t.shape[2:])).transpose(1, 2).flatten(2)
-    return torch.bmm(channels_first.mT, channels_first)
+    return gram(channels_first.mT)
 
 
 class Problem:

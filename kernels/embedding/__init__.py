@@ -28,7 +28,7 @@ def _fake_sq_norms(index: Tensor, g: Tensor, _rows: int) -> Tensor:
 
 
 def _fake_gram(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    sq = g.new_empty(index.shape[0], dtype=accumulation_dtype(g))
+    sq = g.new_empty(index.shape[0], dtype=torch.float64)
     return sq, torch.empty_like(sq)
 
 

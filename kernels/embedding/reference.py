@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dpfast.kernels.chunks import chunks
 from dpfast.kernels.clip.reference import sq_norms as squares
-from dpfast.kernels.precision import accumulation_dtype, full_precision, gram_error
+from dpfast.kernels.precision import accumulation_dtype, full_precision, gram, gram_error
 
 
 def per_example_grads(index: Tensor, g: Tensor, rows: int) -> Tensor:
@@ -20,9 +20,9 @@ def gram_sq_norms(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 [B]`` without the table, and a bound on its rounding error ``[B]``: a Gram of unit vectors."""
     g = g.to(accumulation_dtype(g))
     same = index.unsqueeze(2) == index.unsqueeze(1)
-    sq = ((g @ g.mT) * same).sum((1, 2))
-    magnitude = g.norm(dim=-1).sum(-1).square()
-    return sq, gram_error(g.shape[1], 1, g.shape[2], g.dtype) * magnitude
+    sq = (gram(g) * same).sum((1, 2), dtype=torch.float64)
+    magnitude = g.norm(dim=-1).sum(-1).square().double()
+    return sq, gram_error(1, g.shape[2], g.dtype) * magnitude
 
 
 def looked_up(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

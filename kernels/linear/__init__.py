@@ -93,8 +93,8 @@ def _gram_scratch(a: Tensor, gs: list[Tensor]) -> int:
     return bytes_alive(_gram_bytes(a, gs), len(a))
 
 
-def _fake_gram_sq_norms(a: Tensor, gs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    sq = a.new_empty(a.shape[0], dtype=accumulation_dtype(a, *gs))
+def _fake_gram_sq_norms(a: Tensor, _gs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    sq = a.new_empty(a.shape[0], dtype=torch.float64)
     return sq, torch.empty_like(sq)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels.clip.reference import sq_norms as squares
-from dpfast.kernels.precision import accumulation_dtype, full_precision, gram_error
+from dpfast.kernels.precision import accumulation_dtype, full_precision, gram, gram_error
 
 
 @full_precision()
@@ -30,14 +30,15 @@ def gram_sq_norms(a: Tensor, *gs: Tensor) -> tuple[Tensor, Tensor]:
     """
     dtype = accumulation_dtype(a, *gs)
     a, gs = a.to(dtype), tuple(g.to(dtype) for g in gs)
-    products = gs[0] @ gs[0].mT
+    products = gram(gs[0])
     for g in gs[1:]:
-        products += g @ g.mT
-    products *= a @ a.mT
+        products += gram(g)
+    products *= gram(a)
     length = torch.stack([g.norm(dim=-1) for g in gs]).norm(dim=0)
     magnitude = (a.norm(dim=-1) * length).sum(-1).square().unsqueeze(-1).flatten(1).sum(1)
-    outputs = sum(g.shape[-1] for g in gs)
-    return products.flatten(1).sum(1), gram_error(a.shape[-2], a.shape[-1], outputs, dtype) * magnitude
+    outputs = max(g.shape[-1] for g in gs)
+    error = gram_error(a.shape[-1], outputs, dtype, steps=len(gs))
+    return products.flatten(1).sum(1, dtype=torch.float64), error * magnitude.double()
 
 
 def clipped_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
