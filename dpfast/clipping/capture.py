@@ -16,6 +16,7 @@ computes input gradients as always but no weight gradient, and a ``Tap`` on its 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -32,8 +33,11 @@ from dpfast.clipping.functions import (
     FACTORIES,
     METADATA,
     NUMBERS,
+    PUTS_BACK,
     RANDOM,
     READ_OUT,
+    SELECTS,
+    SELECTS_BY_INDEX,
     random_state,
     storage,
     written_by,
@@ -90,6 +94,7 @@ class Capture(TorchFunctionMode):
         for t in fixed.values():
             self.constants[t] = True
         self.drawn = TensorMap()
+        self.selected = TensorMap()  # rows that data has picked: in another step they may have other owners
         self.counted = WeakTensorKeyDictionary()  # a buffer plus a number of Python's: of rows, of physical batches
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
         self.anchor, self.on_start = anchor, on_start
@@ -104,6 +109,7 @@ class Capture(TorchFunctionMode):
         self.tape.close()
         self.constants.prune()
         self.drawn.prune()
+        self.selected.prune()
         self._begin()
 
     def _begin(self) -> None:
@@ -175,9 +181,21 @@ class Capture(TorchFunctionMode):
         output = func(*args, **kwargs)
         outputs = [*tensors_in(output), *written]
         self._note_constants(func, tensors, outputs, written)
+        if self._selects(func, tensors, data):
+            self.selected.update(outputs)
         if func in ARITHMETIC and all(storage(t) in self.protected for t in tensors):
             self.counted.update(dict.fromkeys(outputs, True))
         return output
+
+    def _selects(self, func: Any, tensors: list[Tensor], data: list[Tensor]) -> bool:
+        """Whether data has picked the rows of what a call returns."""
+        if func in SELECTS:
+            return bool(data) and (func is not torch.where or len(tensors) == 1)
+        if func in SELECTS_BY_INDEX and len(data) > 1 and data[0] is tensors[0]:
+            return True
+        if not self.selected:
+            return False
+        return any(t in self.selected for t in (tensors[:1] if func in PUTS_BACK else tensors))
 
     def _is_constant(self, t: Tensor) -> bool:
         """One that autograd follows has been written into by another name."""
@@ -252,6 +270,8 @@ class Capture(TorchFunctionMode):
         self.start()
         names = _names(tracked)
         use = self._use_of(func, args, kwargs, names, written)
+        if self.selected and isinstance(use, Use) and any(t in self.selected for t in tensors_in((args, kwargs))):
+            use = replace(use, selected=True)
         if isinstance(use, Problem):
             self.tape.problems.append(Problem(names, f"{function_name(func)}: {use.what}", use.cure))
             return self._harmless(func, args, kwargs)
@@ -272,12 +292,15 @@ class Capture(TorchFunctionMode):
         targets = self.with_bases([source.tensor for source in tracked])  # twice in one call is used twice
         if isinstance(output, Tensor):
             self._no_longer_constant(written)
-            return self._attach(output, use, func, names, targets, in_place=bool(written))
+            output = self._attach(output, use, func, names, targets, in_place=bool(written))
+            if use.selected:
+                self.selected[output] = True
+            return output
         if isinstance(output, tuple | list):  # each result is a use of its own: gradients add up
             uses = [fallback_use(func, args, kwargs, self.tracked, names=names, result=i) for i in range(len(output))]
-            results = zip(output, uses, strict=True)
+            results = zip(output, [replace(cast(Use, u), selected=use.selected) for u in uses], strict=True)
             attach = partial(self._attach, func=func, names=names, targets=targets, in_place=False)
-            return type(output)([attach(o, cast(Use, u)) for o, u in results])
+            return type(output)([attach(o, u) for o, u in results])
         return output
 
     def _use_of(

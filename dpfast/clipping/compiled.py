@@ -150,6 +150,7 @@ class Recorder(fx.Interpreter):
                 targets=tuple(nodes[id(t)] for t in given if self.capture.tracked(t)),
                 output=Like.of(output),
                 saved=tuple(map(Like.of, use.saved)),
+                selected=use.selected,
             )
 
     def _before(self) -> list[fx.Node]:

@@ -37,6 +37,24 @@ RANDOM = frozenset(  # make no constants, whatever they are made from
         *(torch.rand_like, torch.randn_like, torch.randint_like),
     }
 )
+SELECTS = frozenset(  # pick rows by the numbers of their first argument
+    {
+        *(torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where),
+        *(torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique),
+    }
+)
+SELECTS_BY_INDEX = frozenset(  # or by those of another argument
+    {
+        *(Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.gather, Tensor.gather),
+        *(torch.take, Tensor.take, torch.take_along_dim, Tensor.take_along_dim),
+    }
+)
+PUTS_BACK = frozenset(  # what was selected, where it belongs
+    getattr(home, name)
+    for name in ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "masked_scatter")
+    for home, name in ((torch, name), (Tensor, name), (Tensor, name + "_"))
+    if hasattr(home, name)
+) | {Tensor.__setitem__}
 AS_ANOTHER = frozenset(  # read only the shape or dtype of their other arguments
     {
         *(Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as, Tensor.to),

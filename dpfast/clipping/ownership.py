@@ -4,7 +4,8 @@ Clipping per example bounds what one record can do only if the rows of different
 it:
 
 - backward, for every pair of examples: groups of examples are back-propagated alone, and at every use the gradient
-  must be zero outside the rows of the group. The groups are the bits of the examples' numbers and their complements,
+  must be zero outside the rows of the group, and inside what it was when all were back-propagated (a hook that scales
+  by a norm of the batch's gradient changes it). The groups are the bits of the examples' numbers and their complements,
   so ``2 log2(B)`` backward passes part every example from every other. This also finds the dimension of the rows.
 - forward, on synthetic input: changing the rows of one example must not change the output of another (what a gradient
   cannot show: statistics over the batch behind a ``detach``).
@@ -31,6 +32,7 @@ Signature = int  # the hash of a step's uses with their shapes, what it called, 
 ENOUGH_STEPS = 8  # probed, when there are never gradients of half of the examples: a choice, not a measurement
 MANY_PATHS = 32  # of one model: then probes are a cost to speak of
 MOST_PATHS = 1024  # remembered: some 20 kB each
+SAME_IN_LOW_PRECISION = 0.05  # how far a gradient may be from itself, relatively
 PROBED_EXAMPLES = 4  # changed by the forward probe: a first, a last and two in between
 
 
@@ -131,26 +133,43 @@ def possible_dims(use: TapedUse, g: Tensor, examples: int) -> tuple[int, ...]:
     return tuple(d for d in dims if d < g.ndim and g.shape[d] and g.shape[d] % examples == 0)
 
 
-def is_fleeting(g: Tensor, dims: Sequence[int], examples: int, rows: int) -> bool:
-    """Whether a use has neither a place for each row nor one for each example: a selection of rows, which may vary."""
-    return any(g.shape[d] % rows and g.shape[d] != examples for d in dims)
+def is_fleeting(use: TapedUse, g: Tensor, dims: Sequence[int], examples: int, rows: int) -> bool:
+    """Whether a use has rows that were selected, or neither a place for each row nor one for each example: in another
+    step they may have other owners.
+    """
+    return use.selected or any(g.shape[d] % rows and g.shape[d] != examples for d in dims)
 
 
-def weigh(evidence: Evidence, g: Tensor, group: Sequence[int], examples: int) -> Evidence:
-    """Evidence after the losses of ``group`` alone gave the gradient ``g`` at a use.
+def weigh(evidence: Evidence, g: Tensor, whole: Tensor, group: Sequence[int], examples: int) -> Evidence:
+    """Evidence after the losses of ``group`` alone gave the gradient ``g`` at a use, and those of all gave ``whole``.
 
     Entries that are not finite say nothing: 0 * inf of another example's activation is NaN without any mixing.
     """
-    touched = g.isfinite() & (g != 0)
-    if not bool(touched.any()):
-        return evidence
+    finite = g.isfinite() & whole.isfinite()
+    touched, other = finite & (g != 0), torch.where(finite, g - whole, 0)
     owners = {}
     for d in evidence.dims:
-        blocks = touched.movedim(d, 0).unflatten(0, (examples, -1)).flatten(1).any(1)
+        blocks = _blocks(touched, d, examples).any(1)
         owners[d] = frozenset(blocks.nonzero().flatten().tolist())
-    dims = tuple(d for d in evidence.dims if owners[d].issubset(group))
+    dims = tuple(
+        d
+        for d in evidence.dims
+        if owners[d].issubset(group)
+        and _is_small(_blocks(other, d, examples)[group], _blocks(torch.where(finite, whole, 0), d, examples)[group])
+    )
     seen = evidence.informative | owners[dims[0]] if dims else frozenset()
     return replace(evidence, dims=dims, informative=seen)
+
+
+def _blocks(t: Tensor, dim: int, examples: int) -> Tensor:
+    """``[B, entries]``: of the rows of each example along ``dim``."""
+    return t.movedim(dim, 0).reshape(examples, -1)
+
+
+def _is_small(error: Tensor, whole: Tensor) -> bool:
+    """Beside ``whole``: a few hundred roundings."""
+    tolerance = min(SAME_IN_LOW_PRECISION, 1e3 * torch.finfo(whole.dtype).eps)
+    return bool(error.double().norm() <= tolerance * whole.double().norm())
 
 
 # The forward probe

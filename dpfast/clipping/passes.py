@@ -129,21 +129,22 @@ class Pass:
             for use, _, g in records
             if bool((g != 0).any())
         }
-        fleeting = {
-            use.site
-            for use, _, g in records
-            if use.site in evidence and is_fleeting(g, evidence[use.site].dims, self.examples, len(self.losses))
-        }
+        whole = {use.site: g for use, _, g in records}
 
         def observe(group: Sequence[int]) -> None:
             def receive(use: TapedUse, _saved: tuple[Tensor, ...], g: Tensor) -> None:
                 if use.site in evidence:
-                    evidence[use.site] = weigh(evidence[use.site], g, group, self.examples)
+                    evidence[use.site] = weigh(evidence[use.site], g, whole[use.site], group, self.examples)
 
             self._backward(group, receive, retain_graph=True)
 
         for group in self.ownership.groups(signature, self.examples) if evidence else []:
             observe(group)
+        fleeting = {
+            use.site
+            for use, _, g in records
+            if use.site in evidence and is_fleeting(use, g, evidence[use.site].dims, self.examples, len(self.losses))
+        }
         refuse(self.ownership.settle(signature, evidence, self.examples, fleeting))
         return {site: found.dims[0] for site, found in evidence.items()}
 

@@ -49,14 +49,15 @@ class Like:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the capture takes a tensor for: constant (certainly or not), drawn, or data."""
+    """What the capture takes a tensor for: constant (certainly or not), drawn, or data (perhaps selected)."""
 
     constant: bool | None
     drawn: bool
+    selected: bool
 
     @classmethod
     def of(cls, t: Tensor, capture: Capture) -> Self:
-        return cls(capture.constants.get(t, None), t in capture.drawn)
+        return cls(capture.constants.get(t, None), t in capture.drawn, t in capture.selected)
 
     def give(self, t: Tensor, capture: Capture) -> None:
         """``t`` is of this kind."""
@@ -64,6 +65,8 @@ class Kind:
             capture.constants[t] = self.constant
         elif self.drawn:
             capture.drawn[t] = True
+        if self.selected:
+            capture.selected[t] = True
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Recorded:
     targets: tuple[fx.Node, ...]
     output: Like
     saved: tuple[Like, ...]
+    selected: bool
 
     def taped(self, capture: Capture, known: Mapping[fx.Node, Any]) -> TapedUse:
         """The use, as the tape takes note of it now; its rule need not know the numbers of what is not ``known``."""
@@ -85,7 +89,7 @@ class Recorded:
         use = _ruled(self.func, capture.tracked, args, kwargs)
         targets = capture.with_bases([known[node] for node in self.targets])
         site = capture.tape.site(function_name(self.func), capture.names_of(targets))
-        taped = TapedUse(site, use.terms, use.row_dims)
+        taped = TapedUse(site, use.terms, use.row_dims, self.selected)
         capture.tape.note(taped, self.output.shape, targets)
         return taped
 

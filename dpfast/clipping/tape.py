@@ -64,6 +64,7 @@ class Use:
     terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
     row_dims: tuple[int, ...] | None = None  # dimensions of the output that may hold the rows; None: any
     ruled: bool = True  # False: by the fallback
+    selected: bool = False  # its rows were picked by data, which another step may do otherwise
 
 
 Rule = Callable[..., Use | Problem | None]
@@ -83,6 +84,7 @@ class TapedUse:
     site: Site
     terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
     row_dims: tuple[int, ...] | None
+    selected: bool = False
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Tape:
 
         in_place: whether ``output`` is one of the call's arguments, which it changed.
         """
-        taped = TapedUse(site, use.terms, use.row_dims)
+        taped = TapedUse(site, use.terms, use.row_dims, use.selected)
         self.note(taped, output.shape, targets)
         if not use.ruled:
             output = output.clone()  # the function may have saved its result, which Tap would mark as changed

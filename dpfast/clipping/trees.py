@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,6 +114,14 @@ class TensorMap:
 
     def __delitem__(self, t: Tensor) -> None:
         del self._known[id(t)]
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def update(self, tensors: Iterable[Tensor]) -> None:
+        """That something is known of them."""
+        for t in tensors:
+            self[t] = True
 
     def keys(self) -> list[Tensor]:
         """Those that live."""
