@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from dpfast.clipping.calls import brought_out, no_trace_left
-from dpfast.clipping.ownership import Synthetic, forward_verdict
+from dpfast.clipping.ownership import Synthetic, forward_verdict, thorough_verdict
 from dpfast.data.keyed import RowKeys
 from dpfast.errors import CaptureError
 from dpfast.objective import Objective
 from dpfast.seeding import RandomState
+
+PROBED_EXAMPLES = 4
 
 
 def show_objective(
@@ -41,11 +43,11 @@ def show_objective(
 
     with no_trace_left(model):
         try:
-            verdict = forward_verdict(losses, tuple(examples), {}, Synthetic(rows=count, augmult=1))
-            with brought_out(parameters) as any_was_faint:
-                if any_was_faint and verdict != "mixed":
-                    loud = forward_verdict(losses, tuple(examples), {}, Synthetic(rows=count, augmult=1))
-                    verdict = loud if loud == "mixed" else verdict
+            verdict = thorough_verdict(
+                lambda batch: forward_verdict(losses, tuple(examples), {}, batch),
+                Synthetic(rows=count, augmult=1),
+                lambda: brought_out(parameters),
+            )
         except TypeError as error:
             error.add_note("the objective is called as objective(model, *examples, keys), keys being RowKeys")
             raise
@@ -54,6 +56,12 @@ def show_objective(
             "the objective cannot be trained on privately: changing one example changes the loss of another. Use no"
             " statistics of the batch (means, standardisation, BatchNorm in training mode), not even behind"
             " detach(); draw random numbers from the keys, which belong to an example"
+        )
+    if verdict == "spoiled":
+        raise CaptureError(
+            "the objective cannot be trained on privately: an example whose numbers are not finite makes the losses of"
+            " others so. Keep the rows of the examples in places of their own, or replace such numbers first"
+            " (torch.nan_to_num)"
         )
     if verdict == "unrepeatable":
         warnings.warn(

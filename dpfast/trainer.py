@@ -13,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpfast import checkpoint
 from dpfast.clipping import GhostClipper
-from dpfast.clipping.ownership import PROBED_EXAMPLES
 from dpfast.clipping.planner import StepPlan, plan_step
 from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
@@ -23,7 +22,7 @@ from dpfast.optimizer import DPOptimizer
 from dpfast.performance import Performance
 from dpfast.physical import Batch, Size, is_out_of_memory, usual_size
 from dpfast.privacy import Ledger, Plan, PrivacyStatement, poisson_sample, random_bytes, read_ledger
-from dpfast.probe import show_objective
+from dpfast.probe import PROBED_EXAMPLES, show_objective
 from dpfast.progress import Progress, silent
 from dpfast.seeding import seeded
 
@@ -265,19 +264,23 @@ class DPTrainer:
 
     def _add(self, step: int, batch: Batch) -> None:
         """The same; a batch for which memory runs out is run again in halves, with the same random numbers."""
+        if len(batch.ids) > self.physical_size.examples:  # found out with the batch before, another half of one
+            for part in batch.split(self.physical_size.examples):
+                self._add(step, part)
+            return
+        writes = self.clipper.writes
         try:
             self._run(step, batch)
             return
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self.clipper.writes != writes:  # run again, it would count twice
                 raise
         # Outside of ``except``, where the error and its frames are gone, and with them the tensors they held.
         smaller = Size(len(batch.ids), self.physical_size.rows).half()
         if smaller is None:
             raise ConfigError("one row of one example does not fit into memory: train a smaller model, or elsewhere")
         self.physical_size = smaller
-        for part in batch.split(smaller.examples):
-            self._add(step, part)
+        self._add(step, batch)
 
     def _run(self, step: int, batch: Batch) -> None:
         """All rows at once, or those of one example in several passes, of which padding alone needs none."""

@@ -71,7 +71,7 @@ def test_weights_that_are_zero_are_left_as_they_are() -> None:
 @pytest.mark.filterwarnings("ignore:no loss depends on gate")
 def test_probes_are_repeated_after_updates() -> None:
     """A frozen switch stands for whatever begins to mix later."""
-    model = Two(lambda m, h: h + m.switch * (h - h.mean(0)))
+    model = Two(lambda m, h: h + torch.where(m.switch > 0, h - h.mean(0), 0))
     model.register_buffer("switch", torch.zeros(()))
     plan = Plan(dataset_size=100, expected_batch_size=12, max_grad_norm=1, steps=9, target_delta=1e-3, target_epsilon=9)
     clipper = GhostClipper(model, max_grad_norm=1)
@@ -179,6 +179,46 @@ def test_selections_of_rows_are_shown_at_every_step() -> None:
         step(clipper, torch.randn(8, 6), even)
     with pytest.raises(CaptureError, match="reaches rows of other examples"):
         step(clipper, torch.randn(8, 6), uneven)
+
+
+class Expert(nn.Module):
+    """Tokens that a mask picks go through a layer of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, keep):
+        return torch.zeros_like(x).masked_scatter(keep[..., None].expand_as(x), self.layer(x[keep]).tanh())
+
+
+class Dropped(Expert):
+    """The same by numbers of rows."""
+
+    def forward(self, x, keep):
+        rows = keep.nonzero()[:, 0]
+        return torch.zeros_like(x).index_add(0, rows, self.layer(x[rows]).tanh())
+
+
+EVEN, ALL_OF_ONE = torch.zeros(4, 5, dtype=torch.bool), torch.zeros(4, 5, dtype=torch.bool)
+EVEN[:, 2], ALL_OF_ONE[0, :4] = True, True
+
+
+@pytest.mark.filterwarnings("ignore:it was not shown")
+@pytest.mark.parametrize(
+    ("model", "augmult", "shape", "first", "then"),
+    [
+        (Expert, 1, (4, 5, 4), EVEN, ALL_OF_ONE),
+        (Dropped, 2, (4, 4), torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()),
+    ],
+)
+def test_selections_that_could_be_one_of_each(model, augmult, shape, first, then) -> None:
+    """As many tokens as rows, or as examples: another step's may all be of one example."""
+    clipper = GhostClipper(model(), max_grad_norm=1.0, augmult=augmult)
+    for _ in range(3):
+        step(clipper, torch.randn(shape), first)
+    with pytest.raises(CaptureError, match="reaches rows of other examples"):
+        step(clipper, torch.randn(shape), then)
 
 
 class Implicit(nn.Module):

@@ -53,6 +53,109 @@ def test_two_examples_anywhere_that_meet(pair) -> None:
         clip(clipper, torch.randn(8, 5))
 
 
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * min(1.0, 1e-3 / g.norm().item())
+
+
+def hooked(h):
+    if h.requires_grad:
+        h.register_hook(lambda g: g * (1e-3 / g.norm()).clamp(max=1))
+    return h
+
+
+@pytest.mark.parametrize("scale", [Scaled.apply, hooked], ids=["function", "hook"])
+def test_gradients_scaled_by_a_norm_of_the_batch(scale) -> None:
+    """No gradient leaves its rows, and yet each depends on all."""
+    model = Raw(lambda m, x: F.linear(scale(F.linear(x, m.first).tanh()), m.last), first=(5, 5), last=(5, 5))
+    with pytest.raises(CaptureError, match="first: linear: the gradient of one example's loss reaches rows"):
+        clip(GhostClipper(model, max_grad_norm=1.0), torch.randn(8, 5))
+
+
+RANGES = {
+    "dynamic threshold": lambda x: x / x.abs().flatten().quantile(0.9).clamp(min=1),
+    "largest": lambda x: x / x.abs().max().clamp(min=1),
+    "negative": lambda x: x - x.clamp(max=0).sum(0),
+    "count": lambda x: x * x[x > 1].shape[0],
+    "a row in the middle": lambda x: x * x[2],
+    "behind a zero": lambda x: x + 0.0 * x.roll(1, 0),
+}
+
+
+@pytest.mark.parametrize("what", RANGES)
+def test_what_meets_outside_of_the_usual_range(what) -> None:
+    model = Raw(lambda m, x: F.linear(x + RANGES[what](x).detach(), m.weight), weight=(5, 5))
+    with pytest.raises(CaptureError, match=r"cannot be clipped per example"):
+        clip(GhostClipper(model, max_grad_norm=1.0), torch.randn(16, 5).clamp(0.1, 0.9))
+
+
+def test_packed_attention_is_refused() -> None:
+    """A mask parts the examples of one long sequence, but 0 * NaN is NaN."""
+
+    def packed(m, x):
+        n, t, d = x.shape
+        q, k, v = F.linear(x.reshape(1, n * t, d), m.qkv).chunk(3, -1)
+        own = torch.arange(n * t) // t
+        bias = torch.zeros(n * t, n * t).masked_fill(own[:, None] != own[None], -math.inf)
+        return (torch.softmax(q @ k.mT + bias, -1) @ v).view(n, t, d)
+
+    with pytest.raises(CaptureError, match="one example whose numbers are not finite makes"):
+        clip(GhostClipper(Raw(packed, qkv=(12, 4)), max_grad_norm=1.0), torch.randn(6, 3, 4))
+
+
+def test_a_broken_example_settles_no_dimension() -> None:
+    """Sequence first, and only the broken example goes there: nothing finite says where the rows are."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.a(x.transpose(0, 1)).tanh().transpose(0, 1)
+            return torch.where(x.isfinite().all(2, keepdim=True), self.b(x), y)
+
+    x = torch.randn(4, 8, 4)
+    x[3] = math.nan
+    norms = clip(GhostClipper(Gated(), max_grad_norm=1.0), x)
+    assert norms.isfinite().tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("augmult", "passes"), [(4, 7), (16, 7)])
+def test_as_many_positions_as_divide_by_the_examples(augmult, passes) -> None:
+    """Along 64 positions 8 blocks fit, but no rows: where they are is shown once."""
+    model = Raw(lambda m, x: F.linear(F.linear(x, m.a).tanh(), m.b), a=(5, 4), b=(3, 5))
+    clipper = GhostClipper(model, max_grad_norm=1.0, augmult=augmult)
+    counts = [count_passes(clipper, torch.randn(8 * augmult, 64, 4)) for _ in range(3)]
+    assert counts == [passes, 1, 1]
+
+
+def test_an_unfrozen_gate_is_shown_anew() -> None:
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.gate = nn.Linear(4, 4), nn.Parameter(torch.zeros(4), requires_grad=False)
+
+        def forward(self, x):
+            h = self.a(x)
+            return h + torch.where(self.gate > 0, h - h.mean(0).detach(), 0) * self.gate
+
+    model, x = Gate(), torch.randn(8, 4)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    for step in range(6):
+        clip(clipper, x)
+        with torch.no_grad():
+            model.a.weight += 0.1 * step
+    model.gate.requires_grad_(True)
+    with pytest.raises(CaptureError, match="changing one example's input"):
+        clip(clipper, x)
+
+
 def test_rows_that_meet_one_way_only() -> None:
     """Row 5 reads row 2: no gradient of rows 0 to 4 shows it."""
 

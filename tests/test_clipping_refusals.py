@@ -254,6 +254,20 @@ def test_random_calls_without_a_rule() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_parametrizations_inside_a_checkpoint() -> None:
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.GroupNorm(2, 4), nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(lambda h: self.conv(F.silu(self.norm(h))), x, use_reentrant=False)
+
+    message = refusal(Block(), (torch.randn(5, 4, 6),))
+    assert "computed from it inside an activation checkpoint" in message
+    assert "remove its parametrization" in message
+
+
 def test_reentrant_checkpoints() -> None:
     """torch itself refuses them here, and names the cure."""
     clipper = GhostClipper(Checkpointed(use_reentrant=True), max_grad_norm=1.0)

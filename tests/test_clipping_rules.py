@@ -120,7 +120,7 @@ PRODUCTS = [
     raw("bmm", lambda m, x: torch.bmm(x.transpose(0, 1), m.w).transpose(0, 1), floats(2, 4), w=(2, 4, 3)),
     raw("addmm", lambda m, x: torch.addmm(m.b, x.view(-1, 4), m.w).view(len(x), 5, 3), w=(4, 3), b=(3,)),
     raw("addmm-scaled", lambda m, x: m.b.addmm(x[:, 0], m.w, beta=0.5, alpha=-2), w=(4, 3), b=(3,)),
-    raw("addmm-bias", lambda m, x: torch.addmm(m.b, x[:, 0], x[:1, :4, :].reshape(4, -1).detach() * 0 + 1), b=(4,)),
+    raw("addmm-bias", lambda m, x: torch.addmm(m.b, x[:, 0], m.mask[:4, :4]), b=(4,)),
     raw(
         "baddbmm",
         lambda m, x: torch.baddbmm(m.b, x.transpose(0, 1), m.w).transpose(0, 1),

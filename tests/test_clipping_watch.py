@@ -164,9 +164,24 @@ def test_freezing_between_the_passes() -> None:
         m[0].requires_grad_(False)
         return total
 
-    with pytest.raises(CaptureError, match=r"0\.weight, 0\.bias: changed, frozen or unfrozen"), clipper:
+    with pytest.raises(CaptureError, match=r"0\.weight, 0\.bias: changed .*frozen or unfrozen"), clipper:
         clipper.backward(freezing(model, (torch.randn(6, 4),)))
     assert model[0].weight.grad is None
+
+
+def test_freezing_between_two_steps_of_a_block() -> None:
+    model, x = nn.Linear(4, 4), torch.randn(5, 4)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+
+    def twice():
+        with clipper:
+            clipper.backward(losses(model, (x,)))
+            clipper.zero_grad()
+            model.weight.requires_grad_(False)
+            clipper.backward(losses(model, (x,)))
+
+    with pytest.raises(CaptureError, match=r"weight: changed .* frozen or unfrozen inside the block"):
+        twice()
 
 
 def test_zero_grad_forgets_what_was_frozen_since() -> None:

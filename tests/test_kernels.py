@@ -352,6 +352,17 @@ def test_no_examples() -> None:
     assert linear.clipped_sum(torch.zeros(0, 3, 4), torch.zeros(0, 3, 5), torch.zeros(0)).abs().sum() == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("m", "d", "p"), [(0, 3, 4), (5, 0, 4), (5, 3, 0)])
+def test_nothing_to_add_up(m, d, p, backend) -> None:
+    """Sequences without tokens, layers without inputs or outputs: sums of nothing, not a crash."""
+    a, g, w = torch.randn(2, m, d), torch.randn(2, m, p), torch.ones(2)
+    grads, sq = linear.per_example_grads(a, g, backend=backend)
+    assert grads.shape == (2, p, d)
+    for zero in (grads, sq, linear.sq_norms(a, g, backend=backend), linear.clipped_sum(a, g, w, backend=backend)):
+        assert not zero.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_weight_of_zero_silences_what_is_not_finite(dtype) -> None:
     a, g, spec, _ = convolution("3x3", rows=6, dtype=dtype)

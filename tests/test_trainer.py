@@ -162,6 +162,39 @@ def test_what_does_not_fit_is_run_again_in_halves(fits) -> None:
     torch.testing.assert_close(weights(halved.model), weights(usual.model), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("fails", ["in backward, after the sum", "at the end of the block"])
+def test_memory_that_runs_out_after_a_sum_was_added(fails, monkeypatch) -> None:
+    """Run again in halves, every example of the batch would count twice."""
+    t, written = trainer(), []
+    name = "_warn" if fails.startswith("in") else "_buffer_problems"
+    usual = getattr(t.clipper, name)
+
+    def failing(*arguments, **named):
+        if t.clipper.writes:
+            written.append(1)
+            raise torch.OutOfMemoryError("none left")
+        return usual(*arguments, **named)
+
+    monkeypatch.setattr(t.clipper, name, failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        t._accumulate(1, torch.arange(4), torch.ones(4, dtype=torch.bool))
+    assert written == [1]
+
+
+def test_halves_of_halves_do_not_grow_again() -> None:
+    t, attempts = trainer(), []
+
+    def limited(step, batch):
+        attempts.append(len(batch.ids))
+        if len(batch.ids) > 1:
+            raise torch.OutOfMemoryError("none left")
+
+    t._run = limited
+    t._accumulate(1, torch.arange(6), torch.ones(6, dtype=torch.bool))
+    assert attempts == [6, 3, 2, 1, 1, 1, 1, 1, 1]
+    assert t.physical_size.examples == 1
+
+
 def test_an_empty_sample_in_passes_says_nothing() -> None:
     """Whether a sample was empty is not to be seen: warnings are errors here."""
     t = trainer(performance=Performance(memory_budget=4_000))

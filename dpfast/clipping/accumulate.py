@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from dpfast.clipping.derived import TrackedTensors, direct_uses
 from dpfast.clipping.forms import Forms
+from dpfast.clipping.problems import Problem, refusal
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse, place
 from dpfast.clipping.terms import FactoredTerm, Joined, Kept, LinearTerm, Packed, PulledBack, Stored, Term, Unmeasured
@@ -170,14 +172,19 @@ class Accumulation:
             if grads is None:
                 continue
             sources = [self.parameters[name] for name in derived.names]
-            pulled = torch.autograd.grad(
-                derived.tensor,
-                sources,
-                grads.to(derived.tensor.dtype),
-                is_grads_batched=True,
-                retain_graph=True,
-                allow_unused=True,
-            )
+            try:
+                pulled = torch.autograd.grad(
+                    derived.tensor,
+                    sources,
+                    grads.to(derived.tensor.dtype),
+                    is_grads_batched=True,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            except CheckpointError as error:
+                what = "what is used was computed from it inside an activation checkpoint, which cannot run again here"
+                cure = "take the layer out of the checkpoint, or remove its parametrization (fold it into the weight)"
+                raise refusal([Problem(derived.names, what, cure)]) from error
             for source, grad in zip(sources, pulled, strict=True):
                 if grad is not None:
                     self._add_partial(id(source), grad)

@@ -15,11 +15,11 @@ from dpfast.clipping.capture import Capture
 from dpfast.clipping.ownership import (
     ENOUGH_STEPS,
     MOST_PATHS,
-    PROBED_EXAMPLES,
     Synthetic,
     Verdict,
     forward_verdict,
     is_mask,
+    thorough_verdict,
 )
 from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.trees import leaves, tensors_in
@@ -92,12 +92,12 @@ class Call:
         )
         return self.module, kinds, tuple(self.kwargs)
 
-    def verdict(self, capture: Capture, rows: int, augmult: int, most: int) -> tuple[Said, bool]:
+    def verdict(self, capture: Capture, rows: int, augmult: int, seed: int | None) -> tuple[Said, bool]:
         """Of the forward probe, with the weights as they are and without those that hide; whether it ran what the step
-        ran.
+        ran. seed: of the examples that are changed (None: the first time).
         """
         given = list(tensors_in((self.args, self.kwargs)))
-        batch = Synthetic(rows, augmult, most)
+        batch = Synthetic(rows, augmult)
         dims = {batch.dim(t) for t in given} - {None}
         if not dims:
             return "apart" if self.optional else "unseen", True
@@ -111,17 +111,17 @@ class Call:
                 same_path = same_path and trace() == self.after
             return output
 
-        def probed() -> Said:
-            return forward_verdict(run, self.args, self.kwargs, batch, public=is_mask)
+        def probed(numbers: Synthetic) -> Verdict:
+            nonlocal same_path
+            same_before = same_path
+            try:
+                return forward_verdict(run, self.args, self.kwargs, numbers, public=is_mask, seed=seed)
+            finally:
+                if numbers is not batch:  # what other weights and inputs call is not what the step called
+                    same_path = same_before
 
         try:
-            said = probed()
-            was_same = same_path
-            with brought_out(capture.parameters.values()) as any_was_faint:
-                if any_was_faint and said in ("apart", "partly", "unmoved"):
-                    loud = probed()
-                    said = loud if loud in ("mixed", "apart", "partly") else said
-            same_path = was_same  # what another weight calls is not what the step called
+            said: Said = thorough_verdict(probed, batch, lambda: brought_out(capture.parameters.values()))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -213,6 +213,7 @@ class ModelCalls:
         self._shown: set[Hashable] = set()
         self._before_updates: set[Hashable] = set()  # paths shown with earlier weights
         self._tries: Counter[Hashable] = Counter()
+        self._times = 0  # that everything was forgotten
         self._modules: list[nn.Module] = []
         self._depth = 0
         self._handed_over = False  # to the compiled model, which calls the model itself where it cannot be compiled
@@ -224,7 +225,8 @@ class ModelCalls:
     def path(self) -> Hashable:
         """What the step has run so far."""
         assert self._capture is not None
-        return self._capture.tape.trace, tuple(module.training for module in self._modules)
+        modes = tuple(module.training for module in self._modules)
+        return self._capture.tape.trace, modes, tuple(self._capture.parameters)
 
     def begin(self, capture: Capture, modules: list[nn.Module], *, compiles: bool = False) -> None:
         """Watch the model until ``end``. modules: all of its; compiles: whether compiled modules run compiled."""
@@ -325,7 +327,7 @@ class ModelCalls:
         path = self.path()
         if path in self._shown or rows <= self.augmult:  # one example alone meets nobody
             return ""
-        unseen, same_path = self._probe(rows, most=2 if path in self._before_updates else PROBED_EXAMPLES)
+        unseen, same_path = self._probe(rows, seed=self._times if path in self._before_updates else None)
         self._tries[path] += 1
         if len(self._shown) > MOST_PATHS:
             self.forget()
@@ -343,14 +345,15 @@ class ModelCalls:
             self._before_updates.clear()
         self._shown.clear()
         self._tries.clear()
+        self._times += 1
 
-    def _probe(self, rows: int, most: int) -> tuple[str, bool]:
+    def _probe(self, rows: int, seed: int | None) -> tuple[str, bool]:
         names = {id(m): name.removeprefix("_orig_mod").removeprefix(".") for name, m in self.model.named_modules()}
         assert self._capture is not None
         calls = list({call.shape(): call for call in reversed(self._calls)}.values())
         self._depth = 1  # what the probe calls is no call of the user's
         with no_trace_left(self.model):
-            verdicts = [call.verdict(self._capture, rows, self.augmult, most) for call in calls]
+            verdicts = [call.verdict(self._capture, rows, self.augmult, seed) for call in calls]
         self._depth = 0
         said = {verdict for verdict, _ in verdicts}
         same_path = all(same and verdict != "partly" for verdict, same in verdicts)
@@ -362,6 +365,13 @@ class ModelCalls:
             )
             if "mixed" not in said:
                 cure += "; if the rows are in dimension 1, begin with a batch of another size than the sequence's"
+            refuse([Problem((), what, cure)])
+        if "spoiled" in said:
+            what = "one example whose numbers are not finite makes the model's output for other examples so"
+            cure = (
+                "keep the rows of the examples in places of their own (attention over [B, ...], not over one sequence"
+                " of all of them under a mask: 0 * NaN is NaN), or replace such numbers first (torch.nan_to_num)"
+            )
             refuse([Problem((), what, cure)])
         if "unrepeatable" in said:
             return "it gives two results for one input (a generator of its own, a counter)", same_path

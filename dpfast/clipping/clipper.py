@@ -101,6 +101,7 @@ class GhostClipper:
         self._calls = ModelCalls(model, augmult, one_by_one=one_by_one, compiles=compiles)
         self._regions = Regions(self._calls)
         self._written: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: its p.grad, and the sum of its bits
+        self.writes = 0  # how many sums have been added to p.grad
         self._warned: set[str] = set()
         self._anchor = torch.zeros((), requires_grad=True)
         self._capture: Capture | None = None
@@ -212,10 +213,10 @@ class GhostClipper:
                 unseen = self._calls.show(len(losses)) if examples else ""
                 clipped = self._clip(losses, examples, example_mask, model.trainable, more=more)
                 unused = [name for name in model.trainable if name not in clipped.sums]
+                self._buffers = seen(model.fixed)
+                self._regions.accept()
                 if not more:
                     self._write(clipped.sums, model.trainable)
-                self._regions.accept()
-                self._buffers = seen(model.fixed)
         finally:
             capture.restart()
             self._calls.restart()
@@ -314,8 +315,9 @@ class GhostClipper:
     def _state_problems(self, capture: Capture, model: Inventory) -> list[Problem]:
         problems = self._buffer_problems(capture, model)
         moved = [] if self._parameters is None else changed(self._parameters, seen(model.trainable))
+        moved += sorted(set(capture.parameters).symmetric_difference(model.trainable).difference(moved))
         if moved:
-            what = "changed, frozen or unfrozen between the forward pass and clipper.backward"
+            what = "changed between the forward pass and clipper.backward, or frozen or unfrozen inside the block"
             problems.append(Problem((listed(moved),), what, "leave the block for that"))
         foreign = self._foreign_gradients(model.trainable)
         if foreign:
@@ -331,6 +333,7 @@ class GhostClipper:
             missing = [p for name, p in parameters.items() if p.grad is None and name not in ready]
             zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in missing]
             # From here on nothing large is made: memory that ran out half way would leave half a sum.
+            self.writes += 1
             for p, zero in zip(missing, zeros, strict=True):
                 p.grad = zero
             for name, total in ready.items():

@@ -7,17 +7,20 @@ it:
   must be zero outside the rows of the group, and inside what it was when all were back-propagated (a hook that scales
   by a norm of the batch's gradient changes it). The groups are the bits of the examples' numbers and their complements,
   so ``2 log2(B)`` backward passes part every example from every other. This also finds the dimension of the rows.
-- forward, on synthetic input: changing the rows of one example must not change the output of another (what a gradient
-  cannot show: statistics over the batch behind a ``detach``).
+- forward, on synthetic input: changing the rows of some examples must not change the output of the others (what a
+  gradient cannot show: statistics over the batch behind a ``detach``).
 
 Weights that are (nearly) zero, as zero-initialised gates and last layers are, hide what lies behind them: the forward
-probe runs a second time with random numbers in their place. Both probes are done when a step takes a path that was not
-shown, and again, with two groups and two examples, after 1, 2, 4, 8, ... updates of the parameters. What depends on the
-values of the data (rows that meet only for certain images) no probe can exclude.
+probe runs a second time with random numbers in their place, and larger ones of both signs as input. Both probes are
+done when a step takes a path that was not shown, and again, with two halves of the examples, after 1, 2, 4, 8, ...
+updates of the parameters. What depends on the values of the data (rows that meet only for certain images) no probe can
+exclude.
 """
 
+import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -33,7 +36,6 @@ ENOUGH_STEPS = 8  # probed, when there are never gradients of half of the exampl
 MANY_PATHS = 32  # of one model: then probes are a cost to speak of
 MOST_PATHS = 1024  # remembered: some 20 kB each
 SAME_IN_LOW_PRECISION = 0.05  # how far a gradient may be from itself, relatively
-PROBED_EXAMPLES = 4  # changed by the forward probe: a first, a last and two in between
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,13 @@ def weigh(evidence: Evidence, g: Tensor, whole: Tensor, group: Sequence[int], ex
     return replace(evidence, dims=dims, informative=seen)
 
 
+def likely_dim(evidence: Evidence, g: Tensor, examples: int) -> int:
+    """Of those that may still hold the rows, the one by which the fewest examples are not finite."""
+    if len(evidence.dims) == 1 or bool(g.isfinite().all()):
+        return evidence.dims[0]
+    return min(evidence.dims, key=lambda d: int(_blocks(~g.isfinite(), d, examples).any(1).sum()))
+
+
 def _blocks(t: Tensor, dim: int, examples: int) -> Tensor:
     """``[B, entries]``: of the rows of each example along ``dim``."""
     return t.movedim(dim, 0).reshape(examples, -1)
@@ -175,23 +184,24 @@ def _is_small(error: Tensor, whole: Tensor) -> bool:
 # The forward probe
 
 # No example changed another; likewise, but some input could not be changed; one did; nothing with rows went in or came
-# out; what came out does not depend on what went in; twice the same gave two results.
-Verdict = Literal["apart", "partly", "mixed", "unseen", "unmoved", "unrepeatable"]
+# out; what came out does not depend on what went in; twice the same gave two results; one that is not finite makes
+# others so.
+Verdict = Literal["apart", "partly", "mixed", "unseen", "unmoved", "unrepeatable", "spoiled"]
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Synthetic rows in place of a batch's; those of example ``changed`` are others.
+    """Synthetic rows in place of a batch's; those of the examples ``changed`` are others.
 
-    rows: N, how many the batch has, and keeps; augmult: K; most: how many examples are changed, one at a time. Each
-    tensor holds its rows along dimension 0 or 1 if that has N entries, or else along dimension 0 if that has B = N / K,
-    one for each example. Others are left as they are.
+    rows: N, how many the batch has, and keeps; augmult: K. Each tensor holds its rows along dimension 0 or 1 if that
+    has N entries, or else along dimension 0 if that has B = N / K, one for each example. Others are left as they are.
+    numbers: between 0.1 and 1 (quiet), of both signs and some of them large (loud), or NaN in what is changed (broken).
     """
 
     rows: int
     augmult: int
-    most: int = PROBED_EXAMPLES
-    changed: int | None = None
+    numbers: Literal["quiet", "loud", "broken"] = "quiet"
+    changed: frozenset[int] = frozenset()
 
     @property
     def examples(self) -> int:
@@ -213,20 +223,25 @@ class Synthetic:
         if dim is None:
             return t
         rows = t.movedim(dim, 0)
-        mine = slice(0, 0) if self.changed is None else self.of(self.changed, len(rows))
+        mine = self.of(self.changed, len(rows))
         new = self._floats(rows, mine) if t.is_floating_point() else self._wholes(rows, mine)
         return new.movedim(0, dim)
 
-    def _floats(self, rows: Tensor, mine: slice) -> Tensor:
+    def _floats(self, rows: Tensor, mine: list[int]) -> Tensor:
         generator = torch.Generator(rows.device).manual_seed(0)
-        first, other = 0.1 + 0.9 * torch.rand(2, *rows.shape, generator=generator, device=rows.device)
+        if self.numbers == "loud":
+            first, other = 3 * torch.randn(2, *rows.shape, generator=generator, device=rows.device)
+            other = 10 * other
+        else:
+            first, other = 0.1 + 0.9 * torch.rand(2, *rows.shape, generator=generator, device=rows.device)
+            other = torch.full_like(other, math.nan) if self.numbers == "broken" else other
         first[mine] = other[mine]
         return first.to(rows.dtype)
 
-    def _wholes(self, rows: Tensor, mine: slice) -> Tensor:
+    def _wholes(self, rows: Tensor, mine: list[int]) -> Tensor:
         """Another row in the place of each; where all are equal, the next smaller numbers (a label is below C)."""
         new = rows.clone()
-        for row in range(len(rows))[mine]:
+        for row in mine:
             others = (rows != rows[row]).reshape(len(rows), -1).any(1).nonzero()
             if len(others):
                 new[row] = rows[others[row % len(others), 0]]
@@ -234,15 +249,21 @@ class Synthetic:
                 new[row] = ~rows[row] if rows.dtype == torch.bool else (rows[row] - 1).clamp(min=0)
         return new
 
-    def of(self, example: int, rows: int) -> slice:
-        """Those of ``rows`` rows that belong to an example."""
+    def of(self, examples: Iterable[int], rows: int) -> list[int]:
+        """Those of ``rows`` rows that belong to the examples."""
         each = rows // self.examples
-        return slice(example * each, (example + 1) * each)
+        return [row for example in sorted(examples) for row in range(example * each, (example + 1) * each)]
 
 
-def changed_examples(examples: int, most: int = PROBED_EXAMPLES) -> list[int]:
-    """Which examples the probe changes: a first, a last and some in between."""
-    return sorted({round(i * (examples - 1) / (most - 1)) for i in range(most)})
+def changed_examples(examples: int, seed: int | None) -> list[frozenset[int]]:
+    """Which examples the probe changes together: a random half, the others and, without a seed, the first, the last.
+
+    A half finds what one example among many does to the rest; one alone, what two changes would hide.
+    """
+    everyone = range(examples)
+    half = frozenset(random.Random(seed or 0).sample(everyone, examples // 2))
+    alone = [frozenset({0}), frozenset({examples - 1})] if seed is None else []
+    return [half, frozenset(everyone) - half, *alone]
 
 
 def forward_verdict(
@@ -251,19 +272,48 @@ def forward_verdict(
     kwargs: Mapping[str, Any],
     batch: Synthetic,
     public: Callable[[Tensor], bool] = lambda _: False,
+    seed: int | None = None,
 ) -> Verdict:
-    """``run(*args, **kwargs)`` on synthetic rows, changing one example at a time: the others' output must not change.
+    """``run(*args, **kwargs)`` on synthetic rows, changing some examples: the output of the others must not change.
 
     ``run`` must give the same for the same. public: tensors that may be no rows (a causal mask): where everything else
-    keeps examples apart, they are left as they are. Nothing that depends on the inputs' values leaves this function but
-    the verdict.
+    keeps examples apart, they are left as they are. seed: of the examples that are changed (None: the first time).
+    Nothing that depends on the inputs' values leaves this function but the verdict.
     """
     whole = (tuple(args), dict(kwargs))
-    verdict = _verdict(run, whole, batch)
+    verdict = _verdict(run, whole, batch, seed)
     if verdict == "mixed" and any(map(public, tensors_in(whole))):
-        second = _verdict(run, whole, batch, leave=public)
+        second = _verdict(run, whole, batch, seed, leave=public)
         return second if second in ("apart", "partly") else "mixed"
     return verdict
+
+
+def thorough_verdict(
+    probe: Callable[[Synthetic], Verdict], batch: Synthetic, without_hiding: Callable[[], AbstractContextManager[bool]]
+) -> Verdict:
+    """The verdict of ``probe`` on quiet input; on loud input with weights that hide nothing; and on broken input.
+
+    without_hiding: a context with such weights, which says whether there are others. Loud or broken input that the
+    model cannot run on tells nothing.
+    """
+    said = probe(batch)
+    if said not in ("apart", "partly", "unmoved"):
+        return said
+    with without_hiding() as some_hid:
+        for numbers in ("loud", "quiet") if some_hid else ("loud",):
+            again = _if_it_runs(probe, replace(batch, numbers=numbers))
+            if again == "mixed" or (said == "unmoved" and again in ("apart", "partly")):
+                said = again
+    return "spoiled" if said != "mixed" and _if_it_runs(probe, replace(batch, numbers="broken")) == "mixed" else said
+
+
+def _if_it_runs(probe: Callable[[Synthetic], Verdict], batch: Synthetic) -> Verdict:
+    try:
+        return probe(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return "unseen"
 
 
 def is_mask(t: Tensor) -> bool:
@@ -276,9 +326,13 @@ def is_mask(t: Tensor) -> bool:
 
 
 def _verdict(
-    run: Callable[..., Any], whole: Any, batch: Synthetic, leave: Callable[[Tensor], bool] = lambda _: False
+    run: Callable[..., Any],
+    whole: Any,
+    batch: Synthetic,
+    seed: int | None,
+    leave: Callable[[Tensor], bool] = lambda _: False,
 ) -> Verdict:
-    def given(changed: int | None) -> Any:
+    def given(changed: frozenset[int]) -> Any:
         synthetic = replace(batch, changed=changed)
         return replace_tensors(whole, lambda t: t if leave(t) else synthetic(t))
 
@@ -286,7 +340,7 @@ def _verdict(
         args, kwargs = inputs
         return [t for t in tensors_in(run(*args, **kwargs)) if t.ndim]
 
-    usual = given(None)
+    usual = given(frozenset())
     before = outputs(usual)
     dims = [batch.dim(t) for t in before]
     if all(dim is None for dim in dims):
@@ -295,7 +349,7 @@ def _verdict(
         return "unrepeatable"
     idle = {i for i, t in enumerate(tensors_in(whole)) if batch.dim(t) is not None and not leave(t)}
     held, moved = len(idle), False
-    for changed in changed_examples(batch.examples, batch.most):
+    for changed in changed_examples(batch.examples, seed):
         inputs = given(changed)
         pairs = enumerate(zip(tensors_in(usual), tensors_in(inputs), strict=True))
         idle -= {i for i, (one, other) in pairs if i in idle and not torch.equal(one, other)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpfast.clipping.accumulate import Accumulation, Clipped
 from dpfast.clipping.capture import Capture
 from dpfast.clipping.forms import Forms
-from dpfast.clipping.ownership import Ownership, Signature, is_fleeting, possible_dims, weigh
+from dpfast.clipping.ownership import Ownership, Signature, is_fleeting, likely_dim, possible_dims, weigh
 from dpfast.clipping.private import repeatable_backward
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
@@ -146,7 +146,7 @@ class Pass:
             if use.site in evidence and is_fleeting(use, g, evidence[use.site].dims, self.examples, len(self.losses))
         }
         refuse(self.ownership.settle(signature, evidence, self.examples, fleeting))
-        return {site: found.dims[0] for site, found in evidence.items()}
+        return {site: likely_dim(found, whole[site], self.examples) for site, found in evidence.items()}
 
     def _one_example(self) -> Accumulation:
         """The batch is one example: its gradient is the ordinary one, and no rows can mix."""

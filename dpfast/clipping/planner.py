@@ -169,8 +169,9 @@ def plan_step(
     rates = cost.rates_of(next((p.device.type for p in fake.parameters()), "cpu"))
     try:
         with mode:
-            ordinary = _ordinary(fake, losses, given)
-            private, accumulation = _private(fake, losses, given, augmult, performance, part=part)
+            ordinary, rows = _ordinary(fake, losses, given)
+            alone = performance.form == "example" and rows <= augmult
+            private, accumulation = _private(fake, losses, given, augmult, performance, part=part, alone=alone)
     except DataDependentOutputException as error:
         raise CaptureError(
             f"the step cannot be planned: it looks at numbers ({error}), and a plan knows only shapes; use torch.where"
@@ -202,22 +203,37 @@ def _meter(model: nn.Module, inputs: tuple[Tensor, ...]) -> Meter:
     return Meter([*model.parameters(), *model.buffers(), *inputs])
 
 
-def _ordinary(model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...]) -> Meter:
+def _ordinary(model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...]) -> tuple[Meter, int]:
+    """And the number of rows."""
     with _meter(model, inputs) as meter:
-        losses(model, *inputs).mean().backward()
+        rows = losses(model, *inputs)
+        count = len(rows)
+        rows.mean().backward()
     for p in model.parameters():
         p.grad = None
-    return meter
+    return meter, count
 
 
 def _private(
-    model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...], augmult: int, performance: Performance, *, part: bool
+    model: nn.Module,
+    losses: Losses,
+    inputs: tuple[Tensor, ...],
+    augmult: int,
+    performance: Performance,
+    *,
+    part: bool,
+    alone: bool,
 ) -> tuple[Meter, Accumulation]:
-    """The step as ``GhostClipper`` takes it, less what it looks at numbers for: probes and fingerprints."""
+    """The step as ``GhostClipper`` takes it, less what it looks at numbers for: probes and fingerprints.
+
+    part: a pass after the first, beside the gradients of those before it. alone: autograd makes the gradient of one
+    example.
+    """
     tensors = Inventory.of(model)
     with _meter(model, inputs) as meter:
         capture = Capture(tensors.trainable, tensors.fixed, torch.zeros((), requires_grad=True), on_start=lambda: None)
-        capture.detach = not (performance.form == "example" and inputs[0].shape[0] <= augmult)
+        capture.detach = not alone
+        seen = {name: p.new_zeros(1, *p.shape) for name, p in tensors.trainable.items()} if part else {}
         with capture:
             rows = losses(model, *inputs)
             with torch._C.DisableTorchFunction():
@@ -234,9 +250,9 @@ def _private(
                     max_grad_norm=1.0,
                     path=(),
                     mask=mask,
-                    begun=Begun({}, 0, mask) if part else None,
+                    begun=Begun(seen, 0, mask) if part else None,
                 )
-                del rows
+                del rows, seen
                 accumulation = step.accumulate_unshown()
                 refuse(capture.tape.problems)
                 with torch.no_grad():

@@ -46,8 +46,10 @@ def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[
 
 
 def gram_bytes(a: Tensor, g: Tensor, rows: int) -> int:
-    """Of one example's two Grams."""
-    return 4 * rows**2 * sum(math.prod(t.shape[2:]) ** 2 for t in (a, g))
+    """Of one example's two Grams, and what they are made from where that is not there as it lies."""
+    copies = (a.dtype != torch.float32) + (rows > 1)
+    numbers = sum(rows**2 * math.prod(t.shape[2:]) ** 2 + copies * rows * t[:1].numel() for t in (a, g))
+    return 4 * numbers
 
 
 @full_precision()
@@ -99,6 +101,7 @@ class Problem:
         self.native = _native(sizes, geometry, x_stride, y_stride, NATIVE_DTYPES[self.x.dtype], patches)
         _, _, groups, c, p = sizes
         self.numbers = c * groups * p * math.prod(geometry[2])
+        self.empty = 0 in (*sizes, *geometry[0], *geometry[1])
 
     def per_example_grads(self) -> tuple[Tensor, Tensor]:
         """``[B, numbers]`` in the order of ``csrc``, and their squared norms ``[B]``."""
@@ -115,13 +118,16 @@ class Problem:
 
     def clipped_sum(self, w: Tensor) -> Tensor:
         """``[numbers]``."""
-        if not self.examples:
-            return self.x.new_zeros(self.numbers, dtype=torch.float32)
         out = self.x.new_empty(self.numbers, dtype=torch.float32)
         self._run(weights=w.to(torch.float32).contiguous(), out=out)
         return out
 
     def _run(self, *, weights: Tensor | None = None, out: Tensor | None = None, sq: Tensor | None = None) -> None:
+        if self.empty:  # sums of nothing
+            for result in (out, sq):
+                if result is not None:
+                    result.zero_()
+            return
         threads = torch.get_num_threads()
         scratch = self.x.new_empty(self.native.scratch(weights is not None, threads), dtype=torch.float64)
         pointers = [0 if t is None else t.data_ptr() for t in (self.x, self.y, weights, out, sq, scratch)]

@@ -10,7 +10,7 @@ __all__ = ["clipped_sum", "per_example_grads", "sq_norms"]
 def per_example_grads(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """``G [B, P, D]``, and ``|G_i|^2 [B]`` of the numbers stored."""
     grads, sq = of_linear(a, g).per_example_grads()
-    return grads.view(-1, g.shape[2], a.shape[2]), sq
+    return grads.view(len(a), g.shape[2], a.shape[2]), sq
 
 
 def sq_norms(a: Tensor, g: Tensor) -> Tensor:
