@@ -253,7 +253,6 @@ def test_random_calls_without_a_rule() -> None:
     assert "query: scaled_dot_product_attention draws random numbers" in message
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_parametrizations_inside_a_checkpoint() -> None:
     class Block(nn.Module):
         def __init__(self):
@@ -268,6 +267,7 @@ def test_parametrizations_inside_a_checkpoint() -> None:
     assert "remove its parametrization" in message
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_reentrant_checkpoints() -> None:
     """torch itself refuses them here, and names the cure."""
     clipper = GhostClipper(Checkpointed(use_reentrant=True), max_grad_norm=1.0)
