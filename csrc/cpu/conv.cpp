@@ -236,18 +236,19 @@ inline void gather(const T* from, int64_t channel, int64_t position, int64_t wid
     }
 }
 
-// Asks for memory that is read next, line by line: gathering jumps from channel to channel, which no prefetcher follows.
+// Asks for memory that is read next, into the second-level cache: gathering jumps from channel to channel, which no
+// prefetcher follows. It need not be there: nothing is read.
 inline void ask_for(const void* memory, int64_t bytes) {
     constexpr int64_t kLine = 64, kMostBytes = 1 << 14;
     const char* at = static_cast<const char*>(memory);
-    for (int64_t i = 0; i < bytes && i < kMostBytes; i += kLine) __builtin_prefetch(at + i);
+    for (int64_t i = 0; i < bytes && i < kMostBytes; i += kLine) __builtin_prefetch(at + i, 0, 2);
 }
 
 // y of some rows and one group: for each run and piece of output channels [rows * positions][piece].
 template <class T>
 void pack_y(const Conv& c, const Cut& cut, const T* y, int64_t rows, float* out) {
     const int64_t* step = c.y_stride;  // row, channel, and the three dimensions
-    ask_for(y, sizeof(T) * rows * step[0]);
+    ask_for(y + rows * step[0], sizeof(T) * rows * step[0]);
     for_runs(c, rows, [&](const Run& run) {
         for (int64_t piece = 0; piece < cut.pieces; ++piece) {
             const int64_t size = cut.size(piece);
@@ -269,7 +270,6 @@ template <class T>
 void pack_x(const Conv& c, const Cut& cut, const T* x, int64_t first, float* out) {
     const int64_t* step = c.x_stride;
     const int64_t columns = cut.columns - first < cut.block ? cut.columns - first : cut.block;
-    ask_for(x + first * step[1], sizeof(T) * columns * step[1]);
     const int64_t left = c.pad[2], right = left + c.in[2] < cut.pad[2] ? left + c.in[2] : cut.pad[2];
     for (int64_t d = 0; d < cut.pad[0]; ++d) {
         for (int64_t h = 0; h < cut.pad[1]; ++h) {
@@ -339,6 +339,9 @@ void example(const Conv& c, const Cut& cut, const Task& task, const T* x, const 
     for (int64_t row = 0; row < c.rows; row += cut.chunk) {
         const int64_t rows = row + cut.chunk < c.rows ? cut.chunk : c.rows - row;
         const T* from = x + row * c.x_stride[0] + task.group * c.c * c.x_stride[1];
+        for (int64_t i = cut.chunk; i < 2 * cut.chunk; ++i) {
+            ask_for(from + i * c.x_stride[0] + task.first * c.x_stride[1], sizeof(T) * cut.block * c.x_stride[1]);
+        }
         Source source;
         int64_t tap_step[3];
         if (lies_right) {
