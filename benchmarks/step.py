@@ -231,7 +231,7 @@ def planned_memory(found: dict[str, dict[str, Any]]) -> str:
 def cell(r: dict[str, Any] | None) -> str:
     if r is None:
         return ""
-    return "" + (r["skipped"].split(":")[0] if "skipped" in r else f"{r['time']:.2f}, {r['memory']:.2f}")
+    return str(r["skipped"]).split(":")[0] if "skipped" in r else f"{r['time']:.2f}, {r['memory']:.2f}"
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from dpfast.errors import CaptureError
 from dpfast.objective import Objective
 from dpfast.seeding import RandomState
 
-PROBED_EXAMPLES = 4
+PROBED_EXAMPLES = 4  # that an objective is shown on
 
 
 def show_objective(

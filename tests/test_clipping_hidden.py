@@ -200,6 +200,19 @@ class Dropped(Expert):
         return torch.zeros_like(x).index_add(0, rows, self.layer(x[rows]).tanh())
 
 
+class InParts(Expert):
+    """What is selected goes through a call that returns several tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(4, 4)
+
+    def forward(self, x, keep):
+        rows = keep.nonzero()[:, 0]
+        _, state = self.cell(x[rows])
+        return torch.zeros_like(x).index_add(0, rows, self.layer(state).tanh())
+
+
 EVEN, ALL_OF_ONE = torch.zeros(4, 5, dtype=torch.bool), torch.zeros(4, 5, dtype=torch.bool)
 EVEN[:, 2], ALL_OF_ONE[0, :4] = True, True
 
@@ -210,6 +223,7 @@ EVEN[:, 2], ALL_OF_ONE[0, :4] = True, True
     [
         (Expert, 1, (4, 5, 4), EVEN, ALL_OF_ONE),
         (Dropped, 2, (4, 4), torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()),
+        (InParts, 2, (4, 4), torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()),
     ],
 )
 def test_selections_that_could_be_one_of_each(model, augmult, shape, first, then) -> None:

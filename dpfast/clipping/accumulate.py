@@ -12,7 +12,7 @@ from dpfast.clipping.forms import Forms
 from dpfast.clipping.problems import Problem, refusal
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse, place
-from dpfast.clipping.terms import FactoredTerm, Joined, Kept, LinearTerm, Packed, PulledBack, Stored, Term, Unmeasured
+from dpfast.clipping.terms import BookKept, FactoredTerm, Joined, Kept, LinearTerm, Packed, PulledBack, Stored, Term
 from dpfast.kernels import linear
 from dpfast.kernels.clip import clip_factors, clipped_sums
 from dpfast.kernels.cost import Form, Work
@@ -63,9 +63,8 @@ class Accumulation:
         self.sq = torch.zeros(examples, dtype=torch.float64, device=device)
         self.bound = torch.zeros_like(self.sq)
         self.kept: list[tuple[str, Kept]] = []
-        self.small: dict[
-            str, Tensor
-        ] = {}  # gradients ``[B, *shape]`` of biases, norm affines and the like, joined later
+        # Gradients ``[B, *shape]`` of biases, norm affines and the like: joined later, for one call instead of many.
+        self.small: dict[str, Tensor] = {}
         self.one_input: list[LinearTerm] = []  # of one input, not measured yet
         self.partial = {id(parameters[name]): grads for name, grads in (begun or {}).items()}
         self.chosen: list[tuple[str, Work, Form]] = []
@@ -144,7 +143,7 @@ class Accumulation:
         if self.one_input and place(self.one_input[0].a) != place(term.a):
             self._measure_one_input()
         self.one_input.append(term)
-        self.kept.append((name, Unmeasured(term)))
+        self.kept.append((name, BookKept(term)))
 
     def _measure_one_input(self) -> None:
         if self.one_input:

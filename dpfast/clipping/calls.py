@@ -200,7 +200,7 @@ class ModelCalls:
     Through ``__call__`` of their classes, which is replaced meanwhile: hooks on every module cost 46 ms a step on a
     UNet of 300 modules, and replacing that of ``nn.Module`` makes Python look up every method anew. Of the modules of
     ``model``, those that the user's code calls directly (the model itself, usually) are probed once for every path: the
-    functions that a step called, and the training modes of the layers.
+    functions that a step called, the training modes of the layers, and what is trained.
     """
 
     def __init__(self, model: nn.Module, augmult: int, *, one_by_one: bool, compiles: bool = False) -> None:
@@ -217,9 +217,8 @@ class ModelCalls:
         self._modules: list[nn.Module] = []
         self._depth = 0
         self._handed_over = False  # to the compiled model, which calls the model itself where it cannot be compiled
-        self._watched: list[
-            tuple[Any, Any, Any]
-        ] = []  # class, the call of its own if it has one, what stands there now
+        # Class, the call of its own if it has one, what stands there now.
+        self._watched: list[tuple[Any, Any, Any]] = []
         self.restart()
 
     def path(self) -> Hashable:

@@ -173,16 +173,18 @@ class Capture(TorchFunctionMode):
             if func in COMPOSED:
                 return self._composed(COMPOSED[func], args, kwargs)
             if func not in AS_ANOTHER:
-                return self._use(func, args, kwargs, tracked, written)
+                selected = any(t in self.selected for t in tensors) if self.selected else False
+                output = self._use(func, args, kwargs, tracked, written, selected=selected)
+                return self._marked(output, selected=selected)
         elif tracked:
             self.tape.used_without_grad.update(name for source in tracked for name in source.names)
+        selected = self._selects(func, tensors, data)
         if func in GUARDED:
-            return self._guarded(func, args, kwargs)
+            return self._marked(self._guarded(func, args, kwargs), selected=selected)
         output = func(*args, **kwargs)
         outputs = [*tensors_in(output), *written]
         self._note_constants(func, tensors, outputs, written)
-        if self._selects(func, tensors, data):
-            self.selected.update(outputs)
+        self._marked(outputs, selected=selected)
         if func in ARITHMETIC and all(storage(t) in self.protected for t in tensors):
             self.counted.update(dict.fromkeys(outputs, True))
         return output
@@ -196,6 +198,12 @@ class Capture(TorchFunctionMode):
         if not self.selected:
             return False
         return any(t in self.selected for t in (tensors[:1] if func in PUTS_BACK else tensors))
+
+    def _marked(self, output: Any, *, selected: bool) -> Any:
+        """``output``, after taking note that its rows were picked by data, if they were."""
+        if selected:
+            self.selected.update(tensors_in(output))
+        return output
 
     def _is_constant(self, t: Tensor) -> bool:
         """One that autograd follows has been written into by another name."""
@@ -265,16 +273,17 @@ class Capture(TorchFunctionMode):
             self.started = True
             self.on_start()
 
-    def _use(self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor]) -> Any:
+    def _use(
+        self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor], *, selected: bool
+    ) -> Any:
         args, kwargs = own_lists(args), own_lists(kwargs)
         self.start()
         names = _names(tracked)
         use = self._use_of(func, args, kwargs, names, written)
-        if self.selected and isinstance(use, Use) and any(t in self.selected for t in tensors_in((args, kwargs))):
-            use = replace(use, selected=True)
         if isinstance(use, Problem):
             self.tape.problems.append(Problem(names, f"{function_name(func)}: {use.what}", use.cure))
             return self._harmless(func, args, kwargs)
+        use = replace(use, selected=True) if selected else use
         random_before = None if use.ruled else random_state()
         output = self._run(func, args, kwargs)
         if random_before is not None and any(t.is_floating_point() for t in tensors_in(output)):
@@ -292,13 +301,10 @@ class Capture(TorchFunctionMode):
         targets = self.with_bases([source.tensor for source in tracked])  # twice in one call is used twice
         if isinstance(output, Tensor):
             self._no_longer_constant(written)
-            output = self._attach(output, use, func, names, targets, in_place=bool(written))
-            if use.selected:
-                self.selected[output] = True
-            return output
+            return self._attach(output, use, func, names, targets, in_place=bool(written))
         if isinstance(output, tuple | list):  # each result is a use of its own: gradients add up
             uses = [fallback_use(func, args, kwargs, self.tracked, names=names, result=i) for i in range(len(output))]
-            results = zip(output, [replace(cast(Use, u), selected=use.selected) for u in uses], strict=True)
+            results = zip(output, [replace(cast(Use, u), selected=selected) for u in uses], strict=True)
             attach = partial(self._attach, func=func, names=names, targets=targets, in_place=False)
             return type(output)([attach(o, u) for o, u in results])
         return output
@@ -377,6 +383,8 @@ class Capture(TorchFunctionMode):
         for t in outputs:
             if made_from_constants and func not in RANDOM:
                 self.constants[t] = certain
+            elif t in self.constants:
+                del self.constants[t]
             elif all(s in self.drawn or s in self.constants for s in tensors):
                 self.drawn[t] = True
             elif t in self.drawn:

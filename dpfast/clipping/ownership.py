@@ -148,7 +148,8 @@ def weigh(evidence: Evidence, g: Tensor, whole: Tensor, group: Sequence[int], ex
     Entries that are not finite say nothing: 0 * inf of another example's activation is NaN without any mixing.
     """
     finite = g.isfinite() & whole.isfinite()
-    touched, other = finite & (g != 0), torch.where(finite, g - whole, 0)
+    touched, expected = finite & (g != 0), torch.where(finite, whole, 0)
+    error = torch.where(finite, g - whole, 0)
     owners = {}
     for d in evidence.dims:
         blocks = _blocks(touched, d, examples).any(1)
@@ -157,7 +158,7 @@ def weigh(evidence: Evidence, g: Tensor, whole: Tensor, group: Sequence[int], ex
         d
         for d in evidence.dims
         if owners[d].issubset(group)
-        and _is_small(_blocks(other, d, examples)[group], _blocks(torch.where(finite, whole, 0), d, examples)[group])
+        and _is_small(_blocks(error, d, examples)[group], _blocks(expected, d, examples)[group])
     )
     seen = evidence.informative | owners[dims[0]] if dims else frozenset()
     return replace(evidence, dims=dims, informative=seen)

@@ -87,6 +87,11 @@ class TapedUse:
     selected: bool = False
 
 
+def _only_input(site: Site, saved: tuple[Tensor, ...]) -> Hashable:
+    """By which uses of one function that save the same tensor, and nothing else, know each other."""
+    return (site.function, place(saved[0])) if len(saved) == 1 and saved[0].layout == torch.strided else None
+
+
 @dataclass
 class Tape:
     """Lives for one forward and backward pass; a ``Tap`` behind every captured output reports its gradient here."""
@@ -114,7 +119,7 @@ class Tape:
 
     def sharing(self, use: TapedUse, saved: tuple[Tensor, ...]) -> int:
         """How many uses of the function saved what this one did (0: not known)."""
-        return self.inputs[use.site.function, place(saved[0])] if len(saved) == 1 else 0
+        return self.inputs[_only_input(use.site, saved)] if _only_input(use.site, saved) else 0
 
     @contextmanager
     def receiving(self, receive: Receive) -> Iterator[None]:
@@ -134,8 +139,7 @@ class Tape:
         self.note(taped, output.shape, targets)
         if not use.ruled:
             output = output.clone()  # the function may have saved its result, which Tap would mark as changed
-        if len(use.saved) == 1:
-            self.inputs[site.function, place(use.saved[0])] += 1
+        self.inputs[_only_input(site, use.saved)] += 1
         saved = [t.detach() for t in use.saved]  # no edges into their graphs; the version counter is shared
         tapped: Tensor = Tap.apply(output, self.anchor, self, taped, in_place, *saved)  # type: ignore[no-untyped-call]
         return tapped

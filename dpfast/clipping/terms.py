@@ -134,25 +134,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class ByGram:
-    """A factored term whose norms come from Gram matrices, which err by at most ``bound``."""
+class BookKept:
+    """A factored term whose norms come from elsewhere than its gradients (from a Gram, perhaps shared)."""
 
     term: "FactoredTerm"
-    sq: Tensor
-    bound: Tensor
 
     def clipped_sum(self, w: Tensor) -> Tensor:
         return self.term.weighted_sum(w)
 
 
 @dataclass(frozen=True)
-class Unmeasured:
-    """A factored term that is measured elsewhere, together with others."""
+class ByGram(BookKept):
+    """With norms from Gram matrices of its own, which err by at most ``bound``."""
 
-    term: "FactoredTerm"
-
-    def clipped_sum(self, w: Tensor) -> Tensor:
-        return self.term.weighted_sum(w)
+    sq: Tensor
+    bound: Tensor
 
 
 class FactoredTerm:

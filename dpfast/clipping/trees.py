@@ -83,7 +83,11 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
 def own_lists(value: Any) -> Any:
     """The same arguments, less lists that the caller may change after the call."""
     items = value.values() if isinstance(value, dict) else value
-    return replace_tensors(value, lambda t: t) if any(isinstance(item, list | dict) for item in items) else value
+    return replace_tensors(value, lambda t: t) if any(map(_may_change, items)) else value
+
+
+def _may_change(value: Any) -> bool:
+    return isinstance(value, list | dict) or (isinstance(value, tuple) and any(map(_may_change, value)))
 
 
 def _is_record(value: Any) -> bool:
