@@ -7,6 +7,10 @@
 // channels and the tile that is kept in registers, some p times some c, runs over positions. What is copied is a
 // fraction of 1 / (taps * P) and 1 / (taps * C) of the multiplications. Linear layers are convolutions with one tap.
 //
+// What is copied are words of 32 bits: a number in float, or, where the processor multiplies bfloat16 (AVX512-BF16), the
+// numbers of two output positions that follow each other. In x every position starts a word: at every tap, a pair is
+// then one word.
+//
 // This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <cstdint>
 #include <cstring>
@@ -33,10 +37,16 @@ constexpr int kSums = 12;
 #endif
 constexpr int most(int vectors) { return kSums / vectors < 12 ? kSums / vectors : 12; }  // output channels in a tile
 
-constexpr int64_t kBlock = 256;      // positions at a time: their x and y stay in the first-level cache
-constexpr int64_t kPacked = 1 << 18; // numbers of y that are packed before they are used, if the examples are small
+constexpr int64_t kBlock = 256;      // positions at a time (even): their x and y stay in the first-level cache
+constexpr int64_t kPacked = 1 << 18; // words of y that are packed before they are used, if the examples are small
 
 constexpr std::uintptr_t kAlign = 64;  // bytes: vectors of packed numbers do not cross cache lines
+
+#ifdef __AVX512BF16__
+constexpr bool kPairs = true;  // whether there are instructions for bfloat16
+#else
+constexpr bool kPairs = false;
+#endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -48,21 +58,25 @@ inline float* aligned(double* at) {
 struct Cut {
     bool patches;           // written down: columns are (channel, tap), and there is one tap
     int64_t taps, columns;  // columns: input channels of a group, or channel times tap
-    int64_t positions;
+    int word;               // positions in a word: 1, or 2 in bfloat16
+    bool apart;             // the words of x do not overlap: there is one tap along a line
+    int64_t words;          // of y, for a row and an output channel
     int vectors;                         // in a block of columns: 1 or 2
     int64_t block, blocks;               // columns in a block; how many blocks
     int64_t pieces, piece_size, larger;  // output channels: how many pieces, their size, how many have one more
-    int64_t pad[3];                      // extents of the padded copy of a row of x
+    int64_t pad[3];                      // extents of the padded copy of a row of x, in words
     int64_t chunk;                       // rows at a time: more than one where a row has few positions
     int64_t wave;                        // examples whose y is packed at a time
     int64_t parts;                       // of the weighted sum, each over some of a wave's examples
     int64_t splits;                      // of the output channels among tasks
-    int64_t x_numbers, acc_numbers, y_numbers, sum_numbers, squares;
+    int64_t x_words, acc_numbers, y_words, sum_numbers, squares;
 
     Cut(const Conv& c, int threads, bool sum) {
         taps = c.kernel[0] * c.kernel[1] * c.kernel[2];
-        positions = c.out[0] * c.out[1] * c.out[2];
         patches = c.patches;
+        word = kPairs && c.dtype == BFloat16 && !patches ? 2 : 1;
+        words = c.out[0] * c.out[1] * ceil_div(c.out[2], word);
+        apart = word > 1 && c.kernel[2] == 1 && c.stride[2] == 1 && c.pad[2] == 0 && c.in[2] == c.out[2];
         columns = patches ? c.c * taps : c.c;
         if (patches) taps = 1;
         vectors = columns > kLanes ? 2 : 1;
@@ -71,19 +85,20 @@ struct Cut {
         pieces = ceil_div(c.p, most(vectors));
         piece_size = c.p / pieces;
         larger = c.p % pieces;
-        chunk = positions > kBlock / 2 || positions < 1 ? 1 : kBlock / positions;
+        chunk = words > kBlock / 2 || words < 1 ? 1 : kBlock / words;
         if (chunk > c.rows) chunk = c.rows;
         if (chunk < 1) chunk = 1;
-        x_numbers = chunk * block;
+        x_words = chunk * block;
         for (int i = 0; i < 3; ++i) {
             pad[i] = patches ? c.out[i] : (c.out[i] - 1) * c.stride[i] + (c.kernel[i] - 1) * c.dilation[i] + 1;
-            x_numbers *= pad[i];
+            if (apart && i == 2) pad[i] = ceil_div(pad[i], word);
+            x_words *= pad[i];
         }
         acc_numbers = taps * c.p * block;
-        y_numbers = c.rows * c.groups * c.p * positions;
+        y_words = c.rows * c.groups * c.p * words;
         const int64_t tasks = 2 * threads, columns_tasks = c.groups * blocks;
         wave = ceil_div(tasks, columns_tasks);
-        if (wave < kPacked / (y_numbers + 1)) wave = kPacked / (y_numbers + 1);
+        if (wave < kPacked / (y_words + 1)) wave = kPacked / (y_words + 1);
         if (wave > c.examples) wave = c.examples;
         if (wave < 1) wave = 1;
         parts = sum ? ceil_div(tasks, columns_tasks) : 1;
@@ -104,7 +119,7 @@ struct Cut {
 // dimension.
 struct Run {
     int64_t rows, d, h, lines, w, width;
-    int64_t count() const { return rows * lines * width; }
+    int64_t words(int word) const { return rows * lines * ceil_div(width, word); }
 };
 
 // All positions of `rows` rows (one, unless they have few positions) in runs of about kBlock.
@@ -120,8 +135,8 @@ inline void for_runs(const Conv& c, int64_t rows, F f) {
     }
 }
 
-// Where x lies, padded or not: steps from one row to the next, and from one output position to the next along the three
-// dimensions.
+// Where x lies, padded or not: steps, in words, from one row to the next, from one output position to the next along the
+// first two dimensions, and from one word of y to the next.
 struct Source {
     const float* at;
     int64_t row_step;
@@ -158,17 +173,59 @@ inline void tile(const Source& x, const Conv& c, const Run& run, const float* y,
     }
 }
 
+#ifdef __AVX512BF16__
+// The same, two positions in a word and in a multiplication.
+template <int M, int N>
+inline void tile_of_pairs(const Source& x, const Conv& c, const Run& run, const float* y, float* acc, int64_t acc_step) {
+    Vec sum[M][N] = {};
+    const int64_t step = x.step[2];
+    int64_t row = 0;
+    do {
+        int64_t d = run.d, h = run.h, line = 0;
+        do {
+            const float* at = x.at + row * x.row_step + d * x.step[0] + h * x.step[1] + run.w / 2 * step;
+            int64_t left = run.width;
+            do {
+                __m512i xs[N];
+                for (int n = 0; n < N; ++n) {
+                    xs[n] = _mm512_loadu_si512(at + n * kLanes);
+                    if (left == 1) xs[n] = _mm512_and_si512(xs[n], _mm512_set1_epi32(0xFFFF));  // a line's end
+                }
+                for (int m = 0; m < M; ++m) {
+                    const __m512bh ym = reinterpret_cast<__m512bh>(_mm512_set1_ps(y[m]));
+                    for (int n = 0; n < N; ++n) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], ym, reinterpret_cast<__m512bh>(xs[n]));
+                }
+                at += step;
+                y += M;
+                left -= 2;
+            } while (left > 0);
+            if (++h == c.out[1]) h = 0, ++d;
+        } while (++line < run.lines);
+    } while (++row < run.rows);
+    for (int m = 0; m < M; ++m) {
+        for (int n = 0; n < N; ++n) {
+            *reinterpret_cast<Loose*>(acc + m * acc_step + n * kLanes) += sum[m][n];
+        }
+    }
+}
+#endif
+
 typedef void (*Tile)(const Source&, const Conv&, const Run&, const float*, float*, int64_t);
 
 template <int N, int... M>
-Tile tile_of(int64_t m, std::integer_sequence<int, M...>) {
+Tile tile_of(int64_t m, int word, std::integer_sequence<int, M...>) {
+#ifdef __AVX512BF16__
+    static constexpr Tile of_pairs[] = {tile_of_pairs<M + 1, N>...};
+    if (word == 2) return of_pairs[m - 1];
+#endif
+    (void)word;
     static constexpr Tile tiles[] = {tile<M + 1, N>...};
     return tiles[m - 1];
 }
 
-template <int N>
-Tile tile_of(int64_t m) {
-    return tile_of<N>(m, std::make_integer_sequence<int, most(N)>());
+Tile tile_of(int64_t m, int vectors, int word) {
+    return vectors == 2 ? tile_of<2>(m, word, std::make_integer_sequence<int, most(2)>())
+                        : tile_of<1>(m, word, std::make_integer_sequence<int, most(1)>());
 }
 
 #ifdef __AVX2__
@@ -198,26 +255,136 @@ inline __m256 eight(const Brain* at) {
 }
 #endif
 
-// to[w * step + j] = from[j * channel + w * position], for w < width and j < columns (0 from there to `block`).
+// Lines of several channels to be packed, `channel` and `position` numbers from one to the next. What a word is made of:
+// a number.
 template <class T>
-inline void gather(const T* from, int64_t channel, int64_t position, int64_t width, int64_t columns, int64_t block,
-                   float* to) {
+struct Numbers {
+    const T* at;
+    int64_t channel, position;
+
+    float word(int64_t j, int64_t w) const { return number(at[j * channel + w * position]); }
+    void words(int64_t w, int64_t columns, float* to) const {  // of channels that follow each other
+        for (int64_t j = 0; j < columns; ++j) to[j] = number(at[j + w * position]);
+    }
+
+#ifdef __AVX2__
+    static constexpr bool kBeyond = false;  // whether words may be asked for that lie beyond the line
+    struct Eight {  // eight words of a channel from w on; position is 1
+        const T* at;
+        int64_t channel;
+        Eight(const Numbers& line, int64_t w) : at(line.at + w), channel(line.channel) {}
+        __m256 operator()(int64_t j) const { return eight(at + j * channel); }
+    };
+#endif
+};
+
+#ifdef __AVX512BF16__
+inline float pair(Brain first, Brain second) {
+    const std::uint32_t bits = first.bits | static_cast<std::uint32_t>(second.bits) << 16;
+    float word;
+    std::memcpy(&word, &bits, sizeof word);
+    return word;
+}
+
+// Pairs of numbers that follow each other; of nothing there is 0.
+inline void pairs(const Brain* first, const Brain* second, int64_t count, float* to) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+        const __mmask16 here = static_cast<__mmask16>(count - j < kLanes ? (1u << (count - j)) - 1 : 0xFFFF);
+        const __m256i low = _mm256_maskz_loadu_epi16(first ? here : 0, first + j);
+        const __m256i high = _mm256_maskz_loadu_epi16(second ? here : 0, second + j);
+        const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+        _mm512_mask_storeu_epi32(to + j, here, both);
+    }
+}
+
+// Bits [from, to) of 16.
+inline __mmask16 bits(int64_t from, int64_t to) {
+    const int64_t low = from < 0 ? 0 : from > 16 ? 16 : from, high = to < low ? low : to > 16 ? 16 : to;
+    return static_cast<__mmask16>((1u << high) - (1u << low));
+}
+
+// The numbers 2 w and 2 w + 1 of a line of `length`; 0 beyond it.
+struct PairsAlong {
+    const Brain* at;
+    int64_t channel, position, length;
+
+    float word(int64_t j, int64_t w) const {
+        const Brain* first = at + j * channel + 2 * w * position;
+        return pair(*first, 2 * w + 1 < length ? first[position] : Brain{0});
+    }
+    void words(int64_t w, int64_t columns, float* to) const {
+        const Brain* first = at + 2 * w * position;
+        pairs(first, 2 * w + 1 < length ? first + position : nullptr, columns, to);
+    }
+
+    static constexpr bool kBeyond = true;
+    struct Eight {
+        const Brain* at;
+        int64_t channel;
+        __mmask16 inside;
+        Eight(const PairsAlong& line, int64_t w)
+            : at(line.at + 2 * w), channel(line.channel), inside(bits(0, line.length - 2 * w)) {}
+        __m256 operator()(int64_t j) const {
+            return _mm256_castsi256_ps(_mm256_maskz_loadu_epi16(inside, at + j * channel));
+        }
+    };
+};
+
+// The numbers w - left and w - left + stride of a line of `length`; 0 outside of it.
+struct PairsAcross {
+    const Brain* at;
+    int64_t channel, position, length, left, stride;
+
+    Brain one(int64_t j, int64_t i) const {
+        return i >= 0 && i < length ? at[j * channel + i * position] : Brain{0};
+    }
+    float word(int64_t j, int64_t w) const { return pair(one(j, w - left), one(j, w - left + stride)); }
+    void words(int64_t w, int64_t columns, float* to) const {
+        const int64_t i = w - left;
+        const Brain* first = i >= 0 && i < length ? at + i * position : nullptr;
+        pairs(first, i + stride >= 0 && i + stride < length ? at + (i + stride) * position : nullptr, columns, to);
+    }
+
+    static constexpr bool kBeyond = true;
+    struct Eight {
+        const Brain* at;
+        int64_t channel, stride;
+        __mmask8 first, second;
+        Eight(const PairsAcross& line, int64_t w)
+            : at(line.at + w - line.left), channel(line.channel), stride(line.stride), first(inside(line, w)),
+              second(inside(line, w + stride)) {}
+        static __mmask8 inside(const PairsAcross& line, int64_t w) {
+            return static_cast<__mmask8>(bits(line.left - w, line.left - w + line.length));
+        }
+        __m256 operator()(int64_t j) const {
+            const Brain* from = at + j * channel;
+            const __m256i low = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(first, from));
+            const __m256i high = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(second, from + stride));
+            return _mm256_castsi256_ps(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+        }
+    };
+};
+#endif
+
+// to[w * block + j] = line.word(j, w), for w < width and j < columns (0 from there to `block`).
+template <class Line>
+inline void gather(const Line& line, int64_t width, int64_t columns, int64_t block, float* to) {
     int64_t w = 0;
 #ifdef __AVX2__
-    if (position == 1) {
-        for (; w + 8 <= width; w += 8, to += 8 * block) {
+    if (line.position == 1) {
+        for (; w + (Line::kBeyond ? 1 : 8) <= width; w += 8) {
+            const typename Line::Eight words(line, w);
+            const int64_t here = width - w < 8 ? width - w : 8;
             for (int64_t first = (block - 1) / 8 * 8; first >= 0; first -= 8) {
                 const int64_t count = columns - first < 8 ? columns - first : 8;
                 const int64_t room = block - first < 8 ? block - first : 8;
                 __m256 v[8];
-                for (int64_t j = 0; j < 8; ++j) {
-                    v[j] = j < count ? eight(from + (first + j) * channel + w) : _mm256_setzero_ps();
-                }
+                for (int64_t j = 0; j < 8; ++j) v[j] = j < count ? words(first + j) : _mm256_setzero_ps();
                 transpose(v);
                 // A store of eight may reach into the next position, whose first channels are written after it (so the
-                // last channels come first), but not beyond the last of these eight.
-                for (int64_t i = 0; i < 8; ++i) {
-                    if (i * block + first + 8 <= 8 * block) {
+                // last channels come first), but not beyond the last of these positions.
+                for (int64_t i = 0; i < here; ++i) {
+                    if (i * block + first + 8 <= here * block) {
                         _mm256_storeu_ps(to + i * block + first, v[i]);
                     } else {
                         float last[8];
@@ -226,12 +393,16 @@ inline void gather(const T* from, int64_t channel, int64_t position, int64_t wid
                     }
                 }
             }
+            to += here * block;
         }
     }
 #endif
     for (; w < width; ++w, to += block) {
-        const T* at = from + w * position;
-        for (int64_t j = 0; j < columns; ++j) to[j] = number(at[j * channel]);
+        if (line.channel == 1) {
+            line.words(w, columns, to);
+        } else {
+            for (int64_t j = 0; j < columns; ++j) to[j] = line.word(j, w);
+        }
         for (int64_t j = columns; j < block; ++j) to[j] = 0;
     }
 }
@@ -244,20 +415,38 @@ inline void ask_for(const void* memory, int64_t bytes) {
     for (int64_t i = 0; i < bytes && i < kMostBytes; i += kLine) __builtin_prefetch(at + i, 0, 2);
 }
 
-// y of some rows and one group: for each run and piece of output channels [rows * positions][piece].
+// The words of a line of y.
+template <class T>
+inline void pack_line(const T* y, int64_t channel, int64_t position, int64_t width, int64_t size, int, float* out) {
+    gather(Numbers<T>{y, channel, position}, width, size, size, out);
+}
+
+#ifdef __AVX512BF16__
+inline void pack_line(const Brain* y, int64_t channel, int64_t position, int64_t width, int64_t size, int word,
+                      float* out) {
+    if (word == 2) return gather(PairsAlong{y, channel, position, width}, ceil_div(width, 2), size, size, out);
+    gather(Numbers<Brain>{y, channel, position}, width, size, size, out);
+}
+#endif
+
+// y of some rows and one group: for each run and piece of output channels [rows * words][piece].
 template <class T>
 void pack_y(const Conv& c, const Cut& cut, const T* y, int64_t rows, float* out) {
     const int64_t* step = c.y_stride;  // row, channel, and the three dimensions
     ask_for(y + rows * step[0], sizeof(T) * rows * step[0]);
+    // Whether lines that follow each other in memory make a longer one.
+    const bool together = c.out[0] == 1 && step[3] == c.out[2] * step[4] && c.out[2] % cut.word == 0;
     for_runs(c, rows, [&](const Run& run) {
+        const int64_t joined = together ? run.lines : 1;
         for (int64_t piece = 0; piece < cut.pieces; ++piece) {
             const int64_t size = cut.size(piece);
             for (int64_t row = 0; row < rows; ++row) {
                 const T* from = y + row * step[0] + cut.first(piece) * step[1] + run.w * step[4];
                 int64_t d = run.d, h = run.h;
-                for (int64_t line = 0; line < run.lines; ++line) {
-                    gather(from + d * step[2] + h * step[3], step[1], step[4], run.width, size, size, out);
-                    out += run.width * size;
+                for (int64_t line = 0; line < run.lines; line += joined) {
+                    const int64_t width = joined * run.width;
+                    pack_line(from + d * step[2] + h * step[3], step[1], step[4], width, size, cut.word, out);
+                    out += ceil_div(width, cut.word) * size;
                     if (++h == c.out[1]) h = 0, ++d;
                 }
             }
@@ -265,25 +454,43 @@ void pack_y(const Conv& c, const Cut& cut, const T* y, int64_t rows, float* out)
     });
 }
 
+// A line of the padded copy of x, [pad2][block]: `width` positions of the image after the left padding.
+template <class T>
+inline void pad_line(const Conv& c, const Cut& cut, const T* x, int64_t left, int64_t width, int64_t columns, float* out) {
+    std::memset(out, 0, sizeof(float) * left * cut.block);
+    gather(Numbers<T>{x, c.x_stride[1], c.x_stride[4]}, width, columns, cut.block, out + left * cut.block);
+    std::memset(out + (left + width) * cut.block, 0, sizeof(float) * (cut.pad[2] - left - width) * cut.block);
+}
+
+#ifdef __AVX512BF16__
+inline void pad_line(const Conv& c, const Cut& cut, const Brain* x, int64_t left, int64_t width, int64_t columns,
+                     float* out) {
+    const int64_t channel = c.x_stride[1], position = c.x_stride[4];
+    if (cut.apart) {
+        gather(PairsAlong{x, channel, position, width}, cut.pad[2], columns, cut.block, out);
+    } else {
+        gather(PairsAcross{x, channel, position, width, left, c.stride[2]}, cut.pad[2], columns, cut.block, out);
+    }
+}
+#endif
+
 // A block of columns of one row and group of x: [pad0][pad1][pad2][block], zeros outside of the image.
 template <class T>
 void pack_x(const Conv& c, const Cut& cut, const T* x, int64_t first, float* out) {
     const int64_t* step = c.x_stride;
     const int64_t columns = cut.columns - first < cut.block ? cut.columns - first : cut.block;
-    const int64_t left = c.pad[2], right = left + c.in[2] < cut.pad[2] ? left + c.in[2] : cut.pad[2];
+    const int64_t left = c.pad[2], end = cut.pad[2] * (cut.apart ? cut.word : 1);
+    const int64_t right = left + c.in[2] < end ? left + c.in[2] : end;
     for (int64_t d = 0; d < cut.pad[0]; ++d) {
         for (int64_t h = 0; h < cut.pad[1]; ++h) {
             const int64_t from_d = d - c.pad[0], from_h = h - c.pad[1];
             const int64_t line = cut.pad[2] * cut.block;
             if (from_d < 0 || from_d >= c.in[0] || from_h < 0 || from_h >= c.in[1] || right <= left) {
                 std::memset(out, 0, sizeof(float) * line);
-                out += line;
-                continue;
+            } else {
+                const T* at = x + first * step[1] + from_d * step[2] + from_h * step[3];
+                pad_line(c, cut, at, left, right - left, columns, out);
             }
-            std::memset(out, 0, sizeof(float) * left * cut.block);
-            const T* at = x + first * step[1] + from_d * step[2] + from_h * step[3];
-            gather(at, step[1], step[4], right - left, columns, cut.block, out + left * cut.block);
-            std::memset(out + right * cut.block, 0, sizeof(float) * (cut.pad[2] - right) * cut.block);
             out += line;
         }
     }
@@ -350,7 +557,7 @@ void example(const Conv& c, const Cut& cut, const Task& task, const T* x, const 
             for (int i = 0; i < 3; ++i) tap_step[i] = c.x_stride[2 + i];
         } else {
             source.at = packed;
-            source.row_step = cut.x_numbers / cut.chunk;
+            source.row_step = cut.x_words / cut.chunk;
             for (int64_t i = 0; i < rows; ++i) {
                 float* to = packed + i * source.row_step;
                 if (cut.patches) {
@@ -367,12 +574,13 @@ void example(const Conv& c, const Cut& cut, const Task& task, const T* x, const 
             source.step[i] = tap_step[i] * (cut.patches ? 1 : c.stride[i]);
             tap_step[i] *= c.dilation[i];
         }
-        const float* ys = y + (row * c.groups + task.group * rows) * c.p * cut.positions;
+        if (!cut.apart) source.step[2] *= cut.word;
+        const float* ys = y + (row * c.groups + task.group * rows) * c.p * cut.words;
         for_runs(c, rows, [&](const Run& run) {
             for (int64_t piece = task.from; piece < task.to; ++piece) {
                 const int64_t p = cut.first(piece), size = cut.size(piece);
-                const Tile tile = cut.vectors == 2 ? tile_of<2>(size) : tile_of<1>(size);
-                const float* at = ys + p * run.count();
+                const Tile tile = tile_of(size, cut.vectors, cut.word);
+                const float* at = ys + p * run.words(cut.word);
                 int64_t tap = 0;
                 const int64_t kd = cut.patches ? 1 : c.kernel[0], kh = cut.patches ? 1 : c.kernel[1];
                 const int64_t kw = cut.patches ? 1 : c.kernel[2];
@@ -386,7 +594,7 @@ void example(const Conv& c, const Cut& cut, const Task& task, const T* x, const 
                     }
                 }
             }
-            ys += c.p * run.count();
+            ys += c.p * run.words(cut.word);
         });
     }
 }
@@ -450,15 +658,30 @@ inline int thread_number() {
 #endif
 }
 
+// Lines that follow each other in memory are one longer line, where every position has the input of the same place.
+Conv flat(Conv c) {
+    for (int i = 0; i < 3; ++i) {
+        if (c.kernel[i] != 1 || c.stride[i] != 1 || c.pad[i] != 0 || c.in[i] != c.out[i]) return c;
+    }
+    for (int i = 1; i >= 0; --i) {
+        const bool follows = c.x_stride[2 + i] == c.in[2] * c.x_stride[4] && c.y_stride[2 + i] == c.in[2] * c.y_stride[4];
+        if (c.in[i] != 1 && !follows) return c;
+        c.in[2] = c.out[2] = c.in[2] * c.in[i];
+        c.in[i] = c.out[i] = 1;
+    }
+    return c;
+}
+
 template <class T>
-void run(const Conv& c, const T* x, const T* y, const float* weights, float* out, double* sq, double* scratch,
+void run(const Conv& given, const T* x, const T* y, const float* weights, float* out, double* sq, double* scratch,
          int threads) {
     const bool sum = weights != nullptr;
+    const Conv c = flat(given);
     const Cut cut(c, threads, sum);
     const int64_t size = cut.taps * c.groups * c.p * cut.columns;
     double* square_parts = scratch;
     float* own = aligned(square_parts + cut.squares);
-    float* partial = own + threads * (cut.x_numbers + cut.acc_numbers);
+    float* partial = own + threads * (cut.x_words + cut.acc_numbers);
     float* packed = partial + cut.sum_numbers;
     float* sums = cut.parts > 1 ? partial : out;
     const int64_t owners = sum ? cut.parts : cut.wave;  // a wave's examples, or parts of the sum
@@ -469,8 +692,8 @@ void run(const Conv& c, const T* x, const T* y, const float* weights, float* out
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float* mine = own + thread_number() * (cut.x_numbers + cut.acc_numbers);
-        float* acc = mine + cut.x_numbers;
+        float* mine = own + thread_number() * (cut.x_words + cut.acc_numbers);
+        float* acc = mine + cut.x_words;
         for (int64_t begin = 0; begin < c.examples; begin += cut.wave) {
             const int64_t count = begin + cut.wave < c.examples ? cut.wave : c.examples - begin;
 #pragma omp for schedule(static)
@@ -481,7 +704,7 @@ void run(const Conv& c, const T* x, const T* y, const float* weights, float* out
                 if (sum && !(weights[begin + e] > 0)) continue;
                 const T* from = y + ((begin + e) * c.rows + row) * c.y_stride[0] + group * c.p * c.y_stride[1];
                 pack_y(c, cut, from, rows,
-                       packed + e * cut.y_numbers + (row * c.groups + group * rows) * c.p * cut.positions);
+                       packed + e * cut.y_words + (row * c.groups + group * rows) * c.p * cut.words);
             }
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < tasks; ++i) {
@@ -493,7 +716,7 @@ void run(const Conv& c, const T* x, const T* y, const float* weights, float* out
                 for (int64_t e = owner; e < count; e += owners) {
                     const float w = sum ? weights[begin + e] : 1.0f;
                     if (!(w > 0)) continue;  // contributes exactly nothing, whatever its numbers are
-                    example(c, cut, task, x + (begin + e) * c.rows * c.x_stride[0], packed + e * cut.y_numbers, mine, acc);
+                    example(c, cut, task, x + (begin + e) * c.rows * c.x_stride[0], packed + e * cut.y_words, mine, acc);
                     if (sum) {
                         add_weighted(c, cut, task, acc, w, sums + owner * size);
                         continue;
@@ -528,8 +751,8 @@ void run(const Conv& c, const T* x, const T* y, const float* weights, float* out
 }  // namespace
 
 std::int64_t conv_scratch(const Conv& c, bool sum, int threads) {
-    const Cut cut(c, threads, sum);
-    const int64_t floats = cut.wave * cut.y_numbers + cut.sum_numbers + threads * (cut.x_numbers + cut.acc_numbers);
+    const Cut cut(flat(c), threads, sum);
+    const int64_t floats = cut.wave * cut.y_words + cut.sum_numbers + threads * (cut.x_words + cut.acc_numbers);
     return cut.squares + ceil_div(floats, 2) + kAlign / sizeof(double);
 }
 

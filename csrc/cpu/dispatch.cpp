@@ -7,9 +7,9 @@
 namespace dpfast {
 namespace {
 
-enum class Isa { base, v3, v4 };
+enum class Isa { base, v3, v4, v4bf16 };
 
-// DPFAST_ISA=base or v3 asks for less than the processor has.
+// DPFAST_ISA=base, v3 or v4 asks for less than the processor has.
 Isa detect() {
 #ifdef DPFAST_LEVELS
     const char* wanted = std::getenv("DPFAST_ISA");
@@ -17,7 +17,11 @@ Isa detect() {
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (v4 && (any || !std::strcmp(wanted, "v4"))) return Isa::v4;
+#ifdef DPFAST_BF16
+    const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16");
+    if (bf16 && (any || !std::strcmp(wanted, "v4bf16"))) return Isa::v4bf16;
+#endif
+    if (v4 && (any || !std::strncmp(wanted, "v4", 2))) return Isa::v4;
     if (v3 && (any || std::strcmp(wanted, "base"))) return Isa::v3;
 #endif
     return Isa::base;
@@ -32,6 +36,7 @@ Isa isa() {
 
 const char* instruction_set() {
     switch (isa()) {
+        case Isa::v4bf16: return "v4bf16";
         case Isa::v4: return "v4";
         case Isa::v3: return "v3";
         default: return "base";
@@ -41,12 +46,21 @@ const char* instruction_set() {
 #ifdef DPFAST_LEVELS
 #define DPFAST_RUN(call)                \
     switch (isa()) {                    \
+        case Isa::v4bf16:               \
         case Isa::v4: return v4::call;  \
         case Isa::v3: return v3::call;  \
         default: return base::call;     \
     }
 #else
 #define DPFAST_RUN(call) return base::call;
+#endif
+
+#ifdef DPFAST_BF16
+#define DPFAST_RUN_CONV(call)                                 \
+    if (isa() == Isa::v4bf16) return v4bf16::call;            \
+    DPFAST_RUN(call)
+#else
+#define DPFAST_RUN_CONV(call) DPFAST_RUN(call)
 #endif
 
 void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, Dims size, float* weight, float* bias,
@@ -74,11 +88,11 @@ void fingerprints(const Memory* memory, std::int64_t count, std::uint64_t* out, 
     DPFAST_RUN(fingerprints(memory, count, out, threads))
 }
 
-std::int64_t conv_scratch(const Conv& c, bool sum, int threads) { DPFAST_RUN(conv_scratch(c, sum, threads)) }
+std::int64_t conv_scratch(const Conv& c, bool sum, int threads) { DPFAST_RUN_CONV(conv_scratch(c, sum, threads)) }
 
 void conv_grads(const Conv& c, const void* x, const void* y, const float* weights, float* out, double* sq,
                 double* scratch, int threads) {
-    DPFAST_RUN(conv_grads(c, x, y, weights, out, sq, scratch, threads))
+    DPFAST_RUN_CONV(conv_grads(c, x, y, weights, out, sq, scratch, threads))
 }
 
 void conv_gram(const PixelGram& shape, const float* x, const float* y, double* sq, double* magnitudes, int threads) {

@@ -3,6 +3,11 @@
 
 #include "dpfast.h"
 
+#define DPFAST_CONV                                                                                                    \
+    std::int64_t conv_scratch(const Conv& c, bool sum, int threads);                                                  \
+    void conv_grads(const Conv& c, const void* x, const void* y, const float* weights, float* out, double* sq,        \
+                    double* scratch, int threads);
+
 #define DPFAST_FUNCTIONS                                                                                              \
     void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, Dims size, float* weight,         \
                       float* bias, int threads);                                                                      \
@@ -13,10 +18,8 @@
     void group_norm_grads(const void* x, NormStride x_stride, const void* g, NormStride g_stride,                     \
                           const NormShape& shape, double eps, Dtype dtype, float* weight, float* bias, int threads);  \
     void fingerprints(const Memory* memory, std::int64_t count, std::uint64_t* out, int threads);                     \
-    std::int64_t conv_scratch(const Conv& c, bool sum, int threads);                                                  \
-    void conv_grads(const Conv& c, const void* x, const void* y, const float* weights, float* out, double* sq,        \
-                    double* scratch, int threads);                                                                    \
-    void conv_gram(const PixelGram& shape, const float* x, const float* y, double* sq, double* magnitudes, int threads);
+    void conv_gram(const PixelGram& shape, const float* x, const float* y, double* sq, double* magnitudes, int threads); \
+    DPFAST_CONV
 
 namespace dpfast {
 constexpr std::int64_t kSquareBlock = 1 << 16;  // numbers of a gradient that one task of sq_norms squares
@@ -29,5 +32,8 @@ DPFAST_FUNCTIONS
 }
 namespace v4 {
 DPFAST_FUNCTIONS
+}
+namespace v4bf16 {  // v4 but for these
+DPFAST_CONV
 }
 }  // namespace dpfast
