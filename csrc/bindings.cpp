@@ -26,6 +26,12 @@ void affine_grads(std::uintptr_t a, const Four& a_stride, std::uintptr_t g, cons
                          reinterpret_cast<float*>(bias), threads);
 }
 
+void bias_grads(std::uintptr_t g, const Four& g_stride, const Four& size, int dtype, std::uintptr_t bias, int threads) {
+    py::gil_scoped_release release;
+    dpfast::bias_grads(reinterpret_cast<const void*>(g), dims(g_stride), dims(size), static_cast<dpfast::Dtype>(dtype),
+                       reinterpret_cast<float*>(bias), threads);
+}
+
 std::vector<std::uint64_t> fingerprints(const std::vector<std::pair<std::uintptr_t, std::int64_t>>& memory, int threads) {
     std::vector<dpfast::Memory> places;
     for (const auto& [at, bytes] : memory) places.push_back({reinterpret_cast<const void*>(at), bytes});
@@ -131,4 +137,6 @@ PYBIND11_MODULE(_native, m) {
           py::arg("y"), py::arg("sq"), py::arg("magnitudes"), py::arg("threads"));
     m.def("affine_grads", &affine_grads, py::arg("a"), py::arg("a_stride"), py::arg("g"), py::arg("g_stride"),
           py::arg("size"), py::arg("weight"), py::arg("bias"), py::arg("threads"));
+    m.def("bias_grads", &bias_grads, py::arg("g"), py::arg("g_stride"), py::arg("size"), py::arg("dtype"),
+          py::arg("bias"), py::arg("threads"));
 }

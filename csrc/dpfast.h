@@ -10,7 +10,7 @@ enum Dtype : int { Float32 = 0, BFloat16 = 1 };
 
 // Raised whenever a signature below changes; dpfast/kernels/dispatch.py refuses another value, so that a module built
 // from older sources is never called.
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 // Sizes, or strides in elements, of a tensor [B, M, C, S]: examples, rows of an example, channels, positions.
 struct Dims {
@@ -21,6 +21,9 @@ struct Dims {
 // Any strides, 0 included. Uses at most `threads` threads.
 void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, Dims size, float* weight, float* bias,
                   int threads);
+
+// bias[b, c] = sum over m, s of g, contiguous [B, C]; g of `dtype`, any strides.
+void bias_grads(const void* g, Dims g_stride, Dims size, Dtype dtype, float* bias, int threads);
 
 // sq[e] = the sum of squares of gradient e, added up in double; `parts` has room for examples * square_blocks(numbers).
 // A gradient is `numbers` floats in a row, the next one `stride` further.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpfast.errors import ConfigError, DPFastError
 from dpfast.kernels import dispatch
-from dpfast.kernels.affine import affine_grads, native
+from dpfast.kernels.affine import affine_grads, bias_grads, native
 
 NATIVE = dispatch.why_not_native() is None
 needs_native = pytest.mark.skipif(not NATIVE, reason=str(dispatch.why_not_native()))
@@ -92,12 +92,38 @@ def test_agrees_with_float64_in_every_layout(backend: dispatch.Backend, g_layout
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_biases_agree_with_float64_in_every_layout(
+    backend: dispatch.Backend, layout: str, size: tuple, dtype: torch.dtype
+) -> None:
+    g = _as(dtype, LAYOUTS[layout](*size))
+    bias = bias_grads(g, backend=backend)
+    assert bias.dtype == torch.float32
+    assert bias.shape == (size[0], size[2])
+    if bias.numel():
+        scale = g.double().abs().sum((1, 3))
+        assert ((bias - _exact(g, g)[1]).abs() <= 8 * torch.finfo(torch.float32).eps * scale).all()
+
+
+def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """In another dtype, and still the same strides."""
+    if t.dtype == dtype:
+        return t
+    whole = torch.as_strided(t, (t.untyped_storage().nbytes() // t.itemsize,), (1,), 0).to(dtype)
+    return whole.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype) -> None:
     a, g = _randn(3, 2, 20, 40).to(dtype), _randn(3, 2, 20, 40).to(dtype)
     ours = affine_grads(a, g)
-    assert {t.dtype for t in ours} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert {t.dtype for t in (*ours, bias_grads(g))} == {torch.float64 if dtype == torch.float64 else torch.float32}
     _assert_2x(ours, a, g)
+    _assert_2x((ours[0], bias_grads(g)), a, g)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
@@ -109,7 +135,8 @@ def test_native_error_does_not_grow_with_positions(layout: str) -> None:
     eps = torch.finfo(torch.float32).eps
     scale = (a.double() * g.double()).abs().sum((1, 3))
     assert ((weight - exact_weight).abs() <= 8 * eps * scale).all()
-    assert ((bias - exact_bias).abs() <= 8 * eps * g.double().abs().sum((1, 3))).all()
+    for sums in (bias, bias_grads(g, backend="native")):
+        assert ((sums - exact_bias).abs() <= 8 * eps * g.double().abs().sum((1, 3))).all()
 
 
 @needs_native
@@ -121,7 +148,7 @@ def test_native_is_the_same_for_any_number_of_threads(layout: str) -> None:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(affine_grads(a, g, backend="native"))
+            results.append((*affine_grads(a, g, backend="native"), bias_grads(g, backend="native")))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -139,6 +166,9 @@ def test_one_examples_nan_stays_its_own(backend: dispatch.Backend) -> None:
     assert bias[1, 7].isnan()
     for mine, theirs in zip((weight, bias), clean, strict=True):
         assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
+    alone = bias_grads(g, backend=backend)
+    assert alone[1, 7].isnan()
+    torch.testing.assert_close(alone[[0, 2]], clean[1][[0, 2]])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -202,6 +232,8 @@ def test_native_refuses_what_it_cannot_read() -> None:
     t = torch.zeros(2, 1, 3, 4, dtype=torch.float64)
     with pytest.raises(DPFastError, match="plain float32 CPU tensors"):
         native.affine_grads(t, t)
+    with pytest.raises(DPFastError, match="plain float32 or bfloat16 CPU tensor"):
+        native.bias_grads(t)
     with pytest.raises(DPFastError, match="expected 'native', 'reference' or None"):
         affine_grads(t, t, backend="cuda")  # type: ignore[arg-type]
 

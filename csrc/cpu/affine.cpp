@@ -1,4 +1,4 @@
-// Per-example gradients of a norm's affine parameters on the CPU, in one pass over a and g.
+// Per-example gradients of a norm's affine parameters, in one pass over a and g, and of biases.
 //
 // Three kernels for three layouts: positions contiguous (NCHW), channels contiguous (channels_last, LayerNorm), and
 // anything else. All multiply and add in double: products are exact, results are rounded once, and reading memory
@@ -151,16 +151,78 @@ Layout layout_of(Dims a, Dims g, Dims size) {
     return Layout::any;
 }
 
+// Rows that follow each other as positions do are positions: longer runs for the kernels.
+void join_rows(Dims* a, Dims* g, Dims* size) {
+    if (size->s != 1 && (a->m != a->s * size->s || g->m != g->s * size->s)) return;
+    if (size->s == 1) a->s = a->m, g->s = g->m;
+    size->s *= size->m;
+    size->m = 1;
+}
+
+// The sums of `count` times kLanes numbers, `step` from one kLanes to the next.
+template <class T>
+inline Wide sum_of(const T* g, std::int64_t step, std::int64_t count) {
+    Wide sum;
+    for (std::int64_t s = 0; s < count;) {
+        Vec part{};
+        for (int i = 0; i < kBrief && s < count; ++i, ++s) part += load(g + s * step);
+        sum += widen(part);
+    }
+    return sum;
+}
+
+// bias[c] of one example, for some channels.
+template <class T>
+void sum_channels(const T* g, Dims step, const Dims& size, std::int64_t channels, float* bias) {
+    std::int64_t c = 0;
+    if (step.c == 1 && step.s != 1) {
+        for (; c + kLanes <= channels; c += kLanes) {
+            Wide sum;
+            for (std::int64_t m = 0; m < size.m; ++m) sum += sum_of(g + m * step.m + c, step.s, size.s);
+            put(sum, bias + c);
+        }
+    }
+    for (; c < channels; ++c) {
+        Wide sum;
+        for (std::int64_t m = 0; m < size.m; ++m) {
+            const T* from = g + m * step.m + c * step.c;
+            const std::int64_t whole = step.s == 1 ? size.s / kLanes : 0;
+            sum += sum_of(from, kLanes, whole);
+            for (std::int64_t s = whole * kLanes; s < size.s; ++s) sum.low[0] += number(from[s * step.s]);
+        }
+        bias[c] = static_cast<float>(total(sum));
+    }
+}
+
+template <class T>
+void sum_all(const T* g, Dims step, Dims size, float* bias, int threads) {
+    Dims same = step;
+    join_rows(&same, &step, &size);
+    const std::int64_t blocks = (size.c + kRows - 1) / kRows;
+    const bool parallel = threads > 1 && size.b * size.m * size.c * size.s > kSerial;
+    (void)parallel;  // unused without OpenMP
+#pragma omp parallel for collapse(2) num_threads(threads) if (parallel)
+    for (std::int64_t b = 0; b < size.b; ++b) {
+        for (std::int64_t block = 0; block < blocks; ++block) {
+            const std::int64_t c = block * kRows;
+            sum_channels(g + b * step.b + c * step.c, step, size, std::min(kRows, size.c - c), bias + b * size.c + c);
+        }
+    }
+}
+
 }  // namespace
+
+void bias_grads(const void* g, Dims g_stride, Dims size, Dtype dtype, float* bias, int threads) {
+    if (dtype == BFloat16) {
+        sum_all(static_cast<const Brain*>(g), g_stride, size, bias, threads);
+    } else {
+        sum_all(static_cast<const float*>(g), g_stride, size, bias, threads);
+    }
+}
 
 void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, Dims size, float* weight, float* bias,
                   int threads) {
-    // Rows that follow each other as positions do are positions: longer runs for the kernels.
-    if (size.s == 1 || (a_stride.m == a_stride.s * size.s && g_stride.m == g_stride.s * size.s)) {
-        if (size.s == 1) a_stride.s = a_stride.m, g_stride.s = g_stride.m;
-        size.s *= size.m;
-        size.m = 1;
-    }
+    join_rows(&a_stride, &g_stride, &size);
     const Layout layout = layout_of(a_stride, g_stride, size);
     const std::int64_t width = layout == Layout::channels ? kColumns : kRows;
     const std::int64_t blocks = (size.c + width - 1) / width;

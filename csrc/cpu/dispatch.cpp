@@ -68,6 +68,10 @@ void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, 
     DPFAST_RUN(affine_grads(a, a_stride, g, g_stride, size, weight, bias, threads))
 }
 
+void bias_grads(const void* g, Dims g_stride, Dims size, Dtype dtype, float* bias, int threads) {
+    DPFAST_RUN(bias_grads(g, g_stride, size, dtype, bias, threads))
+}
+
 void sq_norms(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride, double* parts,
               double* sq, int threads) {
     DPFAST_RUN(sq_norms(grads, examples, numbers, stride, parts, sq, threads))

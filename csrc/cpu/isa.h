@@ -11,6 +11,7 @@
 #define DPFAST_FUNCTIONS                                                                                              \
     void affine_grads(const float* a, Dims a_stride, const float* g, Dims g_stride, Dims size, float* weight,         \
                       float* bias, int threads);                                                                      \
+    void bias_grads(const void* g, Dims g_stride, Dims size, Dtype dtype, float* bias, int threads);                  \
     void sq_norms(const float* grads, std::int64_t examples, std::int64_t numbers, std::int64_t stride,               \
                   double* parts, double* sq, int threads);                                                            \
     void clipped_sums(const Stored* stored, std::int64_t count, std::int64_t examples, const float* weights,          \

@@ -12,7 +12,7 @@ Cost: 3 B M C S FLOPs, and one read of a and g by the native backend.
 from torch import Tensor
 
 from dpfast.kernels.affine import native, reference
-from dpfast.kernels.dispatch import Backend, KernelError, choose
+from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, KernelError, choose
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
@@ -33,9 +33,9 @@ def affine_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tup
     return _affine_grads(a, g, backend)
 
 
-def bias_grads(g: Tensor) -> Tensor:
+def bias_grads(g: Tensor, *, backend: Backend | None = None) -> Tensor:
     """Gradients of a bias, ``[B, C]``: the sum of ``g [B, M, C, S]`` over rows and positions, float32 at least."""
-    return _bias_grads(g, None)
+    return _bias_grads(g, backend)
 
 
 def _check(a: Tensor, g: Tensor) -> None:
@@ -60,8 +60,9 @@ def _fake_affine_grads(a: Tensor, g: Tensor, _: Backend | None) -> tuple[Tensor,
     return weight, weight.new_empty(weight.shape)
 
 
-def _run_bias_grads(g: Tensor, _: Backend | None) -> Tensor:
-    return reference.bias_grads(g)
+def _run_bias_grads(g: Tensor, backend: Backend | None) -> Tensor:
+    is_native = choose(backend, g, dtypes=tuple(NATIVE_DTYPES)) == "native"
+    return (native if is_native else reference).bias_grads(g)
 
 
 def _fake_bias_grads(g: Tensor, _: Backend | None) -> Tensor:
