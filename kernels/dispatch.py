@@ -1,7 +1,8 @@
 """Which implementation of an op runs: the compiled module ``dpfast._native``, or PyTorch (``reference``).
 
-The native module is looked for at the first op, not at import. ``DPFAST_BACKEND=reference`` leaves it aside,
-``DPFAST_BACKEND=native`` makes its absence an error, ``auto`` (or nothing) takes it when it is there.
+The native module and the environment are looked at once, at the first op, not at import. ``DPFAST_BACKEND=reference``
+leaves the module aside, ``DPFAST_BACKEND=native`` makes its absence an error, ``auto`` (or nothing) takes it when it is
+there.
 """
 
 import functools
@@ -20,14 +21,16 @@ Backend = Literal["native", "reference"]
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype of csrc/dpfast.h
 _ABI = 5  # kAbi of csrc/dpfast.h
 _VARIABLE = "DPFAST_BACKEND"
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class KernelError(DPFastError, ValueError):
     """An op was called with shapes, dtypes or a backend it cannot compute with."""
 
 
+@functools.cache
 def backend() -> Backend:
-    """The backend that ops choose by themselves, as the environment says now.
+    """The backend that ops choose by themselves, as the environment said when it was first asked for.
 
     Raises:
         ConfigError: ``DPFAST_BACKEND`` is none of native, reference, auto, or native and missing.
@@ -71,17 +74,20 @@ def choose(requested: Backend | None, *tensors: Tensor, dtypes: tuple[torch.dtyp
         if requested not in ("native", "reference"):
             raise KernelError(f"backend={requested!r}: expected 'native', 'reference' or None")
         return requested
-    if backend() == "native" and all(native_can_read(t, dtypes) for t in tensors):
-        return "native"
-    return "reference"
+    if backend() != "native":
+        return "reference"
+    for t in tensors:
+        if not native_can_read(t, dtypes):
+            return "reference"
+    return "native"
 
 
 def native_can_read(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether a tensor is plain memory on the CPU that autograd and transforms need not follow."""
     return (
         tensor.dtype in dtypes
-        and tensor.device.type == "cpu"
-        and type(tensor) in (Tensor, torch.nn.Parameter)  # no FakeTensor or other subclass
+        and type(tensor) in _PLAIN  # no FakeTensor or other subclass
+        and tensor.is_cpu
         and tensor.layout == torch.strided
         and not tensor.is_neg()
         and not (tensor.requires_grad and torch.is_grad_enabled())

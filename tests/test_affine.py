@@ -238,33 +238,44 @@ def test_native_refuses_what_it_cannot_read() -> None:
         affine_grads(t, t, backend="cuda")  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def _forgotten() -> Iterator[None]:
+    """The backend is looked for anew in the test, and after it."""
+    found = (dispatch.backend, dispatch._find_native)
+    for each in found:
+        each.cache_clear()
+    yield
+    for each in found:
+        each.cache_clear()
+
+
+@pytest.mark.usefixtures("_forgotten")
 def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPFAST_BACKEND", "reference")
     assert dispatch.backend() == "reference"
     assert "DPFAST_BACKEND=reference" in str(dispatch.why_not_native())
     monkeypatch.setenv("DPFAST_BACKEND", "natve")
+    assert dispatch.backend() == "reference"
+    dispatch.backend.cache_clear()
     with pytest.raises(ConfigError, match="expected native, reference or auto"):
         dispatch.backend()
 
 
-def test_missing_or_old_native_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize(
+    ("module", "words"), [("dpfast.no_such_module", "not built"), ("dpfast.errors", "version None")]
+)
+def test_missing_or_old_native_module_is_explained(module: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     t = torch.zeros(2, 1, 3, 4)
     monkeypatch.delenv("DPFAST_BACKEND", raising=False)
-    try:
-        for patch, words in [("dpfast.no_such_module", "not built"), ("dpfast.errors", "version None")]:
-            dispatch._find_native.cache_clear()
-            find = dispatch.importlib.import_module
-            monkeypatch.setattr(dispatch.importlib, "import_module", lambda _, f=find, p=patch: f(p))
-            assert dispatch.backend() == "reference"
-            assert words in str(dispatch.why_not_native())
-            affine_grads(t, t)
-            with pytest.raises(DPFastError, match=words):
-                affine_grads(t, t, backend="native")
-            with monkeypatch.context() as context:
-                context.setenv("DPFAST_BACKEND", "native")
-                with pytest.raises(ConfigError, match=words):
-                    dispatch.backend()
-            monkeypatch.undo()
-            monkeypatch.delenv("DPFAST_BACKEND", raising=False)
-    finally:
-        dispatch._find_native.cache_clear()
+    find = dispatch.importlib.import_module
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda _: find(module))
+    assert dispatch.backend() == "reference"
+    assert words in str(dispatch.why_not_native())
+    affine_grads(t, t)
+    with pytest.raises(DPFastError, match=words):
+        affine_grads(t, t, backend="native")
+    dispatch.backend.cache_clear()
+    monkeypatch.setenv("DPFAST_BACKEND", "native")
+    with pytest.raises(ConfigError, match=words):
+        dispatch.backend()

@@ -60,8 +60,8 @@ class Accumulation:
         self.tape = tape
         self.forms, self.kind = forms, kind
         self.examples = examples
-        self.sq = torch.zeros(examples, dtype=torch.float64, device=device)
-        self.bound = torch.zeros_like(self.sq)
+        zero = torch.zeros(examples, dtype=torch.float64, device=device)
+        self.sqs, self.bounds = [zero], [zero]  # of what has been measured
         self.kept: list[tuple[str, Kept]] = []
         # Gradients ``[B, *shape]`` of biases, norm affines and the like: joined later, for one call instead of many.
         self.small: dict[str, Tensor] = {}
@@ -102,7 +102,8 @@ class Accumulation:
         self.small.clear()
         if small:
             self._add_norms(small)
-        total = torch.where(self.bound > GRAM_TRUST * self.sq, self.sq.clamp(min=0) + self.bound, self.sq)
+        sq, bound = torch.stack(self.sqs).sum(0), torch.stack(self.bounds).sum(0)
+        total = torch.where(bound > GRAM_TRUST * sq, sq.clamp(min=0) + bound, sq)
         factors = torch.where(mask, clip_factors(total, max_grad_norm), 0)
         sums = self._sums(factors)
         if small:
@@ -130,9 +131,9 @@ class Accumulation:
             self._add_norms(term)
 
     def _add_norms(self, term: Term | Joined) -> None:
-        self.sq += term.sq
+        self.sqs.append(term.sq)
         if term.bound is not None:
-            self.bound += term.bound
+            self.bounds.append(term.bound)
 
     def _keep_of_one_input(self, name: str, term: LinearTerm, sharing: int) -> None:
         """A Gram waits until a linear map of another input comes, or the backward pass ends."""
@@ -148,8 +149,8 @@ class Accumulation:
     def _measure_one_input(self) -> None:
         if self.one_input:
             sq, bound = linear.gram_sq_norms(self.one_input[0].a, *[term.g for term in self.one_input])
-            self.sq += sq
-            self.bound += bound
+            self.sqs.append(sq)
+            self.bounds.append(bound)
             self.one_input.clear()
 
     def _choose(self, name: str, term: FactoredTerm, work: Work) -> Form:

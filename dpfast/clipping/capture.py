@@ -183,8 +183,9 @@ class Capture(TorchFunctionMode):
             return self._marked(self._guarded(func, args, kwargs), selected=selected)
         output = func(*args, **kwargs)
         outputs = [*tensors_in(output), *written]
-        self._note_constants(func, tensors, outputs, written)
-        self._marked(outputs, selected=selected)
+        self._note_constants(func, tensors, data, outputs, written)
+        if selected:
+            self.selected.update(outputs)
         if func in ARITHMETIC and all(storage(t) in self.protected for t in tensors):
             self.counted.update(dict.fromkeys(outputs, True))
         return output
@@ -348,7 +349,8 @@ class Capture(TorchFunctionMode):
         def detached(t: Tensor) -> Tensor:
             return t.detach() if id(t) in self.tracked else t
 
-        return func(*replace_tensors(args, detached), **(replace_tensors(kwargs, detached) if kwargs else kwargs))
+        given = {name: replace_tensors(value, detached) for name, value in kwargs.items()}
+        return func(*[replace_tensors(value, detached) for value in args], **given)
 
     def _guarded(self, func: Any, args: Any, kwargs: Any) -> Any:
         problem = RULES[func](self.tracked, *args, **kwargs)
@@ -372,10 +374,13 @@ class Capture(TorchFunctionMode):
         for t in written:
             self.constants.forget(storage(t))
 
-    def _note_constants(self, func: Any, tensors: list[Tensor], outputs: list[Tensor], written: list[Tensor]) -> None:
+    def _note_constants(
+        self, func: Any, tensors: list[Tensor], data: list[Tensor], outputs: list[Tensor], written: list[Tensor]
+    ) -> None:
+        """What kind the results are of, from that of the arguments; ``data``: those of them that are data."""
         if tensors:
-            made_from_constants = all(id(t) in self.tracked or self._is_constant(t) for t in tensors)
-            certain = all(self.constants.get(t, True) for t in tensors)
+            made_from_constants = not data
+            certain = made_from_constants and all(self.constants.get(t, True) for t in tensors)
         else:
             made_from_constants, certain = func in FACTORIES, func not in NUMBERS
         if written and not made_from_constants:

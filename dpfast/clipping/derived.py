@@ -194,6 +194,11 @@ def direct_uses(tracked: Iterable[Tracked], times_used: Callable[[int], int]) ->
                 by_name.setdefault(name, []).append(known)
     direct = {}
     for name, used in by_name.items():
+        if len(used) == 1:
+            (known,) = used
+            if known.chain is not None and known.unchanged and times_used(id(known.tensor)) == 1:
+                direct[id(known.tensor)] = name, known.chain
+            continue
         chains = [known.chain for known in used if known.chain is not None and known.unchanged]
         once = all(times_used(id(known.tensor)) == 1 for known in used)
         if once and len(chains) == len(used) and _apart([chain.within for chain in chains]):
@@ -203,5 +208,5 @@ def direct_uses(tracked: Iterable[Tracked], times_used: Callable[[int], int]) ->
 
 def _apart(views: Sequence[Tensor]) -> bool:
     """Whether no place in memory can belong to two of them."""
-    ordered = sorted(map(_span, views)) if len(views) > 1 else []
+    ordered = sorted(map(_span, views))
     return all(end < start for (_, end), (start, _) in pairwise(ordered))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _LEAVES = frozenset((int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_KEPT = _LEAVES | _PLAIN  # of these types nothing is inside, and nothing changes
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -22,18 +24,21 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def _collect(value: Any, found: list[Tensor]) -> None:
     """``leaves`` without generators: every torch call of a step comes by here."""
-    if isinstance(value, Tensor):
+    kind = type(value)
+    if kind in _PLAIN:
         found.append(value)
-    elif isinstance(value, tuple | list):
+    elif kind is tuple or kind is list:
         for item in value:
-            if isinstance(item, Tensor):
+            kind = type(item)
+            if kind in _PLAIN:
                 found.append(item)
-            elif type(item) not in _LEAVES:
+            elif kind not in _LEAVES:
                 _collect(item, found)
-    elif isinstance(value, dict):
+    elif kind is dict:
         for item in value.values():
-            _collect(item, found)
-    elif type(value) not in _LEAVES:
+            if type(item) not in _LEAVES:
+                _collect(item, found)
+    elif kind not in _LEAVES:
         found.extend(leaf for leaf in leaves(value) if isinstance(leaf, Tensor))
 
 
@@ -58,10 +63,10 @@ def leaves(value: Any) -> Iterator[Any]:
 
 def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
     """The same structure with each tensor replaced, visited in the order of ``tensors_in``."""
-    if isinstance(value, Tensor):
-        return replace(value)
     if type(value) in _LEAVES:
         return value
+    if isinstance(value, Tensor):
+        return replace(value)
     if isinstance(value, list | tuple):
         items = [replace_tensors(item, replace) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -82,8 +87,10 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
 
 def own_lists(value: Any) -> Any:
     """The same arguments, less lists that the caller may change after the call."""
-    items = value.values() if isinstance(value, dict) else value
-    return replace_tensors(value, lambda t: t) if any(map(_may_change, items)) else value
+    for item in value.values() if isinstance(value, dict) else value:
+        if type(item) not in _KEPT and _may_change(item):
+            return replace_tensors(value, lambda t: t)
+    return value
 
 
 def _may_change(value: Any) -> bool:

@@ -15,8 +15,9 @@ from dpfast.kernels.fingerprint import native, reference
 def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
     """Of each tensor, any dtype, layout and device."""
     use_native = backend() == "native"
-    on_cpu = [i for i, t in enumerate(tensors) if use_native and native.can_read(t)]
-    others = sorted(set(range(len(tensors))) - set(on_cpu))
-    found = dict(zip(on_cpu, native.fingerprints([tensors[i] for i in on_cpu]), strict=True)) if on_cpu else {}
-    found |= dict(zip(others, reference.fingerprints([tensors[i] for i in others]), strict=True))
-    return [found[i] for i in range(len(tensors))]
+    readable = [use_native and native.can_read(t) for t in tensors]
+    if all(readable):
+        return native.fingerprints(tensors) if tensors else []
+    found = iter(native.fingerprints([t for t, can in zip(tensors, readable, strict=True) if can]))
+    others = iter(reference.fingerprints([t for t, can in zip(tensors, readable, strict=True) if not can]))
+    return [next(found if can else others) for can in readable]

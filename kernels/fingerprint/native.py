@@ -11,12 +11,12 @@ from dpfast.kernels.dispatch import native_module
 def can_read(t: Tensor) -> bool:
     """Whether a tensor's numbers fill one piece of memory, in whatever order."""
     return (
-        t.device.type == "cpu"
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.is_cpu
         and t.layout == torch.strided
         and not t.is_neg()
         and not t.is_conj()
         and (t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t))
-        and type(t) in (Tensor, torch.nn.Parameter)
     )
 
 
