@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,22 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 def provenance() -> dict[str, Any]:
     """What a figure depends on besides its settings."""
-    packages = ("dpfast", "torch", "diffusers", "dp-accounting")
+    packages = ("dpfast", "torch", "diffusers", "dp-accounting", "opacus")
     changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
     return {
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": {name: found for name in packages if (found := installed(name))}
+        | {"python": platform.python_version()},
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
     }
+
+
+def installed(package: str) -> str | None:
+    """Its version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def processor() -> str:

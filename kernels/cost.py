@@ -21,12 +21,13 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 @dataclass(frozen=True)
 class Rates:
-    """product: FLOP/s of per-example weight gradients; gemm: of batched matrix products; shift: products per second of
-    shifted sums over Grams; store, load: seconds to write, to read a byte; call, op: seconds to call an op of dpfast,
-    of torch.
+    """product, brain: FLOP/s of per-example weight gradients from float32, from bfloat16; gemm: of batched matrix
+    products; shift: products per second of shifted sums over Grams; store, load: seconds to write, to read a byte;
+    call, op: seconds to call an op of dpfast, of torch.
     """
 
     product: float
+    brain: float
     gemm: float
     shift: float
     store: float
@@ -36,7 +37,7 @@ class Rates:
 
 
 # Two cores of a Zen 3 server, native kernels.
-USUAL = Rates(product=130e9, gemm=110e9, shift=4e9, store=2.5e-10, load=8e-11, call=3e-5, op=1e-5)
+USUAL = Rates(product=130e9, brain=130e9, gemm=110e9, shift=4e9, store=2.5e-10, load=8e-11, call=3e-5, op=1e-5)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Work:
 
     pixels: what a Gram multiplies per row instead of D; taps: shifts it is looked at through; held: bytes of a and g,
     which forms that do not store gradients keep; dense: whether gradients are products (not looked-up rows);
-    sharing: how many weights have this input, of which one Gram is made.
+    sharing: how many weights have this input, of which one Gram is made; brain: whether a and g are bfloat16.
     """
 
     examples: int
@@ -58,6 +59,7 @@ class Work:
     held: int = 0
     dense: bool = True
     sharing: int = 1
+    brain: bool = False
 
     @property
     def products(self) -> float:
@@ -80,7 +82,7 @@ class Cost:
 
 def predict(work: Work, form: Form, rates: Rates) -> Cost:
     """Of one form."""
-    once = work.products / rates.product
+    once = work.products / (rates.brain if work.brain else rates.product)
     if form == "materialise":
         return Cost(once + work.gradients * (rates.store + rates.load) + 2 * rates.call, work.gradients)
     through = work.gradients * rates.load  # every gradient passes through the cache, to be measured or added
@@ -156,7 +158,7 @@ def profile_path() -> Path:
     from dpfast.kernels.dispatch import backend
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dpfast" / f"rates-2-{torch.__version__}-{backend()}-{torch.get_num_threads()}.json"
+    return cache / "dpfast" / f"rates-3-{torch.__version__}-{backend()}-{torch.get_num_threads()}.json"
 
 
 def measure() -> Rates:
@@ -174,14 +176,17 @@ def measure() -> Rates:
     call = _fastest(lambda: clip.sq_norms(tiny))
     op = _fastest(lambda: torch.nn.functional.silu(tiny_leaf))
     product = _fastest(lambda: conv.sq_norms(a, g, spec, b))
+    low_a, low_g = a.bfloat16(), g.bfloat16()
+    brain = _fastest(lambda: conv.sq_norms(low_a, low_g, spec, b))
     gemm = _fastest(lambda: torch.bmm(matrices, matrices.mT))
     gram = _fastest(lambda: conv.gram_sq_norms(a, g, spec, b))
     store = _fastest(lambda: [torch.empty(1 << 20).fill_(1.0) for _ in range(4)])
     load = _fastest(lambda: clip.clipped_sum(stored, torch.ones(b)))
-    rate = 2 * b * 256 * 256 * 128 / gemm
+    rate, products = 2 * b * 256 * 256 * 128 / gemm, 2 * b * size * size * 9 * c * c
     shifts = max(gram - 2 * 2 * b * 256 * 256 * c / rate, 0.1 * gram)
     return Rates(
-        product=2 * b * size * size * 9 * c * c / product,
+        product=products / product,
+        brain=products / brain,
         gemm=rate,
         shift=b * 256 * 256 * 9 / 2 / shifts,
         store=store / (4 << 22),

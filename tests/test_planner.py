@@ -135,6 +135,28 @@ def test_the_price_of_a_budget_against_all_choices(share: float) -> None:
     assert seconds <= min(s for s, k in every if k <= kept) * (1 + 1e-9)
 
 
+def test_products_of_bfloat16_have_their_own_rate() -> None:
+    rates = dataclasses.replace(USUAL, brain=2 * USUAL.product)
+    low, once = dataclasses.replace(WORKS[0], brain=True), WORKS[0].products / USUAL.product
+    for form, times in (("materialise", 1), ("direct", 2)):
+        saved = cost.predict(WORKS[0], form, rates).seconds - cost.predict(low, form, rates).seconds
+        assert saved == pytest.approx(times * once / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_knows_which_products_are_of_bfloat16(dtype, monkeypatch) -> None:
+    of_brain = set()
+    monkeypatch.setattr(cost, "choose", lambda work, *_: of_brain.add(work.brain) or "materialise")
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+
+    def rows(model, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model(x).float().square().sum(1)
+
+    plan_step(model, rows, (torch.randn(4, 1, 4, 4),))
+    assert of_brain == {dtype == torch.bfloat16}
+
+
 def test_a_budget_that_nothing_fits_takes_the_leanest_forms() -> None:
     price = cost.price_within(WORKS, USUAL, 0.0, 1)
     assert total([cost.choose(work, USUAL, price) for work in WORKS])[1] == min(

@@ -103,7 +103,7 @@ class Meter(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         """known: tensors that were there before, and do not count."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = self.read = self.written = self.calls = 0
+        self.flops = self.brain_flops = self.read = self.written = self.calls = 0
         self.alive = self.peak = 0
         self._sizes = {_key(t): 0 for t in known}
 
@@ -115,7 +115,11 @@ class Meter(TorchDispatchMode):
             self._see(t.untyped_storage())
         counted = flop_registry.get(func._overloadpacket)
         if counted is not None:
-            self.flops += counted(*args, **kwargs, out_val=output)
+            flops = counted(*args, **kwargs, out_val=output)
+            if made and made[0].dtype == torch.bfloat16:
+                self.brain_flops += flops
+            else:
+                self.flops += flops
         elif func.namespace == "dpfast":
             self.peak = max(self.peak, self.alive + scratch_bytes(func, args))
         elif made:
@@ -136,7 +140,8 @@ class Meter(TorchDispatchMode):
 
     def seconds(self, rates: cost.Rates) -> float:
         """As the device's rates have it."""
-        return self.flops / rates.product + self.read * rates.load + self.written * rates.store + self.calls * rates.op
+        products = self.flops / rates.product + self.brain_flops / rates.brain
+        return products + self.read * rates.load + self.written * rates.store + self.calls * rates.op
 
 
 def _key(t: Tensor) -> int:

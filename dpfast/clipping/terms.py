@@ -215,7 +215,8 @@ class LinearTerm(FactoredTerm):
 
     def work(self) -> Work:
         b, m, d = self.a.shape
-        return Work(b, m, d, self.g.shape[2], pixels=d, held=_bytes(self.a, self.g))
+        held, brain = _bytes(self.a, self.g), self.g.dtype == torch.bfloat16
+        return Work(b, m, d, self.g.shape[2], pixels=d, held=held, brain=brain)
 
 
 @dataclass(frozen=True)
@@ -243,10 +244,17 @@ class ConvTerm(FactoredTerm):
         first, channels, *kernel = self.spec.weight_shape
         small = self.a if self.spec.transposed else self.g
         rows = small[0, 0].numel() * (small.shape[0] // self.examples)
-        inputs, held = channels * math.prod(kernel), _bytes(self.a, self.g)
-        if conv.has_pixel_gram(self.a, self.spec):
-            return Work(self.examples, rows, inputs, first, pixels=channels, taps=math.prod(kernel), held=held)
-        return Work(self.examples, rows, inputs, first, pixels=inputs, held=held)
+        taps = math.prod(kernel) if conv.has_pixel_gram(self.a, self.spec) else 1
+        return Work(
+            self.examples,
+            rows,
+            inputs=channels * math.prod(kernel),
+            outputs=first,
+            pixels=channels * math.prod(kernel) // taps,
+            taps=taps,
+            held=_bytes(self.a, self.g),
+            brain=self.g.dtype == torch.bfloat16,
+        )
 
 
 @dataclass(frozen=True)
