@@ -75,7 +75,8 @@ struct Conv {
 // Doubles of scratch that conv_grads needs.
 std::int64_t conv_scratch(const Conv& c, bool sum, int threads);
 
-// With G[e] the gradient of example e by the weight, from inputs x and output gradients y, sums in float:
+// With G[e] the gradient of example e by the weight, from inputs x and output gradients y, sums in float (where the
+// processor multiplies bfloat16, numbers and sums below the smallest normal one are 0):
 //   weights null:  out (if not null) = G, sq (if not null) = |G[e]|^2, added up in double;
 //   else:          out = sum over e of weights[e] * G[e], where examples with weights[e] = 0 are not looked at.
 // The same G in both cases, bit by bit. Layout of a G: [taps, groups * p, c] or, with patches, [groups * p, c * taps].
@@ -92,7 +93,7 @@ struct PixelGram {
 // and (sum over positions of |patch| |y|)^2, in which its rounding error is expressed.
 void conv_gram(const PixelGram& shape, const float* x, const float* y, double* sq, double* magnitudes, int threads);
 
-// Instruction set in use: "v4" (AVX-512), "v3" (AVX2) or "base".
+// Instruction set in use: "v4bf16" (AVX-512 with bfloat16), "v4" (AVX-512), "v3" (AVX2) or "base".
 const char* instruction_set();
 
 }  // namespace dpfast

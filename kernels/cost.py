@@ -154,11 +154,12 @@ def rates_of(device_type: str) -> Rates:
 
 
 def profile_path() -> Path:
-    """One file for each version of torch, backend and number of threads."""
-    from dpfast.kernels.dispatch import backend
+    """One file for each version of torch, set of kernels and number of threads."""
+    from dpfast.kernels.dispatch import backend, native_module
 
+    kernels = native_module().instruction_set if backend() == "native" else "reference"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dpfast" / f"rates-3-{torch.__version__}-{backend()}-{torch.get_num_threads()}.json"
+    return cache / "dpfast" / f"rates-3-{torch.__version__}-{kernels}-{torch.get_num_threads()}.json"
 
 
 def measure() -> Rates:

@@ -8,6 +8,7 @@ there.
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
 
@@ -28,29 +29,31 @@ class KernelError(DPFastError, ValueError):
     """An op was called with shapes, dtypes or a backend it cannot compute with."""
 
 
-@functools.cache
 def backend() -> Backend:
     """The backend that ops choose by themselves, as the environment said when it was first asked for.
 
     Raises:
         ConfigError: ``DPFAST_BACKEND`` is none of native, reference, auto, or native and missing.
     """
+    return _decision()[0]
+
+
+def why_not_native() -> str | None:
+    """Why the native module is not used, in words for a person; None when it is used. Raises as ``backend``."""
+    return _decision()[1]
+
+
+@functools.cache
+def _decision() -> tuple[Backend, str | None]:
     wanted = os.environ.get(_VARIABLE) or "auto"
     if wanted not in ("native", "reference", "auto"):
         raise ConfigError(f"{_VARIABLE}={wanted!r}: expected native, reference or auto")
     if wanted == "reference":
-        return "reference"
+        return "reference", f"{_VARIABLE}=reference asks for PyTorch"
     module, reason = _find_native()
     if module is None and wanted == "native":
         raise ConfigError(f"{_VARIABLE}=native, but {reason}")
-    return "reference" if module is None else "native"
-
-
-def why_not_native() -> str | None:
-    """Why the native module is not used, in words for a person; None when it is used."""
-    if os.environ.get(_VARIABLE) == "reference":
-        return f"{_VARIABLE}=reference asks for PyTorch"
-    return _find_native()[1]
+    return ("native" if module is not None else "reference"), reason
 
 
 def native_module() -> ModuleType:
@@ -73,6 +76,9 @@ def choose(requested: Backend | None, *tensors: Tensor, dtypes: tuple[torch.dtyp
     if requested is not None:
         if requested not in ("native", "reference"):
             raise KernelError(f"backend={requested!r}: expected 'native', 'reference' or None")
+        if requested == "native":
+            native_module()
+            _check_readable(tensors, dtypes)
         return requested
     if backend() != "native":
         return "reference"
@@ -80,6 +86,17 @@ def choose(requested: Backend | None, *tensors: Tensor, dtypes: tuple[torch.dtyp
         if not native_can_read(t, dtypes):
             return "reference"
     return "native"
+
+
+def _check_readable(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
+    alike = len({t.dtype for t in tensors}) <= 1
+    if not alike or not all(native_can_read(t, dtypes) for t in tensors):
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        came = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
+        raise KernelError(
+            f"backend='native': expected plain CPU tensors outside autograd, all {names}; got {came}."
+            " Use torch.no_grad(), or backend='reference'"
+        )
 
 
 def native_can_read(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:

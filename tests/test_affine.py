@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from dpfast.errors import ConfigError, DPFastError
-from dpfast.kernels import dispatch
-from dpfast.kernels.affine import affine_grads, bias_grads, native
+from dpfast.kernels import dispatch, linear
+from dpfast.kernels.affine import affine_grads, bias_grads
+from dpfast.kernels.fingerprint import fingerprints
 
 NATIVE = dispatch.why_not_native() is None
 needs_native = pytest.mark.skipif(not NATIVE, reason=str(dispatch.why_not_native()))
@@ -230,10 +231,12 @@ def test_wrong_inputs_are_named(a: Tensor, g: Tensor, words: str) -> None:
 
 def test_native_refuses_what_it_cannot_read() -> None:
     t = torch.zeros(2, 1, 3, 4, dtype=torch.float64)
-    with pytest.raises(DPFastError, match="plain float32 CPU tensors"):
-        native.affine_grads(t, t)
-    with pytest.raises(DPFastError, match="plain float32 or bfloat16 CPU tensor"):
-        native.bias_grads(t)
+    with pytest.raises(DPFastError, match=r"plain CPU tensors outside autograd, all float32; got torch.float64 on cpu"):
+        affine_grads(t, t, backend="native")
+    with pytest.raises(DPFastError, match=r"all float32 or bfloat16; got torch\.float64"):
+        bias_grads(t, backend="native")
+    with pytest.raises(DPFastError, match=r"got torch\.float32 on cpu, torch\.bfloat16 on cpu"):
+        linear.sq_norms(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5).bfloat16(), backend="native")
     with pytest.raises(DPFastError, match="expected 'native', 'reference' or None"):
         affine_grads(t, t, backend="cuda")  # type: ignore[arg-type]
 
@@ -241,7 +244,7 @@ def test_native_refuses_what_it_cannot_read() -> None:
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
     """The backend is looked for anew in the test, and after it."""
-    found = (dispatch.backend, dispatch._find_native)
+    found = (dispatch._decision, dispatch._find_native)
     for each in found:
         each.cache_clear()
     yield
@@ -256,7 +259,7 @@ def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "DPFAST_BACKEND=reference" in str(dispatch.why_not_native())
     monkeypatch.setenv("DPFAST_BACKEND", "natve")
     assert dispatch.backend() == "reference"
-    dispatch.backend.cache_clear()
+    dispatch._decision.cache_clear()
     with pytest.raises(ConfigError, match="expected native, reference or auto"):
         dispatch.backend()
 
@@ -273,9 +276,10 @@ def test_missing_or_old_native_module_is_explained(module: str, words: str, monk
     assert dispatch.backend() == "reference"
     assert words in str(dispatch.why_not_native())
     affine_grads(t, t)
+    assert len(fingerprints([t, t[:0]])) == 2
     with pytest.raises(DPFastError, match=words):
         affine_grads(t, t, backend="native")
-    dispatch.backend.cache_clear()
+    dispatch._decision.cache_clear()
     monkeypatch.setenv("DPFAST_BACKEND", "native")
     with pytest.raises(ConfigError, match=words):
         dispatch.backend()

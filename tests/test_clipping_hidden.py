@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dpfast import DPOptimizer, GhostClipper, Plan
@@ -155,12 +156,29 @@ def test_inputs_that_the_probe_cannot_vary_are_said() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no loss depends on gate")
-def test_decisions_on_data_are_said() -> None:
-    def scaled(m, h):
-        return h / 255 if h.max() > 1 else h
+@pytest.mark.parametrize("other", [torch.randn(3 * ROWS, 8), torch.randn(2, 5, ROWS, 8), [1, 2] * (ROWS // 2)])
+def test_inputs_whose_rows_the_probe_does_not_find_are_said(other) -> None:
+    class Takes(Two):
+        def forward(self, x, other):
+            return self.b(self.a(x).tanh() + torch.as_tensor(other).float().mean())
 
-    with pytest.warns(UserWarning, match=r"reads numbers out of the batch \(__bool__\)"):
-        step(GhostClipper(Two(scaled), max_grad_norm=1.0), torch.randn(ROWS, 6))
+    with pytest.warns(UserWarning, match=r"it reads a (tensor|list of)"):
+        step(GhostClipper(Takes(), max_grad_norm=1.0), torch.randn(ROWS, 6), other)
+
+
+DECISIONS = {
+    "__bool__": lambda h: h / 255 if h.max() > 1 else h,
+    "__contains__": lambda h: h / 255 if 0.5 in h else h,
+    "equal": lambda h: h / 255 if torch.equal(h, h + 1) else h,
+    "__getitem__": lambda h: h + h[:, : 4 + 0 * h.argmax()].sum(1, keepdim=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no loss depends on gate")
+@pytest.mark.parametrize("how", DECISIONS)
+def test_decisions_on_data_are_said(how) -> None:
+    with pytest.warns(UserWarning, match=rf"reads numbers out of the batch \(({how}|.*, {how})\)"):
+        step(GhostClipper(Two(lambda m, h: DECISIONS[how](h)), max_grad_norm=1.0), torch.randn(ROWS, 6))
 
 
 @pytest.mark.filterwarnings("ignore:no loss depends on gate", "ignore:it was not shown")
@@ -200,6 +218,29 @@ class Dropped(Expert):
         return torch.zeros_like(x).index_add(0, rows, self.layer(x[rows]).tanh())
 
 
+class LookedUp(Expert):
+    """Rows taken as an embedding takes them."""
+
+    def forward(self, x, keep):
+        rows = keep.nonzero()[:, 0]
+        return torch.zeros_like(x).index_add(0, rows, self.layer(F.embedding(rows, x)).tanh())
+
+
+class Dispatched(Expert):
+    """All rows are put where data says, and back."""
+
+    def forward(self, x, keep):
+        place = torch.argsort(keep.long(), stable=True)
+        return self.layer(torch.zeros_like(x).index_add(0, place, x)).tanh()[place]
+
+
+class Repeated(Expert):
+    def forward(self, x, counts):
+        taken = self.layer(x.repeat_interleave(counts, 0)).tanh()
+        owners = torch.arange(len(x)).repeat_interleave(counts)
+        return torch.zeros_like(x).index_add(0, owners, taken)
+
+
 class InParts(Expert):
     """What is selected goes through a call that returns several tensors."""
 
@@ -224,6 +265,9 @@ EVEN[:, 2], ALL_OF_ONE[0, :4] = True, True
         (Expert, 1, (4, 5, 4), EVEN, ALL_OF_ONE),
         (Dropped, 2, (4, 4), torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()),
         (InParts, 2, (4, 4), torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()),
+        (LookedUp, 2, (4, 4), torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()),
+        (Dispatched, 1, (4, 4), torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0, 0, 0])),
+        (Repeated, 1, (2, 4), torch.tensor([2, 2]), torch.tensor([1, 3])),
     ],
 )
 def test_selections_that_could_be_one_of_each(model, augmult, shape, first, then) -> None:

@@ -248,6 +248,36 @@ def test_layers_that_are_skipped_now_and_then() -> None:
         torch.testing.assert_close(clip(clipper, x), exact.norms, rtol=1e-5, atol=0)
 
 
+class Mixes(nn.Module):
+    """Where a gate is open."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.first, self.last, self.mixture = nn.Linear(5, 5), nn.Linear(5, 5), mixture
+        self.register_buffer("gate", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h + self.mixture(self, h))
+
+
+@pytest.mark.parametrize("behind", [lambda h: h, lambda h: h.detach()], ids=["plain", "detached"])
+@pytest.mark.parametrize("how", ["a buffer", "more examples"])
+def test_mixing_that_waits(how, behind) -> None:
+    """On the same path: for a buffer to change, or for a batch of more examples."""
+    mixtures = {
+        "a buffer": lambda m, h: torch.where(m.gate, behind(h).mean(0), 0),
+        "more examples": lambda m, h: behind(h)[6:].sum(0),
+    }
+    model = Mixes(mixtures[how])
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    for _ in range(2):
+        clip(clipper, torch.randn(6, 5))
+    model.gate.fill_(True)
+    with pytest.raises(CaptureError, match="example"):
+        clip(clipper, torch.randn(8 if how == "more examples" else 6, 5))
+
+
 def count_passes(clipper, x, loss=losses) -> int:
     """Backward passes of one step."""
     passes = []
@@ -272,7 +302,8 @@ def test_what_was_shown_is_not_shown_again() -> None:
     clipper = GhostClipper(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)), max_grad_norm=1.0)
     assert count_passes(clipper, torch.randn(8, 5)) == 1 + 2 * 3
     assert count_passes(clipper, torch.randn(8, 5)) == 1
-    assert count_passes(clipper, torch.randn(11, 5)) == 1, "another batch size is no other path"
+    assert count_passes(clipper, torch.randn(6, 5)) == 1, "another batch size is no other path"
+    assert count_passes(clipper, torch.randn(11, 5)) == 1 + 2 * 4, "but there are pairs that were not seen"
     clipper.model.eval()
     assert count_passes(clipper, torch.randn(8, 5)) > 1, "another mode is"
 

@@ -422,6 +422,45 @@ def test_a_buffer_changed_behind_the_capture_is_put_back() -> None:
     assert not model.mean.any()
 
 
+IN_BACKWARD = {
+    "a buffer": lambda m, g: m.mean.fill_(g.norm().item()),
+    "a frozen parameter": lambda m, g: m.frozen.data.fill_(g.norm().item()),
+    "a parameter": lambda m, g: m.linear.bias.data.fill_(g.norm().item()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("where", IN_BACKWARD)
+def test_what_a_hook_writes_during_the_backward_pass_is_refused(where) -> None:
+    model = Keeps()
+
+    def hook(_, grads) -> None:
+        IN_BACKWARD[where](model, grads[0])
+
+    model.linear.register_full_backward_pre_hook(hook)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match="changed"), clipper:
+        clipper.backward(losses(model, (torch.randn(6, 4),)))
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.mean.any()
+
+
+def test_an_interrupted_step_leaves_no_data_in_a_buffer() -> None:
+    """The cache is computed once, from the batch; then the user's own code fails."""
+
+    def remember(m, x):
+        if not m.mean.any():
+            m.mean = x.mean(0).detach()
+
+    model = Keeps(remember)
+    before = model.mean
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match="losses have 0 dimensions"), clipper:
+        clipper.backward(losses(model, (torch.randn(6, 4),)).mean())
+    assert model.mean is before
+    assert not model.mean.any()
+
+
 class Grows(nn.Module):
     """A cache that is computed when it is first needed."""
 
@@ -572,6 +611,15 @@ def test_gradients_set_to_zero_are_no_foreign_ones() -> None:
     assert not clipper.foreign_gradients()
 
 
+def test_the_fallback_adds_up_in_float32() -> None:
+    """The rounding of a sum would be of the size of its sensitivity."""
+    model = Raw(lambda m, x: torch.hypot(x.bfloat16(), m.p.bfloat16()), p=(4,))
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with pytest.warns(UserWarning, match="no rule for hypot"), clipper:
+        clipper.backward(losses(model, (torch.randn(6, 4),)))
+    assert not torch.equal(model.p.grad, model.p.grad.bfloat16().float())
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -601,8 +649,19 @@ class Replaces(Counting):
         return self.layer(x)
 
 
-def test_counters_in_new_tensors_are_refused() -> None:
-    clipper = GhostClipper(Replaces(lambda m: m.count + 1), max_grad_norm=1.0)
+@pytest.mark.parametrize(
+    "number",
+    [
+        lambda m: m.count + 1,
+        lambda m: (m.count + 6) % 9999,
+        lambda m: torch.tensor(6.0),
+        lambda m: torch.full_like(m.count, 6),
+        lambda m: torch.ones(6).sum(),
+    ],
+    ids=["added", "and more", "a number", "filled", "a size"],
+)
+def test_counters_in_new_tensors_are_refused(number) -> None:
+    clipper = GhostClipper(Replaces(number), max_grad_norm=1.0)
     with pytest.raises(CaptureError, match="count: changed during a private step"), clipper:
         clipper.backward(losses(clipper.model, (torch.randn(6, 4),)))
 

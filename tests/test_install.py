@@ -29,6 +29,10 @@ from dpfast.kernels import dispatch
 from dpfast.kernels.affine import affine_grads
 weight, bias = affine_grads(torch.ones(2, 3, 16, 5), torch.ones(2, 3, 16, 5))
 assert weight.shape == bias.shape == (2, 16) and (weight == 15).all() and (bias == 15).all()
+model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+with dpfast.GhostClipper(model, max_grad_norm=1.0, augmult=1) as clipper:
+    clipper.backward(model(torch.ones(3, 2, 4, 4)).square().sum(1))
+assert all(p.grad.isfinite().all() for p in model.parameters())
 print(dispatch.backend(), dpfast.__file__)
 """
 

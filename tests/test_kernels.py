@@ -30,6 +30,7 @@ GEOMETRIES = {  # weight shape, space of the input, options
     "no padding, rows cut off": ((4, 10, 2, 2), (7, 9), {"stride": 2}),
     "same, even": ((6, 12, 4, 2), (8, 7), {"padding": "same"}),
     "one position": ((6, 12, 4, 4), (4, 4), {}),
+    "one tap along lines": ((6, 9, 3, 1), (8, 7), {"padding": (1, 0), "dilation": (2, 1)}),
     "1-d, a long line": ((5, 11, 3), (700,), {"padding": 1}),
     "3-d": ((4, 9, 2, 3, 3), (3, 5, 4), {"padding": (0, 1, 1), "stride": (1, 2, 1)}),
     "transposed": ((4, 6, 3, 3), (8, 7), {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}),
@@ -37,7 +38,14 @@ GEOMETRIES = {  # weight shape, space of the input, options
     "transposed, grouped": ((4, 3, 4, 4), (8, 7), {"stride": 2, "groups": 2, "transposed": True}),
 }
 VARIED = (
-    *("3x3", "3x3, two vectors and more", "1x1", "1x1, many positions", "strided, dilated, wide"),
+    *(
+        "3x3",
+        "3x3, two vectors and more",
+        "1x1",
+        "1x1, many positions",
+        "strided, dilated, wide",
+        "one tap along lines",
+    ),
     *("no padding, rows cut off", "grouped, wide", "transposed, wide", "3-d"),
 )
 NATIVE = dispatch.why_not_native() is None
@@ -177,7 +185,7 @@ def test_every_number_of_channels(dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("geometry", ["3x3", "3x3, two vectors and more", "transposed, wide"])
+@pytest.mark.parametrize("geometry", VARIED)
 def test_bfloat16_is_summed_in_float32(geometry, layout, backend) -> None:
     a, g, spec, weight = convolution(geometry, rows=6, dtype=torch.float32)
     a, g = relayout(a.bfloat16(), layout), relayout(g.bfloat16(), layout)
@@ -220,10 +228,12 @@ def test_float16_is_summed_in_float32() -> None:
 
 @pytest.mark.usefixtures("_threads")
 @needs_native
-def test_the_sum_is_of_what_is_measured_bit_by_bit() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_is_of_what_is_measured_bit_by_bit(dtype) -> None:
     """With one example and a weight of 1, the sum is the stored gradient."""
     for geometry in GEOMETRIES:
         a, g, spec, _ = convolution(geometry, rows=4, dtype=torch.float32)
+        a, g = a.to(dtype), g.to(dtype)
         grads, _ = conv.per_example_grads(a, g, spec, 2, backend="native")
         for i in range(2):
             total = conv.clipped_sum(a, g, spec, torch.eye(2)[i], backend="native")
@@ -356,11 +366,12 @@ for geometry in GEOMETRIES:
     assert_all_forms(geometry, a, g, weight, spec, 3, "native")
     assert_all_forms(geometry, a.bfloat16(), g.bfloat16(), weight, spec, 3, "native")
 assert_all_channels(torch.float32)
+assert_all_channels(torch.bfloat16)
 """
 
 
 @needs_native
-@pytest.mark.parametrize("level", ["base", "v3", "v4"])
+@pytest.mark.parametrize("level", ["base", "v3", "v4", "v4bf16"])
 def test_every_instruction_set(level) -> None:
     code = LEVELS.format(folder=str(Path(__file__).parent))
     env = {**os.environ, "DPFAST_ISA": level}

@@ -45,6 +45,8 @@ def test_commands(line, tmp_path) -> None:
     if words[0] == "run":
         words += ["--runs", str(tmp_path)]
         words += ["--dry-run"] * ("--dry-run" not in words)  # tests/test_runs.py runs them for real, smaller
+    if words[0] == "bench":
+        words += ["--rounds", "1", "--set", "private.augmult=1"]  # as the command, with steps that take less
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
 

@@ -2,7 +2,7 @@
 //
 // Three kernels for three layouts: positions contiguous (NCHW), channels contiguous (channels_last, LayerNorm), and
 // anything else. All multiply and add in double: products are exact, results are rounded once, and reading memory
-// still takes longer than the arithmetic.
+// still takes longer than the arithmetic. Biases add up kBrief floats before they go into a double.
 //
 // This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <algorithm>
@@ -159,7 +159,7 @@ void join_rows(Dims* a, Dims* g, Dims* size) {
     size->m = 1;
 }
 
-// The sums of `count` times kLanes numbers, `step` from one kLanes to the next.
+// Adds up `count` vectors, `step` numbers from one to the next, lane by lane.
 template <class T>
 inline Wide sum_of(const T* g, std::int64_t step, std::int64_t count) {
     Wide sum;
@@ -196,7 +196,7 @@ void sum_channels(const T* g, Dims step, const Dims& size, std::int64_t channels
 
 template <class T>
 void sum_all(const T* g, Dims step, Dims size, float* bias, int threads) {
-    Dims same = step;
+    Dims same = step;  // of the other operand, if there were one
     join_rows(&same, &step, &size);
     const std::int64_t blocks = (size.c + kRows - 1) / kRows;
     const bool parallel = threads > 1 && size.b * size.m * size.c * size.s > kSerial;

@@ -8,8 +8,8 @@
 // fraction of 1 / (taps * P) and 1 / (taps * C) of the multiplications. Linear layers are convolutions with one tap.
 //
 // What is copied are words of 32 bits: a number in float, or, where the processor multiplies bfloat16 (AVX512-BF16), the
-// numbers of two output positions that follow each other. In x every position starts a word: at every tap, a pair is
-// then one word.
+// numbers of two output positions that follow each other. In x every position starts a word, so that at every tap a pair
+// is one word, unless there is but one tap along a line.
 //
 // This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <cstdint>
@@ -37,7 +37,7 @@ constexpr int kSums = 12;
 #endif
 constexpr int most(int vectors) { return kSums / vectors < 12 ? kSums / vectors : 12; }  // output channels in a tile
 
-constexpr int64_t kBlock = 256;      // positions at a time (even): their x and y stay in the first-level cache
+constexpr int64_t kBlock = 256;      // positions at a time: their x and y stay in the first-level cache
 constexpr int64_t kPacked = 1 << 18; // words of y that are packed before they are used, if the examples are small
 
 constexpr std::uintptr_t kAlign = 64;  // bytes: vectors of packed numbers do not cross cache lines
@@ -47,6 +47,8 @@ constexpr bool kPairs = true;  // whether there are instructions for bfloat16
 #else
 constexpr bool kPairs = false;
 #endif
+
+static_assert(kBlock % 2 == 0, "a pair of positions is in one block");
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -58,13 +60,13 @@ inline float* aligned(double* at) {
 struct Cut {
     bool patches;           // written down: columns are (channel, tap), and there is one tap
     int64_t taps, columns;  // columns: input channels of a group, or channel times tap
-    int word;               // positions in a word: 1, or 2 in bfloat16
-    bool apart;             // the words of x do not overlap: there is one tap along a line
+    int word;               // positions in a word: 1, or 2 where bfloat16 is multiplied
+    bool apart;             // the words of x do not overlap: a line's positions are used once each, and all of them
     int64_t words;          // of y, for a row and an output channel
     int vectors;                         // in a block of columns: 1 or 2
     int64_t block, blocks;               // columns in a block; how many blocks
     int64_t pieces, piece_size, larger;  // output channels: how many pieces, their size, how many have one more
-    int64_t pad[3];                      // extents of the padded copy of a row of x, in words
+    int64_t pad[3];                      // extents of the padded copy of a row of x, the last one in words
     int64_t chunk;                       // rows at a time: more than one where a row has few positions
     int64_t wave;                        // examples whose y is packed at a time
     int64_t parts;                       // of the weighted sum, each over some of a wave's examples
@@ -255,8 +257,8 @@ inline __m256 eight(const Brain* at) {
 }
 #endif
 
-// Lines of several channels to be packed, `channel` and `position` numbers from one to the next. What a word is made of:
-// a number.
+// Lines of several channels that are packed, `channel` and `position` numbers from one to the next. Here a word is one
+// number.
 template <class T>
 struct Numbers {
     const T* at;
@@ -286,21 +288,23 @@ inline float pair(Brain first, Brain second) {
     return word;
 }
 
-// Pairs of numbers that follow each other; of nothing there is 0.
+// Bits [from, to) of 16.
+inline __mmask16 mask(int64_t from, int64_t to) {
+    const int64_t low = from < 0 ? 0 : from > 16 ? 16 : from, high = to < low ? low : to > 16 ? 16 : to;
+    return static_cast<__mmask16>((1u << high) - (1u << low));
+}
+
+// Pairs of numbers, one of each of two positions, for `count` channels that follow each other; where a position is
+// missing (null), its number is 0.
 inline void pairs(const Brain* first, const Brain* second, int64_t count, float* to) {
     for (int64_t j = 0; j < count; j += kLanes) {
-        const __mmask16 here = static_cast<__mmask16>(count - j < kLanes ? (1u << (count - j)) - 1 : 0xFFFF);
-        const __m256i low = _mm256_maskz_loadu_epi16(first ? here : 0, first + j);
-        const __m256i high = _mm256_maskz_loadu_epi16(second ? here : 0, second + j);
+        const __mmask16 here = mask(0, count - j);
+        const __m256i none = _mm256_setzero_si256();
+        const __m256i low = first ? _mm256_maskz_loadu_epi16(here, first + j) : none;
+        const __m256i high = second ? _mm256_maskz_loadu_epi16(here, second + j) : none;
         const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
         _mm512_mask_storeu_epi32(to + j, here, both);
     }
-}
-
-// Bits [from, to) of 16.
-inline __mmask16 bits(int64_t from, int64_t to) {
-    const int64_t low = from < 0 ? 0 : from > 16 ? 16 : from, high = to < low ? low : to > 16 ? 16 : to;
-    return static_cast<__mmask16>((1u << high) - (1u << low));
 }
 
 // The numbers 2 w and 2 w + 1 of a line of `length`; 0 beyond it.
@@ -323,7 +327,7 @@ struct PairsAlong {
         int64_t channel;
         __mmask16 inside;
         Eight(const PairsAlong& line, int64_t w)
-            : at(line.at + 2 * w), channel(line.channel), inside(bits(0, line.length - 2 * w)) {}
+            : at(line.at + 2 * w), channel(line.channel), inside(mask(0, line.length - 2 * w)) {}
         __m256 operator()(int64_t j) const {
             return _mm256_castsi256_ps(_mm256_maskz_loadu_epi16(inside, at + j * channel));
         }
@@ -354,7 +358,7 @@ struct PairsAcross {
             : at(line.at + w - line.left), channel(line.channel), stride(line.stride), first(inside(line, w)),
               second(inside(line, w + stride)) {}
         static __mmask8 inside(const PairsAcross& line, int64_t w) {
-            return static_cast<__mmask8>(bits(line.left - w, line.left - w + line.length));
+            return static_cast<__mmask8>(mask(line.left - w, line.left - w + line.length));
         }
         __m256 operator()(int64_t j) const {
             const Brain* from = at + j * channel;
@@ -466,7 +470,9 @@ inline void pad_line(const Conv& c, const Cut& cut, const T* x, int64_t left, in
 inline void pad_line(const Conv& c, const Cut& cut, const Brain* x, int64_t left, int64_t width, int64_t columns,
                      float* out) {
     const int64_t channel = c.x_stride[1], position = c.x_stride[4];
-    if (cut.apart) {
+    if (cut.word != 2) {
+        pad_line<Brain>(c, cut, x, left, width, columns, out);
+    } else if (cut.apart) {
         gather(PairsAlong{x, channel, position, width}, cut.pad[2], columns, cut.block, out);
     } else {
         gather(PairsAcross{x, channel, position, width, left, c.stride[2]}, cut.pad[2], columns, cut.block, out);

@@ -31,23 +31,23 @@ void inside(const PixelGram& s, int dim, int64_t shift, int64_t* from, int64_t* 
     *to = std::min(s.out[dim], s.in[dim] - shift);
 }
 
-typedef float Lanes __attribute__((vector_size(32)));
-typedef float Loose __attribute__((vector_size(32), aligned(4)));
-constexpr int64_t kLanes = 8;  // on every processor: lines of images are short
+typedef float Eight __attribute__((vector_size(32)));
+typedef float AnyEight __attribute__((vector_size(32), aligned(4)));
+constexpr int64_t kEight = 8;  // numbers in a vector, on every processor: lines of images are short
 
 // The sum of products of `count` lines of n numbers each, all added up.
 double dots(const float* x, int64_t x_step, const float* y, int64_t y_step, int64_t n, int64_t count) {
-    Lanes sum{};
-    float rest[kLanes] = {};
+    Eight sum{};
+    float rest[kEight] = {};
     for (int64_t line = 0; line < count; ++line, x += x_step, y += y_step) {
         int64_t i = 0;
-        for (; i + kLanes <= n; i += kLanes) {
-            sum += *reinterpret_cast<const Loose*>(x + i) * *reinterpret_cast<const Loose*>(y + i);
+        for (; i + kEight <= n; i += kEight) {
+            sum += *reinterpret_cast<const AnyEight*>(x + i) * *reinterpret_cast<const AnyEight*>(y + i);
         }
         for (int64_t j = 0; i + j < n; ++j) rest[j] += x[i + j] * y[i + j];
     }
     double total = 0;
-    for (int j = 0; j < kLanes; ++j) total += sum[j] + rest[j];
+    for (int j = 0; j < kEight; ++j) total += sum[j] + rest[j];
     return total;
 }
 

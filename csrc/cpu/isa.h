@@ -34,7 +34,7 @@ DPFAST_FUNCTIONS
 namespace v4 {
 DPFAST_FUNCTIONS
 }
-namespace v4bf16 {  // v4 but for these
+namespace v4bf16 {  // the rest is that of v4
 DPFAST_CONV
 }
 }  // namespace dpfast

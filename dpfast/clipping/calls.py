@@ -135,10 +135,23 @@ class Call:
             said = "mixed, or square"
         return said, same_path
 
-    def hidden(self, rows: int, augmult: int) -> list[str]:
-        """What the probe cannot vary: arguments of types it does not look into, and tensors left on modules."""
+    def hidden(self, capture: Capture, rows: int, augmult: int) -> list[str]:
+        """What the probe cannot vary: arguments of types it does not look into, lists with something for each row or
+        example, tensors with rows elsewhere than it looks for them, and tensors left on modules.
+        """
         opaque = [type(value).__name__ for value in leaves((self.args, self.kwargs)) if not _looked_into(value)]
         batch = Synthetic(rows, augmult)
+        given = (*self.args, *self.kwargs.values())
+        opaque += [
+            f"a {type(value).__name__} of {len(value)}"
+            for value in given
+            if isinstance(value, list | tuple) and len(value) in (rows, batch.examples) and not tensors_in(value)
+        ]
+        opaque += [
+            f"a tensor {list(t.shape)}"
+            for t in tensors_in(given)
+            if batch.dim(t) is None and capture.may_be_data(t) and any(n and n % batch.examples == 0 for n in t.shape)
+        ]
         left = [
             f"{type(module).__name__}.{name}"
             for module in (self.module.modules() if isinstance(self.module, nn.Module) else ())
@@ -337,10 +350,10 @@ class ModelCalls:
             return "on synthetic input it calls other functions than on the batch's own"
         return unseen
 
-    def forget(self) -> None:
-        """Show every path anew."""
+    def forget(self, *, wholly: bool = False) -> None:
+        """Show every path anew; with a few changed examples, unless wholly."""
         self._before_updates |= self._shown
-        if len(self._before_updates) > MOST_PATHS:
+        if len(self._before_updates) > MOST_PATHS or wholly:
             self._before_updates.clear()
         self._shown.clear()
         self._tries.clear()
@@ -378,9 +391,12 @@ class ModelCalls:
             return "it was not called with rows [B*K, ...] from which tensors with rows come out", same_path
         if "unmoved" in said:
             return "its output does not depend on its input", same_path
-        hidden = sorted({name for call in calls for name in call.hidden(rows, self.augmult)})
+        hidden = sorted({name for call in calls for name in call.hidden(self._capture, rows, self.augmult)})
         if hidden:
-            return f"it reads {listed(hidden)}, which the probe cannot vary: hand tensors over as arguments", same_path
+            return (
+                f"it reads {listed(hidden)}, which the probe cannot vary: hand tensors over as arguments, their rows"
+                " along the first dimension"
+            ), same_path
         called = {call.module for call in calls if not call.optional}
         regions = [part for part in called if id(part) not in names]  # one alone is the compiled model
         parts = sorted({names.get(id(part), "compiled") for part in called if part not in regions or len(regions) > 1})

@@ -31,8 +31,10 @@ from dpfast.clipping.functions import (
     ARITHMETIC,
     AS_ANOTHER,
     FACTORIES,
+    INDEXED,
     METADATA,
     NUMBERS,
+    ORDERS,
     PUTS_BACK,
     RANDOM,
     READ_OUT,
@@ -97,6 +99,7 @@ class Capture(TorchFunctionMode):
         self.selected = TensorMap()  # rows that data has picked: in another step they may have other owners
         self.counted = WeakTensorKeyDictionary()  # a buffer plus a number of Python's: of rows, of physical batches
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
+        self.protected.pop(0, None)  # sparse ones have no place
         self.anchor, self.on_start = anchor, on_start
         self.probe_trace: int | None = None
         self.inside_model = False
@@ -134,9 +137,13 @@ class Capture(TorchFunctionMode):
         if not self.constants.get(t, True) and storage(t) not in self.protected:
             del self.constants[t]
 
+    def may_be_data(self, t: Tensor) -> bool:
+        """Whether a tensor is not known to be the model's own, or a constant."""
+        return t not in self.constants and storage(t) not in self.protected
+
     def excuses(self, name: str, now: Tensor, *, replaced: bool) -> bool:
         """Whether a buffer that changed was computed from constants and parameters alone."""
-        kept = replaced and now in self.constants and now not in self.counted
+        kept = replaced and self.constants.get(now, False) and now not in self.counted
         return not self.read_out and (name in self.rewritten or kept)
 
     def names_of(self, values: Iterable[Any]) -> tuple[str, ...]:
@@ -159,7 +166,7 @@ class Capture(TorchFunctionMode):
         written = written_by(func, args, kwargs)
         tracked = [self.tracked[id(t)] for t in tensors if id(t) in self.tracked]
         data = [t for t in tensors if id(t) not in self.tracked and not self._is_constant(t)]
-        if data and func in READ_OUT:
+        if data and (func in READ_OUT or (func in INDEXED and _in_slices(args[1:2]) & {id(t) for t in data})):
             self.read_out = True
             if self.inside_model and not all(t in self.drawn for t in data):
                 self.tape.read_out.add(function_name(func))
@@ -178,7 +185,7 @@ class Capture(TorchFunctionMode):
                 return self._marked(output, selected=selected)
         elif tracked:
             self.tape.used_without_grad.update(name for source in tracked for name in source.names)
-        selected = self._selects(func, tensors, data)
+        selected = bool(data) and self._selects(func, args, kwargs, tensors, data)
         if func in GUARDED:
             return self._marked(self._guarded(func, args, kwargs), selected=selected)
         output = func(*args, **kwargs)
@@ -186,19 +193,28 @@ class Capture(TorchFunctionMode):
         self._note_constants(func, tensors, data, outputs, written)
         if selected:
             self.selected.update(outputs)
-        if func in ARITHMETIC and all(storage(t) in self.protected for t in tensors):
+        if (func in ARITHMETIC and all(storage(t) in self.protected for t in tensors)) or (
+            len(self.counted) and any(t in self.counted for t in tensors)
+        ):
             self.counted.update(dict.fromkeys(outputs, True))
         return output
 
-    def _selects(self, func: Any, tensors: list[Tensor], data: list[Tensor]) -> bool:
+    def _selects(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], data: list[Tensor]) -> bool:
         """Whether data has picked the rows of what a call returns."""
         if func in SELECTS:
-            return bool(data) and (func is not torch.where or len(tensors) == 1)
+            return func is not torch.where or len(tensors) == 1
+        if func in ORDERS:
+            place = 2 if func in (torch.topk, Tensor.topk) else 1
+            dim = kwargs.get("dim", args[place] if len(args) > place else -1)
+            return dim in (0, -tensors[0].ndim)
         if func in SELECTS_BY_INDEX and len(data) > 1 and data[0] is tensors[0]:
             return True
-        if not self.selected:
-            return False
-        return any(t in self.selected for t in (tensors[:1] if func in PUTS_BACK else tensors))
+        if func in PUTS_BACK:
+            by_data = any(t is index for t in data for index in tensors[1:-1])
+            dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", 0)
+            placed = by_data and any(tensors[-1] is t for t in data) and tensors[-1] not in self.selected
+            return (placed and dim in (0, -tensors[0].ndim)) or tensors[0] in self.selected
+        return bool(self.selected) and any(t in self.selected for t in tensors)
 
     def _marked(self, output: Any, *, selected: bool) -> Any:
         """``output``, after taking note that its rows were picked by data, if they were."""
@@ -382,7 +398,8 @@ class Capture(TorchFunctionMode):
             made_from_constants = not data
             certain = made_from_constants and all(self.constants.get(t, True) for t in tensors)
         else:
-            made_from_constants, certain = func in FACTORIES, func not in NUMBERS
+            made_from_constants = certain = func in FACTORIES
+        certain = certain and func not in NUMBERS
         if written and not made_from_constants:
             self._no_longer_constant(written)
         for t in outputs:
@@ -406,6 +423,12 @@ class Capture(TorchFunctionMode):
                     "move the dropout out of the call, or set its rate to 0",
                 )
             )
+
+
+def _in_slices(index: Any) -> set[int]:
+    """The tensors by which slices of an index are bounded, by id."""
+    parts = [part for value in index for part in (value if isinstance(value, tuple) else (value,))]
+    return {id(t) for part in parts if isinstance(part, slice) for t in tensors_in(part)}
 
 
 def _names(sources: list[Tracked]) -> tuple[str, ...]:

@@ -108,6 +108,9 @@ class GhostClipper:
         self._begun: Begun | None = None
         self._last: Seen = {}  # the parameters, when the last step began
         self._updates = -1  # how often they have changed since
+        self._fixed: Seen = {}  # buffers and frozen parameters, when they were last looked at
+        self._moves = 0  # how often they have changed between blocks
+        self._most_examples = 0  # of any step
         refuse(_model_problems(Inventory.of(model)))
 
     @property
@@ -154,6 +157,9 @@ class GhostClipper:
         model = Inventory.of(self.model)
         refuse(_model_problems(model))
         self._buffers = seen(model.fixed)
+        if self._fixed:
+            self._see_fixed(self._buffers)
+        self._kept = model.buffers
         self._copies = {name: b.detach().clone() for name, b in model.buffers.items()}
         self._parameters: Seen | None = None
         self._see_parameters(model)
@@ -174,9 +180,9 @@ class GhostClipper:
         unfinished = bool(capture.tape.uses or self._begun)
         capture.tape.close()
         self._begun = None
+        problems = capture.tape.problems + self._buffer_problems(capture, Inventory.of(self.model))
         if kind is not None:
             return
-        problems = capture.tape.problems + self._buffer_problems(capture, Inventory.of(self.model))
         if problems:
             self.zero_grad()
             refuse(problems)
@@ -210,10 +216,12 @@ class GhostClipper:
                         "losses depend on no trainable parameter: compute them inside `with clipper`, with gradients"
                         f" enabled{_without_grad(tape.used_without_grad)}"
                     )
+                self._see_examples(examples)
                 unseen = self._calls.show(len(losses)) if examples else ""
                 clipped = self._clip(losses, examples, example_mask, model.trainable, more=more)
+                refuse(self._state_problems(capture, model.again()))  # hooks can do what they like
                 unused = [name for name in model.trainable if name not in clipped.sums]
-                self._buffers = seen(model.fixed)
+                self._buffers = self._fixed
                 self._regions.accept()
                 if not more:
                     self._write(clipped.sums, model.trainable)
@@ -287,22 +295,41 @@ class GhostClipper:
             self._last = self._parameters
             self._updates += 1
             if self._updates & (self._updates - 1) == 0:  # 0, 1, 2, 4, 8, ...: other weights, other things to be seen
-                self._ownership.forget()
-                self._calls.forget()
+                self._forget_shown()
+
+    def _see_fixed(self, now: Seen) -> None:
+        """Buffers and frozen parameters that have changed between blocks, likewise."""
+        if changed(self._fixed, now):
+            self._moves += 1
+            if self._moves & (self._moves - 1) == 0:
+                self._forget_shown()
+
+    def _see_examples(self, examples: int) -> None:
+        """More examples than ever: there are pairs of places that no probe has seen."""
+        if examples > self._most_examples:
+            self._most_examples = examples
+            self._forget_shown(wholly=True)
+
+    def _forget_shown(self, *, wholly: bool = False) -> None:
+        self._ownership.forget(wholly=wholly)
+        self._calls.forget(wholly=wholly)
 
     def _buffer_problems(self, capture: Capture, model: Inventory) -> list[Problem]:
         """Buffers and frozen parameters that a step has changed, unless from constants; buffers are put back."""
         unfrozen = {name: p for name, p in model.trainable.items() if name not in capture.parameters}
         fixed = {name: t for name, t in {**model.fixed, **unfrozen}.items() if name not in capture.parameters}
+        self._fixed = seen(fixed)
         moved = [
             name
-            for name in changed(self._buffers, seen(fixed))
+            for name in changed(self._buffers, self._fixed)
             if name not in fixed or not capture.excuses(name, fixed[name], replaced=self._replaced(name, fixed[name]))
         ]
         with torch.no_grad():
-            for name in set(moved) & self._copies.keys() & fixed.keys():
-                if fixed[name].shape == self._copies[name].shape:
-                    fixed[name].copy_(self._copies[name])
+            for name in self._copies.keys() & set(moved):
+                module, _, own_name = name.rpartition(".")
+                self.model.get_submodule(module)._buffers[own_name] = self._kept[name]
+                self._kept[name].copy_(self._copies[name])
+                self._fixed[name] = self._buffers[name]
         what = "changed during a private step: a buffer would carry private data"
         cure = "freeze it (eval mode, no running statistics), or update it from public data outside `with clipper`"
         said = {name.rpartition(".")[0] for problem in capture.tape.problems for name in problem.names}

@@ -13,6 +13,7 @@ from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Terms, Use
 from dpfast.clipping.terms import Stored
 from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
+from dpfast.kernels.precision import accumulation_dtype
 
 CURES = {  # for what torch.func cannot differentiate
     "lstm": "step through the sequence with nn.LSTMCell, or freeze it",
@@ -80,7 +81,8 @@ def fallback_use(
             what = f"{name}: the rows of its arguments cannot be told apart"
             cure = "keep the rows of the batch along one dimension of every argument"
             raise refusal([Problem(names, what, cure)])
-        return [(targets[key], Stored(grad)) for key, grad in zip(target_ids, grads, strict=True)]
+        wide = [grad.to(accumulation_dtype(grad)) for grad in grads]  # sums of what is rounded would be rounded, too
+        return [(targets[key], Stored(grad)) for key, grad in zip(target_ids, wide, strict=True)]
 
     return Use(saved, terms, ruled=False)
 

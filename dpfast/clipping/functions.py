@@ -17,7 +17,10 @@ FACTORIES = frozenset(  # make constants out of nothing
     }
 )
 NUMBERS = frozenset(  # of these, what is made from numbers that may be data
-    {torch.zeros, torch.ones, torch.full, torch.empty, torch.tensor, torch.scalar_tensor}
+    {
+        *(torch.zeros, torch.ones, torch.full, torch.empty, torch.tensor, torch.scalar_tensor),
+        *(torch.full_like, Tensor.new_full, Tensor.new_tensor, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty),
+    }
 )
 ARITHMETIC = frozenset(
     {
@@ -27,10 +30,13 @@ ARITHMETIC = frozenset(
 )
 READ_OUT = frozenset(  # hand numbers to Python, from where they can go anywhere
     {
-        *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),
-        *(Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__),
+        *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__format__),
+        *(Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__, Tensor.__complex__),
+        *(torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, Tensor.__contains__, Tensor.__repr__),
+        *(torch.is_nonzero, Tensor.is_nonzero),
     }
 )
+INDEXED = frozenset((Tensor.__getitem__, Tensor.__setitem__))  # a slice up to a tensor reads it out
 RANDOM = frozenset(  # make no constants, whatever they are made from
     {
         *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.dropout, F.dropout),
@@ -41,15 +47,20 @@ SELECTS = frozenset(  # pick rows by the numbers of their first argument
     {
         *(torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where),
         *(torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique),
+        *(torch.unique_consecutive, Tensor.unique_consecutive, torch.msort, Tensor.msort),
     }
+)
+ORDERS = frozenset(  # or put them into another order, along the dimension that is the first argument but one
+    {torch.sort, Tensor.sort, torch.argsort, Tensor.argsort, torch.topk, Tensor.topk}
 )
 SELECTS_BY_INDEX = frozenset(  # or by those of another argument
     {
         *(Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.gather, Tensor.gather),
         *(torch.take, Tensor.take, torch.take_along_dim, Tensor.take_along_dim),
+        *(torch.repeat_interleave, Tensor.repeat_interleave, F.embedding, torch.embedding),
     }
 )
-PUTS_BACK = frozenset(  # what was selected, where it belongs
+PUTS_BACK = frozenset(  # what was selected where it belongs; or what was not, where data says
     getattr(home, name)
     for name in ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "masked_scatter")
     for home, name in ((torch, name), (Tensor, name), (Tensor, name + "_"))

@@ -71,10 +71,10 @@ class Ownership:
             del self.dims[next(iter(self.dims))]
         return self.dims.setdefault(signature, {})
 
-    def forget(self) -> None:
+    def forget(self, *, wholly: bool = False) -> None:
         """Show every use anew; what was shown in full, in part: other weights can only bring out what these hid."""
         self.shown.update(signature for signature, dims in self.dims.items() if dims)
-        if len(self.shown) > MOST_PATHS:
+        if len(self.shown) > MOST_PATHS or wholly:
             self.shown.clear()
         self.dims.clear()
         self.times += 1

@@ -215,7 +215,7 @@ class LinearTerm(FactoredTerm):
 
     def work(self) -> Work:
         b, m, d = self.a.shape
-        held, brain = _bytes(self.a, self.g), self.g.dtype == torch.bfloat16
+        held, brain = _bytes(self.a, self.g), _are_brain(self.a, self.g)
         return Work(b, m, d, self.g.shape[2], pixels=d, held=held, brain=brain)
 
 
@@ -253,7 +253,7 @@ class ConvTerm(FactoredTerm):
             pixels=channels * math.prod(kernel) // taps,
             taps=taps,
             held=_bytes(self.a, self.g),
-            brain=self.g.dtype == torch.bfloat16,
+            brain=_are_brain(self.a, self.g),
         )
 
 
@@ -322,6 +322,10 @@ class Viewed(FactoredTerm):
     @property
     def device_type(self) -> str:
         return self.term.device_type
+
+
+def _are_brain(*tensors: Tensor) -> bool:
+    return all(t.dtype == torch.bfloat16 for t in tensors)
 
 
 def _bytes(*tensors: Tensor) -> int:

@@ -16,7 +16,7 @@ _KEPT = _LEAVES | _PLAIN  # of these types nothing is inside, and nothing change
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Tensors in order, also inside lists, tuples, dicts, namespaces and dataclasses."""
+    """Tensors in order, also inside lists, tuples, dicts, slices, namespaces and dataclasses."""
     found: list[Tensor] = []
     _collect(value, found)
     return found
@@ -43,7 +43,7 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What lists, tuples, dicts, namespaces and dataclasses hold, in order."""
+    """What lists, tuples, dicts, slices, namespaces and dataclasses hold, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -52,6 +52,8 @@ def leaves(value: Any) -> Iterator[Any]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from leaves(item)
+    elif isinstance(value, slice):
+        yield from (value.start, value.stop, value.step)
     elif isinstance(value, SimpleNamespace):
         yield from leaves(vars(value))
     elif _is_record(value):
@@ -75,6 +77,8 @@ def replace_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
         for key, item in value.items():
             changed[key] = replace_tensors(item, replace)
         return changed
+    if isinstance(value, slice):
+        return slice(*[replace_tensors(part, replace) for part in (value.start, value.stop, value.step)])
     if isinstance(value, SimpleNamespace):
         return SimpleNamespace(**replace_tensors(vars(value), replace))
     if _is_record(value):

@@ -20,16 +20,35 @@ class Inventory:
     frozen: dict[str, nn.Parameter]
     buffers: dict[str, Tensor]
     modules: list[nn.Module]
+    prefixes: list[str]  # of the names of their tensors
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
         """In one walk over the modules, named as torch names them."""
-        found = cls({}, {}, {}, [])
+        modules: list[nn.Module] = []
+        prefixes: list[str] = []
         known: set[int] = set()
 
         def visit(module: nn.Module, prefix: str) -> None:
             known.add(id(module))
-            found.modules.append(module)
+            modules.append(module)
+            prefixes.append(prefix)
+            for name, child in module._modules.items():
+                if child is not None and id(child) not in known:
+                    visit(child, f"{prefix}{name}.")
+
+        visit(model, "")
+        return cls._holding(modules, prefixes)
+
+    def again(self) -> Self:
+        """What the same modules hold now."""
+        return self._holding(self.modules, self.prefixes)
+
+    @classmethod
+    def _holding(cls, modules: list[nn.Module], prefixes: list[str]) -> Self:
+        found = cls({}, {}, {}, modules, prefixes)
+        known: set[int] = set()
+        for module, prefix in zip(modules, prefixes, strict=True):
             for name, p in module._parameters.items():
                 if p is not None and id(p) not in known:
                     known.add(id(p))
@@ -38,11 +57,6 @@ class Inventory:
                 if b is not None and id(b) not in known:
                     known.add(id(b))
                     found.buffers[prefix + name] = b
-            for name, child in module._modules.items():
-                if child is not None and id(child) not in known:
-                    visit(child, f"{prefix}{name}.")
-
-        visit(model, "")
         return found
 
     @property

@@ -10,7 +10,7 @@ A transposed convolution is the same with the roles of input and output gradient
     gram_sq_norms       2 B M^2 (D + P) FLOPs, with D = Cin for native kernels, and a bound on the rounding error
     clipped_sum         2 B M D P FLOPs
 
-Any strides and memory formats; bfloat16 and float16 are computed in float32. On the CPU ``native`` computes float32 and
+Any strides and memory formats; bfloat16 and float16 are summed in float32. On the CPU ``native`` computes float32 and
 bfloat16; the library (oneDNN, cuDNN) computes the rest, one example at a time.
 """
 
@@ -78,9 +78,9 @@ def has_pixel_gram(a: Tensor, spec: ConvSpec) -> bool:
 
 
 def _implementation(backend: Backend | None, a: Tensor, g: Tensor) -> Any:
-    fits = a.dtype == g.dtype and a.dtype in NATIVE_DTYPES
-    chosen = choose(backend, a, g, dtypes=tuple(NATIVE_DTYPES)) if fits or backend else "reference"
-    return native if chosen == "native" else library
+    fits = backend is not None or a.dtype == g.dtype
+    is_native = fits and choose(backend, a, g, dtypes=tuple(NATIVE_DTYPES)) == "native"
+    return native if is_native else library
 
 
 _GEOMETRY = (

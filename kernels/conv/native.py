@@ -1,4 +1,7 @@
-"""``conv`` on the CPU, in float32 or from bfloat16: ``csrc/cpu/conv.cpp``, one pass for gradients and norms."""
+"""``conv`` on the CPU, from float32 or bfloat16: ``csrc/cpu/conv.cpp``, one pass for gradients and norms.
+
+Sums are in float32. Where the processor multiplies bfloat16 (AVX512-BF16), it does; results below 1e-38 are then 0.
+"""
 
 import functools
 import math

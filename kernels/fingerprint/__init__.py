@@ -14,10 +14,11 @@ from dpfast.kernels.fingerprint import native, reference
 
 def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
     """Of each tensor, any dtype, layout and device."""
-    use_native = backend() == "native"
-    readable = [use_native and native.can_read(t) for t in tensors]
+    if backend() != "native":
+        return reference.fingerprints(tensors)
+    readable = [native.can_read(t) for t in tensors]
     if all(readable):
-        return native.fingerprints(tensors) if tensors else []
+        return native.fingerprints(tensors)
     found = iter(native.fingerprints([t for t, can in zip(tensors, readable, strict=True) if can]))
     others = iter(reference.fingerprints([t for t, can in zip(tensors, readable, strict=True) if not can]))
     return [next(found if can else others) for can in readable]

@@ -28,6 +28,8 @@ def gram_sq_norms(a: Tensor, *gs: Tensor) -> tuple[Tensor, Tensor]:
     positions cancel, so the result can be far too small, even negative. The bound is ``gram_error(...) (sum_t |a_t|
     |g_t|)^2``. Squares below the smallest normal number vanish: no clip norm is as small as that.
     """
+    if a.shape[-2] == 1:
+        return _of_one_row(a, gs)
     dtype = accumulation_dtype(a, *gs)
     a, gs = a.to(dtype), tuple(g.to(dtype) for g in gs)
     products = gram(gs[0])
@@ -39,6 +41,14 @@ def gram_sq_norms(a: Tensor, *gs: Tensor) -> tuple[Tensor, Tensor]:
     outputs = max(g.shape[-1] for g in gs)
     error = gram_error(a.shape[-1], outputs, dtype, steps=len(gs))
     return products.flatten(1).sum(1, dtype=torch.float64), error * magnitude.double()
+
+
+def _of_one_row(a: Tensor, gs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """``|G_i|^2 = |a|^2 |g|^2`` where M is 1: nothing cancels, and squares are added up in float64."""
+    of_a, *of_gs = (torch.linalg.vector_norm(t, dim=-1, dtype=torch.float64).square() for t in (a, *gs))
+    sq = (of_a * torch.stack(of_gs).sum(0)).flatten(1).sum(1)
+    additions = a[:1].numel() + sum(g[:1].numel() for g in gs) + 8
+    return sq, additions * torch.finfo(torch.float64).eps * sq
 
 
 def clipped_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:

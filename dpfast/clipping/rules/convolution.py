@@ -56,7 +56,8 @@ def _conv(is_tracked: IsTracked, input: Tensor, weight: Tensor, bias: Tensor | N
         return present(
             is_tracked,
             [
-                (weight, lambda: ConvTerm(saved[0], g, spec, rows.examples)),
+                # In the dtype of g: autocast has cast the input for the call, and this is the input that was used.
+                (weight, lambda: ConvTerm(saved[0].to(g.dtype), g, spec, rows.examples)),
                 (bias, lambda: Stored(bias_grads(rows.split(g).flatten(3)))),
             ],
         )

@@ -19,7 +19,7 @@ def reduce_to(rows: Rows, g: Tensor, shape: Sequence[int]) -> Tensor:
     spans_rows = aligned[rows.dim] != 1
     if spans_rows:  # each row has its own entry: only the rows of the example itself are not zero
         each = torch.arange(rows.examples, device=g.device).view(-1, *[1] * g.ndim)
-        per_example = torch.where(rows.owner(g) == each, g, 0)
+        per_example = torch.where(rows.owner(g) == each, g.to(accumulation_dtype(g)), 0)
     else:
         per_example = rows.split(g).sum(1, dtype=accumulation_dtype(g)).unsqueeze(1 + rows.dim)
     over = [1 + d for d, size in enumerate(aligned) if size == 1 and per_example.shape[1 + d] != 1]
