@@ -7,14 +7,15 @@
     python -m benchmarks.step --sweep                # over B, K and width of small models, a quarter of an hour
     python -m benchmarks.step --plots                # the figures of that, from the committed results
 
-First the gate: norms and clipped sum agree with a float64 loop over examples, or nothing is timed. Then time,
-in interleaved rounds of one process; then the peak of live tensor storages of one step; then the resident size of a
-fresh process for each contestant. Everything is a ratio to the non-private step, eager to eager, compiled to compiled.
+First the resident size of a fresh process for each contestant, while memory is free. Then the gate: norms and clipped sum
+agree with a float64 loop over examples, or nothing is timed. Then time, in interleaved rounds of one process, and the
+peak of live tensor storages of one step. Both are ratios to the non-private step, eager to eager, compiled to compiled.
 """
 
 import argparse
 import copy
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -128,19 +129,28 @@ def why_not(name: str, row: Row, planned: StepPlan | None) -> str | None:
     return None
 
 
+def entry(row: Row, name: str, *, resident: bool) -> dict[str, Any]:
+    """What is known of a contestant before it runs here: its plan, why it is skipped, the size of a process of its own."""
+    settings = {key: value for key, value in vars(row).items() if key not in ("time", "memory")}  # those are targets
+    found: dict[str, Any] = {"row": row.name, **settings, "contestant": name}
+    planned = plan_of(row, DPFAST[name]) if name in DPFAST else None
+    if planned is not None:
+        found["planned_peak"], found["planned_time"] = planned.private.peak, planned.ratio()
+    if reason := why_not(name, row, planned):
+        found["skipped"] = reason
+    elif resident and (size := resident_of(row, name)):
+        found["resident"] = size
+    return found
+
+
 def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = True) -> list[dict[str, Any]]:
     """One JSON row for each contestant."""
-    exact, mean, steps, found = oracle(task_of(row)), ordinary(task_of(row)), {}, []
-    settings = {key: value for key, value in vars(row).items() if key not in ("time", "memory")}  # those are targets
-    for name in names:
-        outcome: dict[str, Any] = {"row": row.name, **settings, "contestant": name}
-        found.append(outcome)
-        planned = plan_of(row, DPFAST[name]) if name in DPFAST else None
-        if planned is not None:
-            outcome["planned_peak"], outcome["planned_time"] = planned.private.peak, planned.ratio()
-        if reason := why_not(name, row, planned):
-            outcome["skipped"] = reason
+    found = [entry(row, name, resident=resident) for name in names]  # first: later this process fills the memory
+    exact, mean, steps = oracle(task_of(row)), ordinary(task_of(row)), {}
+    for outcome in found:
+        if "skipped" in outcome:
             continue
+        name = outcome["contestant"]
         try:
             task = task_of(row)
             step = CONTESTANTS[name](task)
@@ -166,8 +176,6 @@ def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = Tru
             outcome["seconds"] = statistics.median(seconds[name])
             outcome["peak"] = peaks[name]
             outcome["memory"] = peaks[name] / peaks[base]
-            if resident:
-                outcome["resident"] = resident_of(row, name)
     return found
 
 
@@ -183,11 +191,12 @@ def stored_by(name: str, row: Row) -> int:
     return 4 * copies * sum(p.numel() for p in MODELS[row.model].build().parameters())
 
 
-def resident_of(row: Row, name: str) -> int:
-    """Bytes at most resident in a fresh process that takes three steps."""
+def resident_of(row: Row, name: str) -> int | None:
+    """Bytes at most resident in a fresh process of three steps, whose allocator is as usual; None if it fails."""
     command = [sys.executable, "-m", "benchmarks.step", "--resident", json.dumps(vars(row)), name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=results.ROOT)
-    return int(done.stdout.split()[-1])
+    usual = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=results.ROOT, env=usual)
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
 def print_resident(row: Row, name: str) -> None:
