@@ -7,9 +7,9 @@
     python -m benchmarks.step --sweep                # over B, K and width of small models, a quarter of an hour
     python -m benchmarks.step --plots                # the figures of that, from the committed results
 
-First the resident size of a fresh process for each contestant, while memory is free. Then the gate: norms and clipped sum
-agree with a float64 loop over examples, or nothing is timed. Then time, in interleaved rounds of one process, and the
-peak of live tensor storages of one step. Both are ratios to the non-private step, eager to eager, compiled to compiled.
+First the resident size of a fresh process for each contestant, while memory is free. Then the gate: norms and clipped
+sum agree with a float64 loop over examples, or nothing is timed. Then time, in interleaved rounds of one process, and
+the peak of live tensor storages of one step: as ratios to the non-private step, eager to eager, compiled to compiled.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def why_not(name: str, row: Row, planned: StepPlan | None) -> str | None:
 
 
 def entry(row: Row, name: str, *, resident: bool) -> dict[str, Any]:
-    """What is known of a contestant before it runs here: its plan, why it is skipped, the size of a process of its own."""
+    """What is known of a contestant before it runs here: plan, why it is skipped, the size of a process of its own."""
     settings = {key: value for key, value in vars(row).items() if key not in ("time", "memory")}  # those are targets
     found: dict[str, Any] = {"row": row.name, **settings, "contestant": name}
     planned = plan_of(row, DPFAST[name]) if name in DPFAST else None
