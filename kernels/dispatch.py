@@ -22,7 +22,7 @@ Backend = Literal["native", "reference"]
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype of csrc/dpfast.h
 _ABI = 5  # kAbi of csrc/dpfast.h
 _VARIABLE = "DPFAST_BACKEND"
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types with no behaviour of their own: no fake or other subclass
 
 
 class KernelError(DPFastError, ValueError):
@@ -103,7 +103,7 @@ def native_can_read(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.flo
     """Whether a tensor is plain memory on the CPU that autograd and transforms need not follow."""
     return (
         tensor.dtype in dtypes
-        and type(tensor) in _PLAIN  # no FakeTensor or other subclass
+        and type(tensor) in PLAIN
         and tensor.is_cpu
         and tensor.layout == torch.strided
         and not tensor.is_neg()

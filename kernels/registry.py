@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from dpfast.kernels.dispatch import PLAIN
 
 Bytes = Callable[..., int]
 
 _LIBRARY = torch.library.Library("dpfast", "DEF")
-_PLAIN = (Tensor, torch.nn.Parameter)
 _SCRATCH: dict[str, Bytes] = {}
 
 
@@ -52,7 +52,7 @@ def register(
 
     def call(*args: Any) -> Any:
         first = args[0][0] if type(args[0]) is list else args[0]
-        if type(first) in _PLAIN and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
+        if type(first) in PLAIN and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
             return on_values(*args)
         return op(*args)
 

@@ -119,7 +119,8 @@ class Tape:
 
     def sharing(self, use: TapedUse, saved: tuple[Tensor, ...]) -> int:
         """How many uses of the function saved what this one did (0: not known)."""
-        return self.inputs[_only_input(use.site, saved)] if _only_input(use.site, saved) else 0
+        only = _only_input(use.site, saved)
+        return self.inputs[only] if only else 0
 
     @contextmanager
     def receiving(self, receive: Receive) -> Iterator[None]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.kernels.dispatch import PLAIN
+
 _LEAVES = frozenset((int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size))
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_KEPT = _LEAVES | _PLAIN  # of these types nothing is inside, and nothing changes
+_KEPT = _LEAVES | PLAIN  # of these types nothing is inside, and nothing changes
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -25,12 +26,12 @@ def tensors_in(value: Any) -> list[Tensor]:
 def _collect(value: Any, found: list[Tensor]) -> None:
     """``leaves`` without generators: every torch call of a step comes by here."""
     kind = type(value)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         found.append(value)
     elif kind is tuple or kind is list:
         for item in value:
             kind = type(item)
-            if kind in _PLAIN:
+            if kind in PLAIN:
                 found.append(item)
             elif kind not in _LEAVES:
                 _collect(item, found)

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpfast.kernels.dispatch import native_module
+from dpfast.kernels.dispatch import PLAIN, native_module
 
 
 def can_read(t: Tensor) -> bool:
     """Whether a tensor's numbers fill one piece of memory, in whatever order."""
     return (
-        type(t) in (Tensor, torch.nn.Parameter)
+        type(t) in PLAIN
         and t.is_cpu
         and t.layout == torch.strided
         and not t.is_neg()
