@@ -122,8 +122,6 @@ def why_not(name: str, row: Row, planned: StepPlan | None) -> str | None:
     """Why a contestant does not take part in a row, if it does not. planned: of those that are dpfast's."""
     if name == "Opacus ghost" and row.augmult > 1:
         return "clips rows, not examples"
-    if name == PASSES and (row.examples > 1 or row.augmult <= ROWS_OF_A_PASS):
-        return "for one example of many rows"
     if planned is not None and DPFAST[name].form in cost.FORMS and planned.ratio() > SLOW:
         return f"predicted {planned.ratio():.1f}"
     return None
@@ -283,6 +281,8 @@ def run(options: argparse.Namespace) -> None:
     rounds = options.rounds or (5 if options.sweep else 9)
     tag = {"tag": plots.TAG} if options.sweep else {}
     for row, names in chosen.items():
+        if row.examples > 1 or row.augmult <= ROWS_OF_A_PASS:
+            names = [name for name in names if name != PASSES]
         print(row.name, flush=True)
         for outcome in run_row(row, names, rounds, resident=not (options.dry or options.sweep)):
             print(f"  {outcome['contestant']:22} {cell(outcome)}", flush=True)
