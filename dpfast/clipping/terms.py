@@ -4,6 +4,7 @@ Every term gives ``materialise() -> G [B, *shape]`` and ``clipped_sum(w) -> sum_
 the factors of a linear map; ``stored()``, ``measured()`` and ``by_gram()`` put it into one of the forms.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -241,20 +242,28 @@ class ConvTerm(FactoredTerm):
         return conv.clipped_sum(self.a, self.g, self.spec, w)
 
     def work(self) -> Work:
-        first, channels, *kernel = self.spec.weight_shape
+        held, brain = _bytes(self.a, self.g), _are_brain(self.a, self.g)
         small = self.a if self.spec.transposed else self.g
-        rows = small[0, 0].numel() * (small.shape[0] // self.examples)
-        taps = math.prod(kernel) if conv.has_pixel_gram(self.a, self.spec) else 1
-        return Work(
-            self.examples,
-            rows,
-            inputs=channels * math.prod(kernel),
-            outputs=first,
-            pixels=channels * math.prod(kernel) // taps,
-            taps=taps,
-            held=_bytes(self.a, self.g),
-            brain=_are_brain(self.a, self.g),
-        )
+        return _conv_work(self.spec, small.shape, self.examples, held, brain, conv.has_pixel_gram(self.a, self.spec))
+
+
+@functools.lru_cache(maxsize=4096)
+def _conv_work(
+    spec: conv.ConvSpec, small: torch.Size, examples: int, held: int, brain: bool, has_pixel_gram: bool
+) -> Work:
+    """small: shape of what is smaller, input or output gradient."""
+    first, channels, *kernel = spec.weight_shape
+    inputs = channels * math.prod(kernel)
+    return Work(
+        examples,
+        rows=small[0] // examples * math.prod(small[2:]),
+        inputs=inputs,
+        outputs=first,
+        pixels=channels if has_pixel_gram else inputs,
+        taps=math.prod(kernel) if has_pixel_gram else 1,
+        held=held,
+        brain=brain,
+    )
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,14 @@ class ConvSpec:
             weight.shape, _plain(stride), _plain(padding), _plain(dilation), groups, transposed, _plain(output_padding)
         )
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Once: every step looks things up by it."""
+        return hash((self.weight_shape, self.stride, self.padding, self.dilation, self.groups, self.transposed))
+
     @functools.cached_property
     def arguments(self) -> tuple[Any, ...]:
         """As an op takes them: padding as before, after, before, ..."""
