@@ -17,6 +17,7 @@ computes input gradients as always but no weight gradient, and a ``Tap`` on its 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -45,7 +46,7 @@ from dpfast.clipping.functions import (
 )
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules.table import COMPOSED, GUARDED, MIXES_ROWS, RULES
-from dpfast.clipping.tape import Tape, TapedUse, Use, traced
+from dpfast.clipping.tape import Tape, Use, traced
 from dpfast.clipping.trees import TensorMap, function_name, leaves, own_lists, replace_tensors, tensors_in
 
 OnUse = Callable[[Any, tuple[Any, ...], dict[str, Any], Use, Any], None]  # function, arguments, how, result
@@ -290,14 +291,7 @@ class Capture(TorchFunctionMode):
             self.on_start()
 
     def _use(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        tracked: list[Tracked],
-        written: list[Tensor],
-        *,
-        selected: bool,
+        self, func: Any, args: Any, kwargs: Any, tracked: list[Tracked], written: list[Tensor], *, selected: bool
     ) -> Any:
         args, kwargs = own_lists(args), own_lists(kwargs)
         self.start()
@@ -308,9 +302,6 @@ class Capture(TorchFunctionMode):
             return self._harmless(func, args, kwargs)
         use = replace(use, selected=True) if selected else use
         random_before = None if use.ruled else random_state()
-        name = function_name(func)
-        targets = self.with_bases([source.tensor for source in tracked])  # twice in one call is used twice
-        taped = self.tape.taped(use, name, names, targets) if self.detach else None
         output = self._run(func, args, kwargs)
         if random_before is not None and any(t.is_floating_point() for t in tensors_in(output)):
             self._check_fallback(func, names, random_before)
@@ -318,23 +309,22 @@ class Capture(TorchFunctionMode):
             self.tape.problems.append(
                 Problem(
                     names,
-                    f"{name} writes a trainable parameter into another tensor",
+                    f"{function_name(func)} writes a trainable parameter into another tensor",
                     "write it with an operation that returns a tensor (torch.where instead of indexed assignment)",
                 )
             )
         if self.on_use is not None and self.detach:
             self.on_use(func, args, kwargs, use, output)
+        targets = self.with_bases([source.tensor for source in tracked])  # twice in one call is used twice
         if isinstance(output, Tensor):
             self._no_longer_constant(written)
-        if taped is None:
-            return output
+            return self._attach(output, use, func, names, targets, in_place=bool(written))
         if isinstance(output, tuple | list):  # each result is a use of its own: gradients add up
-            self.tape.forget(taped)
             uses = [fallback_use(func, args, kwargs, self.tracked, names=names, result=i) for i in range(len(output))]
-            each = [replace(cast(Use, u), selected=selected) for u in uses]
-            tapes = [self.tape.taped(u, name, names, targets) for u in each]
-            return type(output)([self._attach(*a, in_place=False) for a in zip(output, each, tapes, strict=True)])
-        return self._attach(output, use, taped, in_place=bool(written))
+            results = zip(output, [replace(cast(Use, u), selected=selected) for u in uses], strict=True)
+            attach = partial(self._attach, func=func, names=names, targets=targets, in_place=False)
+            return type(output)([attach(o, u) for o, u in results])
+        return output
 
     def _use_of(
         self, func: Any, args: Any, kwargs: Any, names: tuple[str, ...], written: list[Tensor]
@@ -348,15 +338,16 @@ class Capture(TorchFunctionMode):
         use = self._rule(func, args, kwargs)
         return fallback_use(func, args, kwargs, self.tracked, names=names) if use is None else use
 
-    def _attach(self, output: Any, use: Use, taped: TapedUse, *, in_place: bool) -> Any:
-        if isinstance(output, Tensor) and output.is_floating_point():
-            return self.tape.attach(output, use, taped, in_place=in_place)
-        self.tape.forget(taped)
-        if isinstance(output, Tensor) and output.is_complex():
-            what = f"{taped.site.function}: a complex result, of which per-example gradients are not computed"
+    def _attach(
+        self, output: Any, use: Use, func: Any, names: tuple[str, ...], targets: list[Tensor], *, in_place: bool
+    ) -> Any:
+        if self.detach and isinstance(output, Tensor) and output.is_complex():
+            what = f"{function_name(func)}: a complex result, of which per-example gradients are not computed"
             cure = "compute with real and imaginary parts (torch.view_as_real), or freeze the parameter"
-            self.tape.problems.append(Problem(taped.site.names, what, cure))
-        return output
+            self.tape.problems.append(Problem(names, what, cure))
+        if not self.detach or not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        return self.tape.attach(output, use, self.tape.site(function_name(func), names), targets, in_place=in_place)
 
     def _rule(self, func: Any, args: Any, kwargs: Any) -> Use | Problem | None:
         rule = RULES.get(func)

@@ -90,8 +90,7 @@ class Recorded:
         targets = capture.with_bases([known[node] for node in self.targets])
         site = capture.tape.site(function_name(self.func), capture.names_of(targets))
         taped = TapedUse(site, use.terms, use.row_dims, self.selected)
-        capture.tape.note(taped, targets)
-        capture.tape.shapes[site] = self.output.shape
+        capture.tape.note(taped, self.output.shape, targets)
         return taped
 
 

@@ -131,42 +131,29 @@ class Tape:
         finally:
             self.receive = None
 
-    def taped(self, use: Use, function: str, names: tuple[str, ...], targets: Iterable[Tensor]) -> TapedUse:
-        """Take note of a use that is about to happen; ``targets`` are the tracked tensors in it.
-
-        Before the call rather than after it: a call of milliseconds leaves nothing of Python in the cache.
-        """
-        taped = TapedUse(self.site(function, names), use.terms, use.row_dims, use.selected)
-        self.note(taped, targets)
-        if self.receive is None:
-            self.inputs[_only_input(taped.site, use.saved)] += 1
-        return taped
-
-    def attach(self, output: Tensor, use: Use, taped: TapedUse, *, in_place: bool) -> Tensor:
-        """``output``, with a ``Tap`` as the last node of its graph.
+    def attach(self, output: Tensor, use: Use, site: Site, targets: Iterable[Tensor], *, in_place: bool) -> Tensor:
+        """``output``, with a ``Tap`` as the last node of its graph; ``targets`` are the tracked tensors used.
 
         in_place: whether ``output`` is one of the call's arguments, which it changed.
         """
-        if self.receive is None:
-            self.shapes[taped.site] = output.shape
+        taped = TapedUse(site, use.terms, use.row_dims, use.selected)
+        self.note(taped, output.shape, targets)
         if not use.ruled:
             output = output.clone()  # the function may have saved its result, which Tap would mark as changed
+        self.inputs[_only_input(site, use.saved)] += 1
         saved = [t.detach() for t in use.saved]  # no edges into their graphs; the version counter is shared
         tapped: Tensor = Tap.apply(output, self.anchor, self, taped, in_place, *saved)  # type: ignore[no-untyped-call]
         return tapped
 
-    def note(self, use: TapedUse, targets: Iterable[Tensor]) -> None:
-        """That a use happens."""
+    def note(self, use: TapedUse, shape: torch.Size, targets: Iterable[Tensor]) -> None:
+        """That a use has happened, with an output of this shape."""
         if self.receive is not None:  # a forward recomputed during backward (checkpointing) is no new use
             return
         self.uses[use.site] = use
+        self.shapes[use.site] = shape
         for target in targets:
             self.times_used[id(target)] += 1
             self.versions.setdefault(id(target), (target, target._version, use.site.names))
-
-    def forget(self, use: TapedUse) -> None:
-        """A use whose output has no gradient."""
-        self.uses.pop(use.site, None)
 
     def close(self) -> None:
         """After its backward pass: what it holds would keep the graph alive, which may hold the tape."""
