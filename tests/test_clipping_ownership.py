@@ -278,6 +278,40 @@ def test_mixing_that_waits(how, behind) -> None:
         clip(clipper, torch.randn(8 if how == "more examples" else 6, 5))
 
 
+def looked_up(table):
+    """A loss that is scaled by what each row finds in a table, or in what ``table`` makes of the batch."""
+
+    def loss(m, rows):
+        (x,) = rows
+        source = table(x) if callable(table) else table
+        return m(x * source[(10 * x[:, 0].abs()).long() % 5].view(-1, 1)).square().mean(1)
+
+    return loss
+
+
+def test_a_table_is_no_batch() -> None:
+    """Nobody has changed it since an earlier step: what is looked up there were no rows of others."""
+    clipper = GhostClipper(nn.Linear(5, 3), max_grad_norm=0.1)
+    loss = looked_up(torch.rand(1000))
+    assert [count_passes(clipper, torch.randn(8, 5), loss) for _ in range(4)] == [7, 7, 1, 1]
+
+
+def test_what_may_hold_the_batch_is_shown_at_every_step() -> None:
+    buffer = torch.empty(8)
+
+    def written(x):
+        return buffer.copy_(x[:, 1])
+
+    def written_by_numpy(x):
+        buffer.numpy()[:] = x[:, 1].numpy()
+        return buffer
+
+    for table in (lambda x: x[:, 1], written, written_by_numpy):
+        clipper = GhostClipper(nn.Linear(5, 3), max_grad_norm=0.1)
+        with pytest.warns(UserWarning, match=r"data picks rows inside the block \(by __getitem__\)"):
+            assert all(count_passes(clipper, torch.randn(8, 5), looked_up(table)) > 1 for _ in range(4))
+
+
 def count_passes(clipper, x, loss=losses) -> int:
     """Backward passes of one step."""
     passes = []

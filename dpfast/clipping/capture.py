@@ -48,6 +48,8 @@ from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules.table import COMPOSED, GUARDED, MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use, traced
 from dpfast.clipping.trees import TensorMap, function_name, leaves, own_lists, replace_tensors, tensors_in
+from dpfast.kernels.dispatch import PLAIN
+from dpfast.kernels.fingerprint import fingerprints
 
 OnUse = Callable[[Any, tuple[Any, ...], dict[str, Any], Use, Any], None]  # function, arguments, how, result
 
@@ -72,11 +74,43 @@ class Constants(TensorMap):
                     del self[t]
 
 
+class Standing:
+    """Tensors of the caller that steps have looked numbers up in, by place (a table of a noise schedule).
+
+    One that an earlier step has met, and that holds the same numbers now, holds no rows of this step's batch. The
+    numbers are looked at: numpy writes into a tensor without telling torch.
+    """
+
+    MOST = 1 << 16  # numbers that are looked at in every step
+
+    def __init__(self) -> None:
+        self._met = TensorMap()  # the step in which it was first met so, and its fingerprint
+        self._step = 0
+
+    def next_step(self) -> None:
+        """What is met from now on is met in another step."""
+        self._step += 1
+        self._met.prune()
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether ``t`` stands; if not, it may do so in the next step."""
+        if type(t) not in PLAIN or t.numel() > self.MOST or t.requires_grad:
+            return False
+        with torch._C.DisableTorchFunction():
+            (now,) = fingerprints([t])
+        step, before = self._met.get(t, (self._step, None))
+        if before != now:
+            step = self._step
+        self._met[t] = (step, now)
+        return bool(step < self._step)
+
+
 class Capture(TorchFunctionMode):
     """Active inside ``with clipper``; writes uses and problems to its ``tape``.
 
     parameters: the trainable ones. fixed: buffers and frozen parameters by name. anchor: requires grad, the same for
-    all steps, so that uses of an earlier step are noticed. on_start: called at the first use of each step.
+    all steps, so that uses of an earlier step are noticed. standing: likewise, what earlier steps have met. on_start:
+    called at the first use of each step.
 
     ``detach``, decided before the first use: whether uses run with detached parameters. Not for a batch of one example
     in the form "example", whose gradient is the ordinary one: autograd computes it, and the capture only looks for what
@@ -89,6 +123,7 @@ class Capture(TorchFunctionMode):
         fixed: Mapping[str, Tensor],
         anchor: Tensor,
         on_start: Callable[[], None],
+        standing: Standing | None = None,
     ) -> None:
         super().__init__()
         self.parameters = dict(parameters)
@@ -100,7 +135,7 @@ class Capture(TorchFunctionMode):
         self.counted = WeakTensorKeyDictionary()  # a buffer plus a number of Python's: of rows, of physical batches
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
         self.protected.pop(0, None)  # sparse ones have no place
-        self.anchor, self.on_start = anchor, on_start
+        self.anchor, self.on_start, self.standing = anchor, on_start, standing or Standing()
         self.probe_trace: int | None = None
         self.inside_model = False
         self.on_use: OnUse | None = None  # told of each use that goes to the tape
@@ -116,6 +151,7 @@ class Capture(TorchFunctionMode):
         self._begin()
 
     def _begin(self) -> None:
+        self.standing.next_step()
         self.tape = Tape(self.anchor)
         self.started, self.detach = False, True
         self.rewritten: set[str] = set()  # buffers that the step changes, not from data
@@ -185,7 +221,10 @@ class Capture(TorchFunctionMode):
                 return self._marked(output, selected=selected)
         elif tracked:
             self.tape.used_without_grad.update(name for source in tracked for name in source.names)
-        selected = bool(data) and self._selects(func, args, kwargs, tensors, data)
+        picks = bool(data) and self._picks(func, args, kwargs, tensors, data)
+        if picks:
+            self.tape.picked_by.add(function_name(func))
+        selected = picks or (bool(data and self.selected) and self._keeps_selected(func, tensors))
         if func in GUARDED:
             return self._marked(self._guarded(func, args, kwargs), selected=selected)
         output = func(*args, **kwargs)
@@ -199,22 +238,26 @@ class Capture(TorchFunctionMode):
             self.counted.update(dict.fromkeys(outputs, True))
         return output
 
-    def _selects(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], data: list[Tensor]) -> bool:
-        """Whether data has picked the rows of what a call returns."""
+    def _picks(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], data: list[Tensor]) -> bool:
+        """Whether data picks, in this call, the rows of what it returns."""
         if func in SELECTS:
             return func is not torch.where or len(tensors) == 1
         if func in ORDERS:
             place = 2 if func in (torch.topk, Tensor.topk) else 1
             dim = kwargs.get("dim", args[place] if len(args) > place else -1)
             return dim in (0, -tensors[0].ndim)
-        if func in SELECTS_BY_INDEX and len(data) > 1 and data[0] is tensors[0]:
+        if func in SELECTS_BY_INDEX and len(data) > 1 and data[0] is tensors[0] and not self.standing.holds(data[0]):
             return True
         if func in PUTS_BACK:
             by_data = any(t is index for t in data for index in tensors[1:-1])
             dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", 0)
             placed = by_data and any(tensors[-1] is t for t in data) and tensors[-1] not in self.selected
-            return (placed and dim in (0, -tensors[0].ndim)) or tensors[0] in self.selected
-        return bool(self.selected) and any(t in self.selected for t in tensors)
+            return bool(placed and dim in (0, -tensors[0].ndim))
+        return False
+
+    def _keeps_selected(self, func: Any, tensors: list[Tensor]) -> bool:
+        """Whether what a call returns has rows that were picked before: some go back to where they belong."""
+        return any(t in self.selected for t in (tensors[:1] if func in PUTS_BACK else tensors))
 
     def _marked(self, output: Any, *, selected: bool) -> Any:
         """``output``, after taking note that its rows were picked by data, if they were."""

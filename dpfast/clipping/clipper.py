@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpfast.clipping.accumulate import Clipped
 from dpfast.clipping.calls import ModelCalls
-from dpfast.clipping.capture import Capture
+from dpfast.clipping.capture import Capture, Standing
 from dpfast.clipping.compiled import Regions, private_compilation
 from dpfast.clipping.forms import Forms
 from dpfast.clipping.losses import check_losses, check_part
@@ -22,6 +22,8 @@ from dpfast.clipping.tape import Tape
 from dpfast.clipping.watch import Inventory, Seen, changed, seen
 from dpfast.errors import CaptureError, ConfigError
 from dpfast.performance import Performance
+
+FEW_STEPS = 3  # that may cost more because things are shown, before it is said
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class GhostClipper:
         self._written: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: its p.grad, and the sum of its bits
         self.writes = 0  # how many sums have been added to p.grad
         self._warned: set[str] = set()
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor, self._standing = torch.zeros((), requires_grad=True), Standing()
         self._capture: Capture | None = None
         self._begun: Begun | None = None
         self._last: Seen = {}  # the parameters, when the last step began
@@ -111,6 +113,7 @@ class GhostClipper:
         self._fixed: Seen = {}  # buffers and frozen parameters, when they were last looked at
         self._moves = 0  # how often they have changed between blocks
         self._most_examples = 0  # of any step
+        self._reshown = 0  # steps in which rows that data had picked had to be shown
         refuse(_model_problems(Inventory.of(model)))
 
     @property
@@ -163,7 +166,7 @@ class GhostClipper:
         self._copies = {name: b.detach().clone() for name, b in model.buffers.items()}
         self._parameters: Seen | None = None
         self._see_parameters(model)
-        self._capture = Capture(model.trainable, model.fixed, self._anchor, on_start=self._see_parameters)
+        self._capture = Capture(model.trainable, model.fixed, self._anchor, self._see_parameters, self._standing)
         self._compilation = private_compilation()
         self._calls.begin(self._capture, model.modules, compiles=self._compilation.__enter__())
         self._regions.begin(self._capture)
@@ -400,6 +403,14 @@ class GhostClipper:
                 f"the model reads numbers out of the batch ({listed(sorted(tape.read_out))}): what it does with them"
                 " may depend on all examples at once, which no probe can show. Use torch.where, or decide outside of"
                 " the model from what is public",
+            )
+        self._reshown += tape.reshown
+        if self._reshown > FEW_STEPS:
+            self._warn_once(
+                "reshown",
+                f"data picks rows inside the block (by {listed(sorted(tape.picked_by))}): that they stay with their"
+                " examples is shown in every step, which costs up to 2 log2(B) more backward passes. Look things up"
+                " before the block, or in a registered buffer or a tensor that stays the same",
             )
         for reason in sorted(tape.eager):
             self._warn_once(

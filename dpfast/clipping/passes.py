@@ -145,6 +145,7 @@ class Pass:
             for use, _, g in records
             if use.site in evidence and is_fleeting(use, g, evidence[use.site].dims, self.examples, len(self.losses))
         }
+        self.capture.tape.reshown = any(use.selected and use.site in evidence for use, _, _ in records)
         refuse(self.ownership.settle(signature, evidence, self.examples, fleeting))
         return {site: likely_dim(found, whole[site], self.examples) for site, found in evidence.items()}
 

@@ -107,6 +107,8 @@ class Tape:
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # functions without a rule: parameters
     used_without_grad: set[str] = field(default_factory=set)  # parameters
     read_out: set[str] = field(default_factory=set)  # functions by which the model gave numbers of the data to Python
+    picked_by: set[str] = field(default_factory=set)  # functions by which data picked rows
+    reshown: bool = False  # whether uses had to be shown for such rows
     eager: set[str] = field(default_factory=set)  # why compiled regions ran eagerly, in words
     problems: list[Problem] = field(default_factory=list)
     receive: Receive | None = None  # set during a backward pass only
