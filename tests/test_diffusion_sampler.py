@@ -1,5 +1,6 @@
 """Samplers: exact on a model whose answer is known, resumable by shard."""
 
+import copy
 import json
 
 import numpy as np
@@ -95,6 +96,15 @@ def shards(scheduler, folder, *, levels=(-0.5, 0.5, 0.0), progress=lambda *_: No
     model = PointModel(scheduler, list(levels))
     result = generate_shards(model, scheduler, folder, **(settings | options), progress=progress)
     return model, result
+
+
+def test_the_order_of_what_diffusers_notes_does_not_matter(scheduler, tmp_path):
+    """It differs from process to process."""
+    shards(scheduler, tmp_path)
+    other = copy.deepcopy(scheduler)
+    other.register_to_config(_use_default_values=["trained_betas", "thresholding"])
+    again, _ = shards(other, tmp_path)
+    assert not again.calls
 
 
 def test_shards_are_balanced_and_resumable(scheduler, tmp_path):

@@ -124,7 +124,7 @@ def generate_shards(
     settings = {
         "count": count, "shard_size": shard_size, "image_shape": list(image_shape), "classes": list(classes),
         "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size,
-        "scheduler": scheduler.__class__.__name__, "scheduler_config": dict(scheduler.config),
+        "scheduler": scheduler.__class__.__name__, "scheduler_config": _settings_of(scheduler),
         "model": weights_fingerprint(model),
     }  # fmt: skip
     shards = ShardFolder.claim(Path(folder), settings)
@@ -142,3 +142,8 @@ def generate_shards(
 def _shard_seed(seed: int, number: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "little")
+
+
+def _settings_of(scheduler: Any) -> dict[str, Any]:
+    """Its configuration, less what diffusers notes there, in an order that differs from process to process."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
