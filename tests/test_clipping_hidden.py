@@ -378,3 +378,27 @@ def test_losses_averaged_over_augmentations_beside_an_input_for_each_example() -
     clipper = GhostClipper(model, max_grad_norm=1.0, augmult=2)
     with pytest.raises(CaptureError, match="fewer losses than rows"), clipper:
         clipper.backward(model(torch.randn(ROWS, 6), torch.randn(ROWS // 2, 4)).square().mean(1).view(-1, 2).mean(1))
+
+
+def test_probes_leave_attributes_as_they_are() -> None:
+    """A count, a running mean for the monitor: of the batches, not of what probes are made of."""
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.calls, self.mean = nn.Linear(4, 3), 0, torch.zeros(3)
+
+        def forward(self, x):
+            self.calls += 1
+            h = self.linear(x)
+            with torch.no_grad():
+                self.mean = 0.5 * self.mean + h.mean(0)
+            return h
+
+    model, x, y = Watched(), torch.randn(6, 4), torch.randn(6, 4)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    for batch in (x, y):
+        with clipper:
+            clipper.backward(model(batch).square().mean(1))
+    assert model.calls == 2
+    torch.testing.assert_close(model.mean, 0.5 * model.linear(x).mean(0) + model.linear(y).mean(0))

@@ -34,9 +34,9 @@ FAINT = 1e-2  # times an activation of 1, and rounding to 1e-5 of it: a tenth of
 
 @contextmanager
 def no_trace_left(model: nn.Module) -> Iterator[None]:
-    """What a probe does to random states and buffers is undone."""
+    """What a probe does to random states, buffers and attributes of modules is undone; not to what attributes hold."""
     state, buffers = RandomState(), dict(model.named_buffers())
-    held = [(module, dict(module._buffers)) for module in model.modules()]
+    held = [(module, dict(module._buffers), dict(vars(module))) for module in model.modules()]
     copies, before = {name: b.clone() for name, b in buffers.items()}, seen(buffers)
     try:
         with torch.no_grad():
@@ -44,7 +44,9 @@ def no_trace_left(model: nn.Module) -> Iterator[None]:
     finally:
         state.restore()
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            for module, own in held:  # some layers put new tensors in the place of old ones
+            for module, own, attributes in held:  # some layers put new tensors in the place of old ones
+                vars(module).clear()
+                vars(module).update(attributes)
                 module._buffers.clear()
                 module._buffers.update(own)
             for name in changed(before, seen(buffers)):  # the others may be saved for a backward pass
