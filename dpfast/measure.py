@@ -3,7 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -42,7 +43,10 @@ def synchronize() -> None:
 
 
 def peak_storages(step: Step) -> int:
-    """Bytes: the most that tensors allocated during ``step`` held at a time, less what it released of earlier ones."""
+    """Bytes: the most that tensors allocated during ``step`` held at a time.
+
+    On the CPU what it released of earlier ones does not count; on a GPU it is taken off.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -53,9 +57,23 @@ def peak_storages(step: Step) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive: dict[int, int] = {}  # sizes by place
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    for _, place, size in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):
+        if size > 0:
+            alive[place] = size
+            held += size
+            peak = max(peak, held)
+        else:
+            held -= alive.pop(place, 0)
     return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """When, where and how much; negative: released."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag.name == "Allocation":
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size

@@ -36,12 +36,17 @@ class Augment:
         return rows
 
     def _shifted(self, rows: Tensor, keys: RowKeys) -> Tensor:
-        count, _, height, width = rows.shape
+        height, width = rows.shape[2:]
         pad = [self.shift] * 4
         padded = F.pad(rows, pad, mode="replicate") if self.fill is None else F.pad(rows, pad, value=self.fill)
         offsets = (keys.uniform(2, stream="shift") * (2 * self.shift + 1)).long()
-        y = offsets[:, :1] + torch.arange(height, device=rows.device)
-        x = offsets[:, 1:] + torch.arange(width, device=rows.device)
-        example = torch.arange(count, device=rows.device)[:, None, None]
-        # Indexing [N, H, W] out of [N, H', W', C] keeps the channels together; back to [N, C, H, W] after.
-        return padded.permute(0, 2, 3, 1)[example, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+        return self._cut(self._cut(padded, 2, height, offsets[:, 0]), 3, width, offsets[:, 1])
+
+    def _cut(self, rows: Tensor, dim: int, size: int, offsets: Tensor) -> Tensor:
+        """``size`` lines of each row from its own offset on. By ``where``, not by index: a private step has nothing to
+        show of what is not looked up.
+        """
+        cut = rows.narrow(dim, 0, size)
+        for offset in range(1, 2 * self.shift + 1):
+            cut = torch.where((offsets == offset)[:, None, None, None], rows.narrow(dim, offset, size), cut)
+        return cut
