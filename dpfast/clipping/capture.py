@@ -48,8 +48,7 @@ from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules.table import COMPOSED, GUARDED, MIXES_ROWS, RULES
 from dpfast.clipping.tape import Tape, Use, traced
 from dpfast.clipping.trees import TensorMap, function_name, leaves, own_lists, replace_tensors, tensors_in
-from dpfast.kernels.dispatch import PLAIN
-from dpfast.kernels.fingerprint import fingerprints
+from dpfast.clipping.watch import Standing
 
 OnUse = Callable[[Any, tuple[Any, ...], dict[str, Any], Use, Any], None]  # function, arguments, how, result
 
@@ -72,37 +71,6 @@ class Constants(TensorMap):
             for t in self.keys():
                 if storage(t) == place:
                     del self[t]
-
-
-class Standing:
-    """Tensors of the caller that steps have looked numbers up in, by place (a table of a noise schedule).
-
-    One that an earlier step has met, and that holds the same numbers now, holds no rows of this step's batch. The
-    numbers are looked at: numpy writes into a tensor without telling torch.
-    """
-
-    MOST = 1 << 16  # numbers that are looked at in every step
-
-    def __init__(self) -> None:
-        self._met = TensorMap()  # the step in which it was first met so, and its fingerprint
-        self._step = 0
-
-    def next_step(self) -> None:
-        """What is met from now on is met in another step."""
-        self._step += 1
-        self._met.prune()
-
-    def holds(self, t: Tensor) -> bool:
-        """Whether ``t`` stands; if not, it may do so in the next step."""
-        if type(t) not in PLAIN or t.numel() > self.MOST or t.requires_grad:
-            return False
-        with torch._C.DisableTorchFunction():
-            (now,) = fingerprints([t])
-        step, before = self._met.get(t, (self._step, None))
-        if before != now:
-            step = self._step
-        self._met[t] = (step, now)
-        return bool(step < self._step)
 
 
 class Capture(TorchFunctionMode):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpfast.clipping.accumulate import Clipped
 from dpfast.clipping.calls import ModelCalls
-from dpfast.clipping.capture import Capture, Standing
+from dpfast.clipping.capture import Capture
 from dpfast.clipping.compiled import Regions, private_compilation
 from dpfast.clipping.forms import Forms
 from dpfast.clipping.losses import check_losses, check_part
@@ -19,7 +19,7 @@ from dpfast.clipping.ownership import MANY_PATHS, Ownership
 from dpfast.clipping.passes import Begun, Pass
 from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.tape import Tape
-from dpfast.clipping.watch import Inventory, Seen, changed, seen
+from dpfast.clipping.watch import Inventory, Seen, Standing, changed, seen
 from dpfast.errors import CaptureError, ConfigError
 from dpfast.performance import Performance
 

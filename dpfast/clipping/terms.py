@@ -251,7 +251,7 @@ class ConvTerm(FactoredTerm):
 def _conv_work(
     spec: conv.ConvSpec, small: torch.Size, examples: int, held: int, brain: bool, has_pixel_gram: bool
 ) -> Work:
-    """small: shape of what is smaller, input or output gradient."""
+    """small: shape of the output gradient; of a transposed convolution, of the input."""
     first, channels, *kernel = spec.weight_shape
     inputs = channels * math.prod(kernel)
     return Work(

@@ -1,4 +1,4 @@
-"""The tensors of a model, and whether they changed."""
+"""The tensors of a model and those of its caller, and whether they changed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from dpfast.clipping.trees import TensorMap
+from dpfast.kernels.dispatch import PLAIN
 from dpfast.kernels.fingerprint import fingerprints
 
 Seen = dict[str, tuple[int, int]]  # by name: the identity of a tensor, and its fingerprint
@@ -75,3 +77,34 @@ def seen(tensors: Mapping[str, Tensor]) -> Seen:
 def changed(before: Seen, now: Seen) -> list[str]:
     """Names of tensors that came, went, were replaced or hold other numbers."""
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+class Standing:
+    """Tensors of the caller that steps have looked numbers up in, by place (a table of a noise schedule).
+
+    One that an earlier step has met, and that holds the same numbers now, holds no rows of this step's batch. The
+    numbers are looked at: numpy writes into a tensor without telling torch.
+    """
+
+    MOST = 1 << 16  # numbers that are looked at in every step
+
+    def __init__(self) -> None:
+        self._met = TensorMap()  # the step in which it was first met so, and its fingerprint
+        self._step = 0
+
+    def next_step(self) -> None:
+        """What is met from now on is met in another step."""
+        self._step += 1
+        self._met.prune()
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether ``t`` stands; if not, it may do so in the next step."""
+        if type(t) not in PLAIN or t.numel() > self.MOST or t.requires_grad:
+            return False
+        with torch._C.DisableTorchFunction():
+            (now,) = fingerprints([t])
+        step, before = self._met.get(t, (self._step, None))
+        if before != now:
+            step = self._step
+        self._met[t] = (step, now)
+        return bool(step < self._step)
