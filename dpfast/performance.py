@@ -19,8 +19,7 @@ class Performance:
     microbatch: examples (each with its K augmentations) per physical batch in ``DPTrainer``; None lets it choose.
     memory_budget: bytes of tensors that a step may hold at a time beyond the model; None means no limit. ``DPTrainer``
         makes physical batches that are predicted to fit. In a loop of your own, whose batches are given, it only moves
-        the choice of ``auto``: forms that fit if any do, else those that keep the least. Steps that show that examples
-        stay apart (the first ones) hold more.
+        the choice of ``auto``: forms whose gradients fit if any do, else those that keep the least.
     device: where ``DPTrainer`` runs the model.
     compile: whether calls of the model inside ``with clipper`` are compiled (``torch.compile``, once for each batch
         size). A model that is compiled already needs no setting.

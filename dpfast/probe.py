@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from dpfast.clipping.calls import brought_out, no_trace_left
-from dpfast.clipping.ownership import Synthetic, forward_verdict, thorough_verdict
+from dpfast.clipping.synthetic import Synthetic, forward_verdict, thorough_verdict
 from dpfast.data.keyed import RowKeys
 from dpfast.errors import CaptureError
 from dpfast.objective import Objective

@@ -215,12 +215,12 @@ class DPTrainer:
         """Of a full physical batch: what ``performance`` says, or fits its memory budget; less once memory ran out."""
         size = usual_size(self.performance, self.augmult, self._numbers_per_example, self.plan.expected_batch_size)
         budget = self.performance.memory_budget
-        while budget is not None and self.plan_step(size).private.peak > budget:
+        while budget is not None and self.plan_step(size).peak > budget:
             smaller = size.half()
             if smaller is None:
                 warnings.warn(
                     f"memory_budget={budget} is less than what one row of one example is predicted to take",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 break
             size = smaller

@@ -88,6 +88,12 @@ def choose(requested: Backend | None, *tensors: Tensor, dtypes: tuple[torch.dtyp
     return "native"
 
 
+def would_be_native(*tensors: Tensor) -> bool:
+    """What ``choose`` would say of real tensors like these, which may be fake, for kernels of all native dtypes."""
+    alike = len({t.dtype for t in tensors}) == 1
+    return alike and all(t.device.type == "cpu" and t.dtype in NATIVE_DTYPES for t in tensors) and backend() == "native"
+
+
 def _check_readable(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
     alike = len({t.dtype for t in tensors}) <= 1
     if not alike or not all(native_can_read(t, dtypes) for t in tensors):

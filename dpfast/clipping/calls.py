@@ -12,16 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping.capture import Capture
-from dpfast.clipping.ownership import (
-    ENOUGH_STEPS,
-    MOST_PATHS,
-    Synthetic,
-    Verdict,
-    forward_verdict,
-    is_mask,
-    thorough_verdict,
-)
+from dpfast.clipping.ownership import ENOUGH_STEPS, MOST_PATHS
 from dpfast.clipping.problems import Problem, listed, refuse
+from dpfast.clipping.synthetic import Synthetic, Verdict, forward_verdict, is_mask, thorough_verdict
 from dpfast.clipping.trees import leaves, tensors_in
 from dpfast.clipping.watch import changed, seen
 from dpfast.errors import CaptureError

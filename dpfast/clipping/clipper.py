@@ -409,7 +409,7 @@ class GhostClipper:
             self._warn_once(
                 "reshown",
                 f"data picks rows inside the block (by {listed(sorted(tape.picked_by))}): that they stay with their"
-                " examples is shown in every step, which costs up to 2 log2(B) more backward passes. Look things up"
+                " examples is shown in every step, which costs up to 2 log2(B) + 1 more backward passes. Look things up"
                 " before the block, or in a registered buffer or a tensor that stays the same",
             )
         for reason in sorted(tape.eager):

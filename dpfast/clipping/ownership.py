@@ -17,25 +17,23 @@ updates of the parameters. What depends on the values of the data (rows that mee
 exclude.
 """
 
-import math
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dpfast.clipping.problems import Problem
-from dpfast.clipping.tape import Site, TapedUse
-from dpfast.clipping.trees import replace_tensors, tensors_in
+from dpfast.clipping.tape import Receive, Site, TapedUse
 
 Signature = int  # the hash of a step's uses with their shapes, what it called, and the modes of the layers
 ENOUGH_STEPS = 8  # probed, when there are never gradients of half of the examples: a choice, not a measurement
 MANY_PATHS = 32  # of one model: then probes are a cost to speak of
 MOST_PATHS = 1024  # remembered: some 20 kB each
 SAME_IN_LOW_PRECISION = 0.05  # how far a gradient may be from itself, relatively
+SUMS = 64  # of a sketch: they tell the size of a difference to within 20%
 
 
 @dataclass(frozen=True)
@@ -142,24 +140,95 @@ def is_fleeting(use: TapedUse, g: Tensor, dims: Sequence[int], examples: int, ro
     return use.selected or any(g.shape[d] % rows and g.shape[d] != examples for d in dims)
 
 
-def weigh(evidence: Evidence, g: Tensor, whole: Tensor, group: Sequence[int], examples: int) -> Evidence:
-    """Evidence after the losses of ``group`` alone gave the gradient ``g`` at a use, and those of all gave ``whole``.
+@dataclass(frozen=True)
+class Sketch:
+    """What is kept of a gradient, to tell later whether another is the same: little, where that took its memory.
 
-    Entries that are not finite say nothing: 0 * inf of another example's activation is NaN without any mixing.
+    By dimension that may hold the rows, of the block of each example:
+    sums ``[B, SUMS]``: its finite numbers with random signs, each added to one of the sums, so that the squared length
+        of a difference is in expectation that of the gradients' difference (Charikar et al. 2002, CountSketch);
+    touched ``[B]``: whether there is a finite number that is not 0; finite ``[B]``: whether all are finite.
+    eps: of the gradient's dtype.
     """
-    finite = g.isfinite() & whole.isfinite()
-    touched, expected = finite & (g != 0), torch.where(finite, whole, 0)
-    error = torch.where(finite, g - whole, 0)
-    owners = {}
-    for d in evidence.dims:
-        blocks = _blocks(touched, d, examples).any(1)
-        owners[d] = frozenset(blocks.nonzero().flatten().tolist())
-    dims = tuple(
-        d
-        for d in evidence.dims
-        if owners[d].issubset(group)
-        and _is_small(_blocks(error, d, examples)[group], _blocks(expected, d, examples)[group])
-    )
+
+    sums: dict[int, Tensor]
+    touched: dict[int, Tensor]
+    finite: dict[int, Tensor]
+    eps: float
+
+    def owners(self, dim: int) -> frozenset[int]:
+        """Examples that have touched blocks."""
+        return frozenset(self.touched[dim].nonzero().flatten().tolist())
+
+    def agrees(self, other: "Sketch", dim: int, examples: Sequence[int]) -> bool:
+        """Whether the blocks of ``examples`` hold the same but for a few hundred roundings.
+
+        A block that is not finite says nothing: 0 * inf of another example's activation is NaN without any mixing.
+        """
+        comparable = (self.finite[dim] & other.finite[dim])[list(examples)]
+        mine, others = (sketch.sums[dim][list(examples)][comparable].double() for sketch in (self, other))
+        tolerance = min(SAME_IN_LOW_PRECISION, 1e3 * self.eps)
+        return bool((mine - others).norm() <= tolerance * mine.norm())
+
+
+class Sketches:
+    """Makes sketches that can be compared with each other."""
+
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
+        self._signs = torch.empty(0)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def of(self, g: Tensor, dims: Sequence[int]) -> Sketch:
+        """Of a gradient whose rows lie along one of ``dims``."""
+        finite = g.isfinite()
+        numbers = torch.where(finite, g, 0)
+        return Sketch(
+            {d: self._sums(_blocks(numbers, d, self.examples)) for d in dims},
+            {d: _blocks(numbers, d, self.examples).any(1) for d in dims},
+            {d: _blocks(finite, d, self.examples).all(1) for d in dims},
+            torch.finfo(g.dtype).eps,
+        )
+
+    def _sums(self, blocks: Tensor) -> Tensor:
+        missing = blocks.shape[1] - len(self._signs)
+        if missing > 0:
+            more = torch.randint(2, (missing,), generator=self._generator).to(blocks.device, torch.float32)
+            self._signs = torch.cat([self._signs.to(more), 2 * more - 1])
+        signed = blocks * self._signs[: blocks.shape[1]]
+        return pad(signed, (0, -blocks.shape[1] % SUMS)).unflatten(1, (-1, SUMS)).sum(1)
+
+
+class Showing:
+    """One step's evidence for the uses whose rows it has to show."""
+
+    def __init__(self, ownership: Ownership, signature: Signature, examples: int) -> None:
+        self.ownership, self.signature, self.examples = ownership, signature, examples
+        self.evidence: dict[Site, Evidence] = {}
+        self._whole: dict[Site, Sketch] = {}
+        self._sketches = Sketches(examples)
+
+    def begin(self, use: TapedUse, g: Tensor) -> None:
+        """The losses of all examples gave ``g`` at this use."""
+        dims = possible_dims(use, g, self.examples)
+        self.evidence[use.site] = self.ownership.recall(self.signature, use.site, dims)
+        self._whole[use.site] = self._sketches.of(g, dims)
+
+    def weigh(self, use: TapedUse, g: Tensor, group: Sequence[int]) -> None:
+        """The losses of ``group`` alone gave ``g``."""
+        if use.site in self.evidence:
+            before = self.evidence[use.site]
+            self.evidence[use.site] = weigh(before, self._sketches.of(g, before.dims), self._whole[use.site], group)
+
+    def weighing(self, group: Sequence[int]) -> Receive:
+        """For a backward pass of ``group``."""
+        return lambda use, _saved, g: self.weigh(use, g, group)
+
+
+def weigh(evidence: Evidence, alone: Sketch, whole: Sketch, group: Sequence[int]) -> Evidence:
+    """Evidence after the losses of ``group`` alone gave the gradient ``alone`` at a use, and those of all ``whole``."""
+    owners = {d: alone.owners(d) for d in evidence.dims}
+    dims = tuple(d for d in evidence.dims if owners[d].issubset(group) and whole.agrees(alone, d, group))
     seen = evidence.informative | owners[dims[0]] if dims else frozenset()
     return replace(evidence, dims=dims, informative=seen)
 
@@ -174,215 +243,3 @@ def likely_dim(evidence: Evidence, g: Tensor, examples: int) -> int:
 def _blocks(t: Tensor, dim: int, examples: int) -> Tensor:
     """``[B, entries]``: of the rows of each example along ``dim``."""
     return t.movedim(dim, 0).reshape(examples, -1)
-
-
-def _is_small(error: Tensor, whole: Tensor) -> bool:
-    """Beside ``whole``: a few hundred roundings."""
-    tolerance = min(SAME_IN_LOW_PRECISION, 1e3 * torch.finfo(whole.dtype).eps)
-    return bool(error.double().norm() <= tolerance * whole.double().norm())
-
-
-# The forward probe
-
-# No example changed another; likewise, but some input could not be changed; one did; nothing with rows went in or came
-# out; what came out does not depend on what went in; twice the same gave two results; one that is not finite makes
-# others so.
-Verdict = Literal["apart", "partly", "mixed", "unseen", "unmoved", "unrepeatable", "spoiled"]
-
-
-@dataclass(frozen=True)
-class Synthetic:
-    """Synthetic rows in place of a batch's; those of the examples ``changed`` are others.
-
-    rows: N, how many the batch has, and keeps; augmult: K. Each tensor holds its rows along dimension 0 or 1 if that
-    has N entries, or else along dimension 0 if that has B = N / K, one for each example. Others are left as they are.
-    numbers: between 0.1 and 1 (quiet), of both signs and some of them large (loud), or NaN in what is changed (broken).
-    """
-
-    rows: int
-    augmult: int
-    numbers: Literal["quiet", "loud", "broken"] = "quiet"
-    changed: frozenset[int] = frozenset()
-
-    @property
-    def examples(self) -> int:
-        return self.rows // self.augmult
-
-    def dim(self, t: Tensor) -> int | None:
-        """The dimension that holds rows."""
-        found = next((d for d, size in enumerate(t.shape[:2]) if size == self.rows), None)
-        per_example = found is None and t.ndim > 0 and t.shape[0] == self.examples > 1
-        return 0 if per_example else found
-
-    def square(self, t: Tensor) -> bool:
-        """Whether a second dimension looks the same."""
-        return t.ndim > 1 and t.shape[0] == t.shape[1] == self.rows
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """Floating-point numbers become uniform random ones; whole numbers (labels, tokens) change places."""
-        dim = self.dim(t)
-        if dim is None:
-            return t
-        rows = t.movedim(dim, 0)
-        mine = self.of(self.changed, len(rows))
-        new = self._floats(rows, mine) if t.is_floating_point() else self._wholes(rows, mine)
-        return new.movedim(0, dim)
-
-    def _floats(self, rows: Tensor, mine: list[int]) -> Tensor:
-        generator = torch.Generator(rows.device).manual_seed(0)
-        if self.numbers == "loud":
-            first, other = 3 * torch.randn(2, *rows.shape, generator=generator, device=rows.device)
-            other = 10 * other
-        else:
-            first, other = 0.1 + 0.9 * torch.rand(2, *rows.shape, generator=generator, device=rows.device)
-            other = torch.full_like(other, math.nan) if self.numbers == "broken" else other
-        first[mine] = other[mine]
-        return first.to(rows.dtype)
-
-    def _wholes(self, rows: Tensor, mine: list[int]) -> Tensor:
-        """Another row in the place of each; where all are equal, the next smaller numbers (a label is below C)."""
-        new = rows.clone()
-        for row in mine:
-            others = (rows != rows[row]).reshape(len(rows), -1).any(1).nonzero()
-            if len(others):
-                new[row] = rows[others[row % len(others), 0]]
-            else:
-                new[row] = ~rows[row] if rows.dtype == torch.bool else (rows[row] - 1).clamp(min=0)
-        return new
-
-    def of(self, examples: Iterable[int], rows: int) -> list[int]:
-        """Those of ``rows`` rows that belong to the examples."""
-        each = rows // self.examples
-        return [row for example in sorted(examples) for row in range(example * each, (example + 1) * each)]
-
-
-def changed_examples(examples: int, seed: int | None) -> list[frozenset[int]]:
-    """Which examples the probe changes together: a random half, the others and, without a seed, the first, the last.
-
-    A half finds what one example among many does to the rest; one alone, what two changes would hide.
-    """
-    everyone = range(examples)
-    half = frozenset(random.Random(seed or 0).sample(everyone, examples // 2))
-    alone = [frozenset({0}), frozenset({examples - 1})] if seed is None else []
-    return [half, frozenset(everyone) - half, *alone]
-
-
-def forward_verdict(
-    run: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    batch: Synthetic,
-    public: Callable[[Tensor], bool] = lambda _: False,
-    seed: int | None = None,
-) -> Verdict:
-    """``run(*args, **kwargs)`` on synthetic rows, changing some examples: the output of the others must not change.
-
-    ``run`` must give the same for the same. public: tensors that may be no rows (a causal mask): where everything else
-    keeps examples apart, they are left as they are. seed: of the examples that are changed (None: the first time).
-    Nothing that depends on the inputs' values leaves this function but the verdict.
-    """
-    whole = (tuple(args), dict(kwargs))
-    verdict = _verdict(run, whole, batch, seed)
-    if verdict == "mixed" and any(map(public, tensors_in(whole))):
-        second = _verdict(run, whole, batch, seed, leave=public)
-        return second if second in ("apart", "partly") else "mixed"
-    return verdict
-
-
-def thorough_verdict(
-    probe: Callable[[Synthetic], Verdict], batch: Synthetic, without_hiding: Callable[[], AbstractContextManager[bool]]
-) -> Verdict:
-    """The verdict of ``probe`` on quiet input; on loud input with weights that hide nothing; and on broken input.
-
-    without_hiding: a context with such weights, which says whether there are others. Loud or broken input that the
-    model cannot run on tells nothing.
-    """
-    said = probe(batch)
-    if said not in ("apart", "partly", "unmoved"):
-        return said
-    with without_hiding() as some_hid:
-        for numbers in ("loud", "quiet") if some_hid else ("loud",):
-            again = _if_it_runs(probe, replace(batch, numbers=numbers))
-            if again == "mixed" or (said == "unmoved" and again in ("apart", "partly")):
-                said = again
-    return "spoiled" if said != "mixed" and _if_it_runs(probe, replace(batch, numbers="broken")) == "mixed" else said
-
-
-def _if_it_runs(probe: Callable[[Synthetic], Verdict], batch: Synthetic) -> Verdict:
-    try:
-        return probe(batch)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        return "unseen"
-
-
-def is_mask(t: Tensor) -> bool:
-    """A square of nothing but 0 and hugely negative numbers, or of truth values on one side of its diagonal."""
-    if t.ndim != 2 or t.shape[0] != t.shape[1]:
-        return False
-    if t.dtype == torch.bool:
-        return any(torch.equal(t, half) or torch.equal(~t, half) for half in (t.tril(), t.triu()))
-    return t.is_floating_point() and bool(((t == 0) | (t <= -1e4)).all())
-
-
-def _verdict(
-    run: Callable[..., Any],
-    whole: Any,
-    batch: Synthetic,
-    seed: int | None,
-    leave: Callable[[Tensor], bool] = lambda _: False,
-) -> Verdict:
-    def given(changed: frozenset[int]) -> Any:
-        synthetic = replace(batch, changed=changed)
-        return replace_tensors(whole, lambda t: t if leave(t) else synthetic(t))
-
-    def outputs(inputs: Any) -> list[Tensor]:
-        args, kwargs = inputs
-        return [t for t in tensors_in(run(*args, **kwargs)) if t.ndim]
-
-    usual = given(frozenset())
-    before = outputs(usual)
-    dims = [batch.dim(t) for t in before]
-    if all(dim is None for dim in dims):
-        return "unseen"
-    if any(_differs(one, other) for one, other in zip(before, outputs(usual), strict=True)):
-        return "unrepeatable"
-    idle = {i for i, t in enumerate(tensors_in(whole)) if batch.dim(t) is not None and not leave(t)}
-    held, moved = len(idle), False
-    for changed in changed_examples(batch.examples, seed):
-        inputs = given(changed)
-        pairs = enumerate(zip(tensors_in(usual), tensors_in(inputs), strict=True))
-        idle -= {i for i, (one, other) in pairs if i in idle and not torch.equal(one, other)}
-        for dim, one, other in zip(dims, before, outputs(inputs), strict=True):
-            if dim is None:
-                continue
-            if one.shape != other.shape:
-                return "mixed"
-            mine = torch.zeros(one.shape[dim], dtype=torch.bool, device=one.device)
-            mine[batch.of(changed, len(mine))] = True
-            one, other = one.movedim(dim, 0), other.movedim(dim, 0)
-            if _differs(one[~mine], other[~mine]):
-                return "mixed"
-            moved |= not torch.equal(one[mine], other[mine])
-    if len(idle) == held:
-        return "unseen"
-    if not moved:
-        return "unmoved"
-    return "partly" if idle else "apart"
-
-
-def _differs(before: Tensor, after: Tensor) -> bool:
-    """Beyond rounding, entry by entry: one huge entry (a mask's) must not hide the others."""
-    if before.shape != after.shape or not before.is_floating_point():
-        return not torch.equal(before, after)
-    finite = before.isfinite()
-    if not torch.equal(finite, after.isfinite()):
-        return True
-    eps = torch.finfo(before.dtype).eps
-    before, after = before[finite].double(), after[finite].double()
-    if not before.numel():
-        return False
-    scale = torch.maximum(before.abs(), after.abs())
-    tolerance = (100 * eps if eps < 1e-5 else eps) * scale.clamp(min=scale.median().item())
-    return bool(((before - after).abs() > tolerance).any())

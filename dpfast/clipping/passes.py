@@ -12,14 +12,20 @@ from torch import Tensor, nn
 from dpfast.clipping.accumulate import Accumulation, Clipped
 from dpfast.clipping.capture import Capture
 from dpfast.clipping.forms import Forms
-from dpfast.clipping.ownership import Ownership, Signature, is_fleeting, likely_dim, possible_dims, weigh
+from dpfast.clipping.ownership import (
+    Ownership,
+    Showing,
+    Signature,
+    Sketches,
+    is_fleeting,
+    likely_dim,
+    possible_dims,
+)
 from dpfast.clipping.private import repeatable_backward
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
 from dpfast.errors import CaptureError
-
-Record = tuple[TapedUse, tuple[Tensor, ...], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,15 @@ class Pass:
         return self._all_at_once() if self.capture.detach else self._one_example()
 
     def _all_at_once(self) -> Accumulation:
+        """Uses whose rows are known give their terms at once. Of the others a sketch is kept, which shows their rows in
+        passes over some of the examples; a last pass over all gives their terms.
+        """
         tape = self.capture.tape
         signature = self._signature()
         known = self.ownership.known(signature)
         unknown = tape.uses.keys() - known.keys() if self.examples > 1 else set()
         pending = reachable(self.losses, unknown) if unknown else unknown
-        records: list[Record] = []
+        showing = Showing(self.ownership, signature, self.examples)
         accumulation = self._accumulation(signature)
         reached: set[Site] = set()
 
@@ -83,33 +92,71 @@ class Pass:
             reached.add(use.site)
             if again or use.site not in tape.uses or (use.site in unknown and use.site not in pending):
                 tape.problems.append(_unseen(use))
-            elif pending:
-                records.append((use, saved, g))
+            elif use.site in pending and bool((g != 0).any()):
+                showing.begin(use, g)
             else:
                 accumulation.add(use, saved, g, self._rows(use, g, known.get(use.site)))
 
-        leaked = self._backward(None, receive, retain_graph=bool(pending))
-        refuse(tape.problems + [_leak(name) for name, grad in leaked.items() if grad is not None])
+        self._backward_unleaked(receive, retain_graph=bool(pending))
         if not reached:
             raise CaptureError(
                 "the losses depend on no trainable parameter used since the last clipper.backward: compute them inside"
                 " `with clipper`, one forward pass before each clipper.backward"
             )
-        dims = known | self._show_ownership(signature, [r for r in records if r[0].site in pending])
-        with plain():
-            for use, saved, g in records:
-                accumulation.add(use, saved, g, self._rows(use, g, dims.get(use.site)))
+        if showing.evidence:
+            self._show(showing, accumulation)
         return accumulation
 
-    def accumulate_unshown(self) -> Accumulation:
-        """For a plan, whose tensors hold no numbers: rows are where they can be."""
+    def _show(self, showing: Showing, accumulation: Accumulation) -> None:
+        """Show the rows of uses by passes over groups of examples, and add their terms."""
+        fleeting: set[Site] = set()
+        added: set[Site] = set()
+
+        def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+            if use.site not in showing.evidence:
+                return
+            showing.weigh(use, g, range(self.examples))
+            evidence = showing.evidence[use.site]
+            if is_fleeting(use, g, evidence.dims, self.examples, len(self.losses)):
+                fleeting.add(use.site)
+            if evidence.dims and use.site not in added:
+                dim = likely_dim(evidence, g, self.examples)
+                accumulation.add(use, saved, g, self._rows(use, g, dim))
+            added.add(use.site)
+
+        for group in self.ownership.groups(showing.signature, self.examples):
+            self._backward(group, showing.weighing(group), retain_graph=True)
+        self._backward_unleaked(receive, retain_graph=False)
+        uses = self.capture.tape.uses
+        self.capture.tape.reshown = any(uses[site].selected for site in showing.evidence)
+        missing = [_unseen(uses[site]) for site in showing.evidence if site not in added]
+        refuse(missing + self.ownership.settle(showing.signature, showing.evidence, self.examples, fleeting))
+
+    def _backward_unleaked(self, receive: Receive, *, retain_graph: bool) -> None:
+        """Back-propagate all losses; refused if autograd itself gives a parameter a gradient."""
+        leaked = self._backward(None, receive, retain_graph=retain_graph)
+        refuse(self.capture.tape.problems + [_leak(name) for name, grad in leaked.items() if grad is not None])
+
+    def accumulate_unshown(self, *, showing: bool = False) -> Accumulation:
+        """For a plan, whose tensors hold no numbers: rows are where they can be.
+
+        showing: with the memory of a step that shows where they are.
+        """
         if not self.capture.detach:
             return self._one_example()
         accumulation = self._accumulation(0)
+        sketches = Sketches(self.examples)
+
+        def sketch(use: TapedUse, _saved: tuple[Tensor, ...], g: Tensor) -> None:
+            sketches.of(g, possible_dims(use, g, self.examples))
 
         def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+            if showing:
+                sketch(use, saved, g)
             accumulation.add(use, saved, g, self._rows(use, g, None))
 
+        if showing:
+            self._backward(None, sketch, retain_graph=True)
         self._backward(None, receive, retain_graph=False)
         return accumulation
 
@@ -121,33 +168,6 @@ class Pass:
             for site, shape in self.capture.tape.shapes.items()
         ]
         return hash((self.path, tuple(uses)))
-
-    def _show_ownership(self, signature: Signature, records: list[Record]) -> dict[Site, int]:
-        """Back-propagate groups of examples alone; the row dimension of every use that received a gradient."""
-        evidence = {
-            use.site: self.ownership.recall(signature, use.site, possible_dims(use, g, self.examples))
-            for use, _, g in records
-            if bool((g != 0).any())
-        }
-        whole = {use.site: g for use, _, g in records}
-
-        def observe(group: Sequence[int]) -> None:
-            def receive(use: TapedUse, _saved: tuple[Tensor, ...], g: Tensor) -> None:
-                if use.site in evidence:
-                    evidence[use.site] = weigh(evidence[use.site], g, whole[use.site], group, self.examples)
-
-            self._backward(group, receive, retain_graph=True)
-
-        for group in self.ownership.groups(signature, self.examples) if evidence else []:
-            observe(group)
-        fleeting = {
-            use.site
-            for use, _, g in records
-            if use.site in evidence and is_fleeting(use, g, evidence[use.site].dims, self.examples, len(self.losses))
-        }
-        self.capture.tape.reshown = any(use.selected and use.site in evidence for use, _, _ in records)
-        refuse(self.ownership.settle(signature, evidence, self.examples, fleeting))
-        return {site: likely_dim(found, whole[site], self.examples) for site, found in evidence.items()}
 
     def _one_example(self) -> Accumulation:
         """The batch is one example: its gradient is the ordinary one, and no rows can mix."""

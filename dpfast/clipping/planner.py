@@ -9,6 +9,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class StepPlan:
     """One private step of ``examples`` of ``augmult`` rows, and the ordinary step of the same rows; ``str`` is a table.
 
     small: number of the other parameters (biases, affines of norms), whose gradients are stored: ``small_bytes``.
+    showing: the private step when it has to show that examples stay apart, without the time of probes that repeat.
     """
 
     examples: int
@@ -67,7 +69,13 @@ class StepPlan:
     small: int
     small_bytes: int
     private: Total
+    showing: Total
     ordinary: Total
+
+    @property
+    def peak(self) -> int:
+        """Bytes of tensors that any private step of these rows holds at a time."""
+        return max(self.private.peak, self.showing.peak)
 
     def ratio(self, form: cost.Form | None = None) -> float:
         """Predicted time of the private step over that of the ordinary one; with one form for all weights, if given."""
@@ -91,6 +99,7 @@ class StepPlan:
         ]
         for name, total in (("private step", self.private), ("ordinary step", self.ordinary)):
             lines.append(f"{name:14} {total.seconds:8.3f} s {total.peak / 1e6:10,.1f} MB")
+        lines[-2] += f"      ({self.showing.peak / 1e6:,.1f} MB where it shows that examples stay apart)"
         memory = self.private.peak / self.ordinary.peak
         forced = ", ".join(f"{form} {self.ratio(form):.2f}" for form in cost.FORMS)
         lines.append(f"{'ratio':14} {self.ratio():8.3f}   {memory:10.3f}      (time with one form for all: {forced})")
@@ -120,6 +129,7 @@ class Meter(TorchDispatchMode):
                 self.brain_flops += flops
             else:
                 self.flops += flops
+            self.peak = max(self.peak, self.alive + _reordered(func, args))
         elif func.namespace == "dpfast":
             self.peak = max(self.peak, self.alive + scratch_bytes(func, args))
         elif made:
@@ -142,6 +152,18 @@ class Meter(TorchDispatchMode):
         """As the device's rates have it."""
         products = self.flops / rates.product + self.brain_flops / rates.brain
         return products + self.read * rates.load + self.written * rates.store + self.calls * rates.op
+
+
+def _reordered(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes of the copies in layouts of its own that oneDNN makes for a convolution while it runs."""
+    aten = torch.ops.aten
+    if func not in (aten.convolution.default, aten.convolution_backward.default) or args[0].device.type != "cpu":
+        return 0
+    if func is aten.convolution.default:
+        return 0
+    g, x, *_, (_, weight, _) = args
+    sizes = [t.numel() * t.element_size() for t in (g, x)]
+    return sum(sizes) if weight else max(sizes)
 
 
 def _key(t: Tensor) -> int:
@@ -176,7 +198,9 @@ def plan_step(
         with mode:
             ordinary, rows = _ordinary(fake, losses, given)
             alone = performance.form == "example" and rows <= augmult
-            private, accumulation = _private(fake, losses, given, augmult, performance, part=part, alone=alone)
+            step = partial(_private, fake, losses, given, augmult, performance, part=part, alone=alone)
+            private, accumulation = step()
+            showing = step(showing=True)[0] if accumulation.examples > 1 else private
     except DataDependentOutputException as error:
         raise CaptureError(
             f"the step cannot be planned: it looks at numbers ({error}), and a plan knows only shapes; use torch.where"
@@ -200,6 +224,7 @@ def plan_step(
         len(others),
         sum(accumulation.examples * p.numel() * p.element_size() for p in others),
         Total(private.seconds(rates) + norms, private.peak),
+        Total(showing.seconds(rates) + norms, showing.peak),
         Total(ordinary.seconds(rates), ordinary.peak),
     )
 
@@ -228,11 +253,12 @@ def _private(
     *,
     part: bool,
     alone: bool,
+    showing: bool = False,
 ) -> tuple[Meter, Accumulation]:
-    """The step as ``GhostClipper`` takes it, less what it looks at numbers for: probes and fingerprints.
+    """The step as ``GhostClipper`` takes it, less what it looks at numbers for: verdicts and fingerprints.
 
     part: a pass after the first, beside the gradients of those before it. alone: autograd makes the gradient of one
-    example.
+    example. showing: with one run of each probe.
     """
     tensors = Inventory.of(model)
     with _meter(model, inputs) as meter:
@@ -258,10 +284,20 @@ def _private(
                     begun=Begun(seen, 0, mask) if part else None,
                 )
                 del rows, seen
-                accumulation = step.accumulate_unshown()
+                if showing:
+                    _forward_again(model, losses, inputs)
+                accumulation = step.accumulate_unshown(showing=showing)
                 refuse(capture.tape.problems)
                 with torch.no_grad():
                     clipped = accumulation.finish(1.0, mask)
-                    held = {name: total.contiguous() for name, total in clipped.sums.items()}
+                    held = {name: clipped.sums.pop(name).contiguous() for name in tuple(clipped.sums)}
         del held
     return meter, accumulation
+
+
+def _forward_again(model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...]) -> None:
+    """On other inputs, as probes do."""
+    with torch.no_grad():
+        before = losses(model, *inputs)
+        after = losses(model, *[t.clone() for t in inputs])
+    del before, after

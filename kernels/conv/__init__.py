@@ -22,8 +22,7 @@ from torch import Tensor
 from dpfast.kernels.chunks import bytes_alive
 from dpfast.kernels.conv import library, native, reference
 from dpfast.kernels.conv.spec import ConvSpec
-from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, choose
-from dpfast.kernels.dispatch import backend as backend_now
+from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, choose, would_be_native
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
@@ -74,7 +73,7 @@ def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor, *, backend: Bac
 
 def has_pixel_gram(a: Tensor, spec: ConvSpec) -> bool:
     """Whether ``gram_sq_norms`` multiplies pixels instead of patches."""
-    return native.takes_gram(spec) and a.device.type == "cpu" and a.dtype in NATIVE_DTYPES and backend_now() == "native"
+    return native.takes_gram(spec) and would_be_native(a)
 
 
 def _implementation(backend: Backend | None, a: Tensor, g: Tensor) -> Any:
@@ -139,6 +138,16 @@ def _gram_scratch(a: Tensor, g: Tensor, *rest: Any) -> int:
     return bytes_alive(each, examples)
 
 
+def _native_scratch(a: Tensor, g: Tensor, *rest: Any) -> int:
+    """Of what sums over rows, for norms (``examples``) or with weights."""
+    spec, (last, _) = _split(rest)
+    if not would_be_native(a, g):
+        return 0
+    weighted = isinstance(last, Tensor)
+    problem = native.of_convolution(a, g, spec, len(last) if weighted else last)
+    return problem.scratch_bytes(weighted=weighted)
+
+
 def _run_clipped_sum(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
     spec, (w, backend) = _split(rest)
     flat: Tensor = _implementation(backend, a, g).clipped_sum(a, g, spec, w)
@@ -154,8 +163,11 @@ _per_example_grads = register(
     f"conv_per_example_grads({_GEOMETRY}, int examples, str? backend) -> (Tensor, Tensor)",
     _run_per_example_grads,
     _fake_per_example_grads,
+    _native_scratch,
 )
-_sq_norms = register(f"conv_sq_norms({_GEOMETRY}, int examples, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
+_sq_norms = register(
+    f"conv_sq_norms({_GEOMETRY}, int examples, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms, _native_scratch
+)
 _gram_sq_norms = register(
     f"conv_gram_sq_norms({_GEOMETRY}, int examples, str? backend) -> (Tensor, Tensor)",
     _run_gram_sq_norms,
@@ -163,5 +175,8 @@ _gram_sq_norms = register(
     _gram_scratch,
 )
 _clipped_sum = register(
-    f"conv_clipped_sum({_GEOMETRY}, Tensor w, str? backend) -> Tensor", _run_clipped_sum, _fake_clipped_sum
+    f"conv_clipped_sum({_GEOMETRY}, Tensor w, str? backend) -> Tensor",
+    _run_clipped_sum,
+    _fake_clipped_sum,
+    _native_scratch,
 )

@@ -125,6 +125,10 @@ class Problem:
         self._run(weights=w.to(torch.float32).contiguous(), out=out)
         return out
 
+    def scratch_bytes(self, *, weighted: bool) -> int:
+        """Of the numbers that a run sums in. weighted: for ``clipped_sum``."""
+        return 0 if self.empty else 8 * int(self.native.scratch(weighted, torch.get_num_threads()))
+
     def _run(self, *, weights: Tensor | None = None, out: Tensor | None = None, sq: Tensor | None = None) -> None:
         if self.empty:  # sums of nothing
             for result in (out, sq):

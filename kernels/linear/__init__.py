@@ -12,12 +12,14 @@ positions). ``G_i = sum_m g[i,m] (x) a[i,m]`` is ``[P, D]``.
 On the CPU ``native`` computes float32 and bfloat16 (all but the Gram), PyTorch the rest.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dpfast.kernels import clip
 from dpfast.kernels.chunks import bytes_alive, in_chunks
-from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, choose
+from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, choose, would_be_native
 from dpfast.kernels.linear import native, reference
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
@@ -98,6 +100,11 @@ def _fake_gram_sq_norms(a: Tensor, _gs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return sq, torch.empty_like(sq)
 
 
+def _native_scratch(a: Tensor, g: Tensor, *rest: Any) -> int:
+    weighted = isinstance(rest[0], Tensor)
+    return native.of_linear(a, g).scratch_bytes(weighted=weighted) if would_be_native(a, g) else 0
+
+
 def _run_clipped_sum(a: Tensor, g: Tensor, w: Tensor, backend: Backend | None) -> Tensor:
     return (native if _is_native(backend, a, g) else reference).clipped_sum(a, g, w)
 
@@ -110,8 +117,11 @@ _per_example_grads = register(
     "linear_per_example_grads(Tensor a, Tensor g, str? backend) -> (Tensor, Tensor)",
     _run_per_example_grads,
     _fake_per_example_grads,
+    _native_scratch,
 )
-_sq_norms = register("linear_sq_norms(Tensor a, Tensor g, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
+_sq_norms = register(
+    "linear_sq_norms(Tensor a, Tensor g, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms, _native_scratch
+)
 _gram_sq_norms = register(
     "linear_gram_sq_norms(Tensor a, Tensor[] gs) -> (Tensor, Tensor)",
     _run_gram_sq_norms,
@@ -119,7 +129,10 @@ _gram_sq_norms = register(
     _gram_scratch,
 )
 _clipped_sum = register(
-    "linear_clipped_sum(Tensor a, Tensor g, Tensor w, str? backend) -> Tensor", _run_clipped_sum, _fake_clipped_sum
+    "linear_clipped_sum(Tensor a, Tensor g, Tensor w, str? backend) -> Tensor",
+    _run_clipped_sum,
+    _fake_clipped_sum,
+    _native_scratch,
 )
 _weighted_sum = register(
     "linear_weighted_sum(Tensor a, Tensor g, Tensor w) -> Tensor", reference.weighted_sum, _fake_clipped_sum

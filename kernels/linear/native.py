@@ -4,7 +4,7 @@ from torch import Tensor
 
 from dpfast.kernels.conv.native import of_linear
 
-__all__ = ["clipped_sum", "per_example_grads", "sq_norms"]
+__all__ = ["clipped_sum", "of_linear", "per_example_grads", "sq_norms"]
 
 
 def per_example_grads(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
