@@ -17,6 +17,7 @@ from dpfast.clipping import private
 from dpfast.clipping.capture import Capture
 from dpfast.clipping.compiled import Regions
 from dpfast.errors import CaptureError
+from dpfast.measure import peak_storages
 from oracle import Clipped, assert_as_good_as_torch, per_example
 
 pytestmark = [
@@ -141,8 +142,8 @@ def test_inductor_compiles_forward_and_backward_once(spy, monkeypatch) -> None:
 
     assert COMPILER == "inductor"
     monkeypatch.setattr(private, "COMPILER", functools.partial(compile_fx.compile_fx, inner_compile=inner))
-    model, inputs = net(), net_inputs(6)
-    compiled, clipper = fullgraph(model), clipper_of(model)
+    model, inputs = net(), net_inputs(48)
+    compiled, clipper, eager = fullgraph(model), clipper_of(model), clipper_of(model)
     with torch._functorch.config.patch(enable_autograd_cache=False):
         for number in range(5):  # the weights change after 0, 1, 2, 3: ownership is shown again, on the compiled graph
             seen = spy.seen
@@ -152,6 +153,9 @@ def test_inductor_compiles_forward_and_backward_once(spy, monkeypatch) -> None:
                 for p in model.parameters():
                     p.add_(0.01 * torch.randn_like(p))
     assert (spy.compiled, spy.runs, len(graphs)) == (1, 4, 2)
+    step(eager, lambda: losses(model, inputs))
+    peak = peak_storages(lambda: step(clipper, lambda: losses(compiled, inputs)))
+    assert peak <= peak_storages(lambda: step(eager, lambda: losses(model, inputs))), "gradients wait for each other"
     nodes = [node for graph in graphs for node in graph.graph.nodes if "convolution_backward" in str(node.target)]
     assert [node.args[-1][1:] for node in nodes] == [[False, False]]  # no gradients of weights and biases
 

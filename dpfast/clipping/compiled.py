@@ -21,7 +21,7 @@ from torch.utils._device import DeviceContext
 from dpfast.clipping.calls import ModelCalls
 from dpfast.clipping.capture import Capture
 from dpfast.clipping.functions import storage, written_by
-from dpfast.clipping.private import Kind, Like, Plan, Recorded, placeholders, probes
+from dpfast.clipping.private import Kind, Like, Plan, Recorded, key_of, placeholders
 from dpfast.clipping.problems import listed
 from dpfast.clipping.tape import Use, traced
 from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
@@ -148,8 +148,7 @@ class Recorder(fx.Interpreter):
                 kwargs,
                 inputs={nodes[id(t)]: Like.of(t) for t in given},
                 targets=tuple(nodes[id(t)] for t in given if self.capture.tracked(t)),
-                output=Like.of(output),
-                saved=tuple(map(Like.of, use.saved)),
+                output=output.shape,
                 selected=use.selected,
             )
 
@@ -270,7 +269,7 @@ class Regions:
             plan.compile(region.graph, inputs, given)
             if plan.private is None:
                 return None
-            results = plan.private(*given, *probes(plan, capture, known))
+            results = plan.private(*given, key_of(plan, capture, known))
             for t, kind in zip(tensors_in(results), plan.outputs, strict=True):
                 kind.give(t, capture)
         return results

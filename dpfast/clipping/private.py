@@ -1,12 +1,14 @@
 """Private graphs: what ``torch.compile`` has traced, rewritten for a private step and compiled with its backward pass.
 
 Parameters enter a private graph detached, so that it computes no weight gradients. Behind each use stands a ``Tap``,
-which hands out the output's gradient and what the use's rule saved as the gradients of *probes*: inputs that nothing is
-computed from. So the graph is a pure function, which any compiler takes, and ``Probes``, the eager node in front of it,
-tells the tape what the taps of eager uses would have told it.
+whose backward pass calls ``dpfast::hand_over``, an op that compilers leave as it is, with the output's gradient and
+what the use's rule saved: it tells the tape what the tap of an eager use would have told it, as soon as that is known.
+Which tape that is the graph cannot know, as it is compiled once and runs often; it comes in as a number, the *key*.
 """
 
+import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,11 +39,6 @@ class Like:
     def of(cls, t: Tensor) -> Self:
         return cls(t.shape, t.dtype, t.device)
 
-    def probe(self) -> Tensor:
-        """A tensor of this shape without memory of its own; floating, as gradients are."""
-        dtype = self.dtype if self.dtype.is_floating_point else torch.float64
-        return torch.zeros((), dtype=dtype, device=self.device).expand(self.shape)
-
     def stand_in(self) -> Tensor:
         """For rules, which look at shapes."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
@@ -71,15 +68,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A use in a graph: the call, with nodes in the place of tensors, and what its tap hands out."""
+    """A use in a graph: the call, with nodes in the place of tensors."""
 
     func: Any
     args: Any
     kwargs: Any
     inputs: Mapping[fx.Node, Like]
     targets: tuple[fx.Node, ...]
-    output: Like
-    saved: tuple[Like, ...]
+    output: torch.Size
     selected: bool
 
     def taped(self, capture: Capture, known: Mapping[fx.Node, Any]) -> TapedUse:
@@ -90,7 +86,7 @@ class Recorded:
         targets = capture.with_bases([known[node] for node in self.targets])
         site = capture.tape.site(function_name(self.func), capture.names_of(targets))
         taped = TapedUse(site, use.terms, use.row_dims, self.selected)
-        capture.tape.note(taped, self.output.shape, targets)
+        capture.tape.note(taped, self.output, targets)
         return taped
 
 
@@ -124,17 +120,18 @@ class Plan:
         """Make the private graph of ``graph`` for tensors like ``given``, with its backward pass."""
         if self.private is not None:
             return
-        asked = [like.probe().requires_grad_() for use in self.uses.values() for like in (use.output, *use.saved)]
+        key = torch.zeros((), dtype=torch.float64, requires_grad=True)
         compiler = torch._dynamo.lookup_backend(COMPILER)
         on_cpu = all(t.device.type == "cpu" for t in given)
         # A backward pass that is compiled when it first runs would be compiled under the capture.
         with (
             repeatable_backward(),
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+            handed_over_stays(),
             right_layouts() if on_cpu else nullcontext(),
         ):
             try:
-                self.private = compiler(private_graph(graph, self, inputs), [*given, *asked])
+                self.private = compiler(private_graph(graph, self, inputs), [*given, key])
             except Exception as error:
                 self.unfit = f"it could not be compiled ({type(error).__name__})"
 
@@ -145,17 +142,14 @@ def placeholders(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def private_graph(graph: fx.GraphModule, plan: Plan, inputs: Sequence[Any]) -> fx.GraphModule:
-    """Of the tensors among ``inputs``, what enters of ``plan.before``, and the probes; numbers become constants."""
+    """Of the tensors among ``inputs``, what enters of ``plan.before``, and the key; numbers become constants."""
     private, parts = fx.Graph(), dict[str, Any]()
     new: dict[fx.Node, Any] = {}
     for node, value in zip(placeholders(graph), inputs, strict=True):
         new[node] = private.placeholder(node.name) if isinstance(value, Tensor) else value
     for node in plan.entering:
         new[node] = private.placeholder(node.name)
-    asked = {
-        node: tuple(private.placeholder(f"probe_{node.name}_{i}") for i in range(1 + len(use.saved)))
-        for node, use in plan.uses.items()
-    }
+    key, places = private.placeholder("key"), {node: i for i, node in enumerate(plan.uses)}
     for node in graph.graph.nodes:
         if node in new:
             continue
@@ -163,7 +157,7 @@ def private_graph(graph: fx.GraphModule, plan: Plan, inputs: Sequence[Any]) -> f
             use, name = plan.uses[node], f"use_{node.name}"
             parts[name] = Captured(use.func)
             call = map_arg((use.args, use.kwargs, use.targets), lambda n: new[n])
-            new[node] = private.call_module(name, (*call, asked[node]))
+            new[node] = private.call_module(name, (*call, key, places[node]))
             continue
         if node.op in ("get_attr", "call_module"):
             parts[node.target] = reduce(getattr, node.target.split("."), graph)
@@ -193,56 +187,82 @@ class Captured(nn.Module):
         super().__init__()
         self.func = func
 
-    def forward(self, args: Any, kwargs: Any, targets: Any, probes: Any) -> Tensor:
-        """targets: the trainable tensors among the arguments, detached."""
+    def forward(self, args: Any, kwargs: Any, targets: Any, key: Tensor, place: int) -> Tensor:
+        """targets: the trainable tensors among the arguments, detached. place: of the use in the plan."""
         use = _ruled(self.func, Among(targets), args, kwargs)
-        tapped: Tensor = Tap.apply(self.func(*args, **kwargs), len(use.saved), *use.saved, *probes)  # type: ignore[no-untyped-call]
+        tapped: Tensor = Tap.apply(self.func(*args, **kwargs), key, place, *use.saved)  # type: ignore[no-untyped-call]
         return tapped
 
 
 class Tap(torch.autograd.Function):
-    """A copy (compilers leave it out) whose backward gives the probes the output's gradient and the saved tensors."""
+    """A copy (compilers leave it out) whose backward hands over the output's gradient and the saved tensors."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, count: int, *saved_and_probes: Tensor) -> Tensor:
-        ctx.save_for_backward(*saved_and_probes[:count])
+    def forward(ctx: Any, output: Tensor, key: Tensor, place: int, *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(key, *saved)
+        ctx.place = place
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        saved = [t if t.is_floating_point() else t.double() for t in ctx.saved_tensors]
-        return (g, None, *[None] * len(saved), g, *saved)
+        key, *saved = ctx.saved_tensors
+        # What it gives back is the gradient of the key, so that no compiler takes the call for idle.
+        return g, torch.ops.dpfast.hand_over(key, ctx.place, g, saved), None, *[None] * len(saved)
 
 
-class Probes(torch.autograd.Function):
-    """The probes of a private graph; their gradients go to the tape."""
+@dataclass(frozen=True)
+class Run:
+    """One run of a private graph in the forward pass: its uses, in the plan's order, and the tape that is told."""
+
+    tape: Tape
+    uses: tuple[TapedUse, ...]
+
+
+_RUNS: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()  # by their keys; held by their Keys
+_KEYS = itertools.count()
+
+
+def _hand_over(key: Tensor, place: int, g: Tensor, saved: list[Tensor]) -> Tensor:
+    run = _RUNS[int(key)]
+    run.tape.record(run.uses[place], tuple(saved), g)
+    return torch.zeros_like(key)
+
+
+_OPS = torch.library.Library("dpfast", "FRAGMENT")
+_OPS.define("hand_over(Tensor key, int place, Tensor g, Tensor[] saved) -> Tensor")
+_OPS.impl("hand_over", _hand_over, "CompositeExplicitAutograd")
+torch.library.register_fake("dpfast::hand_over", lambda key, *_: torch.empty_like(key), lib=_OPS)
+
+
+class Key(torch.autograd.Function):
+    """The key of a run, a number on the CPU: the node in front of a private graph, by which it is reached."""
 
     @staticmethod
-    def forward(
-        ctx: Any, _anchor: Tensor, tape: Tape, uses: tuple[TapedUse, ...], recorded: Sequence[Recorded]
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.tape, ctx.uses, ctx.recorded = tape, uses, recorded
-        return tuple(like.probe() for r in recorded for like in (r.output, *r.saved))
+    def forward(ctx: Any, _anchor: Tensor, run: Run) -> Tensor:
+        number = next(_KEYS)
+        _RUNS[number] = ctx.run = run
+        ctx.uses = run.uses
+        return torch.tensor(float(number), dtype=torch.float64)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        given = iter(grads)
-        for use, recorded in zip(ctx.uses, ctx.recorded, strict=True):
-            g, saved = next(given), [(next(given), like.dtype) for like in recorded.saved]
-            if g is not None:
-                ctx.tape.record(use, tuple(t.to(dtype) for t, dtype in saved if t is not None), g)
-        return None, None, None, None
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:  # noqa: ARG004
+        return None, None
 
 
-def probes(plan: Plan, capture: Capture, known: Mapping[fx.Node, Any]) -> tuple[Tensor, ...]:
+def key_of(plan: Plan, capture: Capture, known: Mapping[fx.Node, Any]) -> Tensor:
     """For one run of a private graph, of whose uses the tape takes note."""
-    recorded = tuple(plan.uses.values())
-    if not recorded:
-        return ()
-    uses = tuple(use.taped(capture, known) for use in recorded)
-    given: tuple[Tensor, ...] = Probes.apply(capture.tape.anchor, capture.tape, uses, recorded)  # type: ignore[no-untyped-call]
-    return given
+    run = Run(capture.tape, tuple(use.taped(capture, known) for use in plan.uses.values()))
+    key: Tensor = Key.apply(capture.tape.anchor, run)  # type: ignore[no-untyped-call]
+    return key
+
+
+@contextmanager
+def handed_over_stays() -> Iterator[None]:
+    """Inside, inductor does not write into memory that it has done with: terms may hold what was handed over."""
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(allow_buffer_reuse=False, inplace_buffers=False):
+        yield
 
 
 @contextmanager
