@@ -314,6 +314,48 @@ def test_what_may_hold_the_batch_is_shown_at_every_step() -> None:
             assert all(count_passes(clipper, torch.randn(8, 5), looked_up(table)) > 1 for _ in range(4))
 
 
+class Masked(nn.Module):
+    """Keeps some tokens ``[N, T, 4]`` of each row, as masked autoencoders do, along the dimension beside the rows."""
+
+    def __init__(self, keep) -> None:
+        super().__init__()
+        self.first, self.last, self.keep = nn.Linear(4, 4), nn.Linear(4, 3), keep
+
+    def forward(self, x):
+        return self.last(self.keep(self.first(x), x[..., 0].argsort(1)[:, :5]))
+
+
+KEEPS = {
+    "gather": lambda h, at: h.gather(1, at.unsqueeze(-1).expand(-1, -1, 4)),
+    "take_along_dim": lambda h, at: torch.take_along_dim(h, at.unsqueeze(-1), dim=-2),
+    "index": lambda h, at: h[torch.arange(len(h)).unsqueeze(1), at],
+    "index and dots": lambda h, at: h[torch.arange(len(h)).unsqueeze(1), at, ...],
+}
+
+
+@pytest.mark.parametrize("how", KEEPS)
+def test_what_picks_beside_the_rows_is_shown_once(how) -> None:
+    clipper = GhostClipper(Masked(KEEPS[how]), max_grad_norm=0.1, augmult=2)
+    counts = [count_passes(clipper, torch.randn(16, 7, 4)) for _ in range(4)]
+    assert counts == [SHOWS_8, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("keep", "tokens"),
+    [
+        (KEEPS["gather"], 16),
+        (KEEPS["index"], 8),
+        (lambda h, at: h.transpose(0, 1)[at.T, torch.arange(len(h)), ...].transpose(0, 1), 7),
+        (lambda h, at: h.transpose(0, 1).gather(0, at.T.unsqueeze(-1).expand(-1, -1, 4)).transpose(0, 1), 7),
+    ],
+    ids=["as many tokens as rows", "as many as examples", "index, tokens first", "gather, tokens first"],
+)
+def test_what_may_pick_among_the_rows_is_shown_at_every_step(keep, tokens) -> None:
+    clipper = GhostClipper(Masked(keep), max_grad_norm=0.1, augmult=2)
+    with pytest.warns(UserWarning, match="data picks rows inside the block"):
+        assert all(count_passes(clipper, torch.randn(16, tokens, 4)) > 1 for _ in range(4))
+
+
 def count_passes(clipper, x, loss=losses) -> int:
     """Backward passes of one step."""
     passes = []

@@ -41,6 +41,7 @@ from dpfast.clipping.functions import (
     SELECTS,
     SELECTS_BY_INDEX,
     random_state,
+    selected_dims,
     storage,
     written_by,
 )
@@ -106,6 +107,7 @@ class Capture(TorchFunctionMode):
         self.anchor, self.on_start, self.standing = anchor, on_start, standing or Standing()
         self.probe_trace: int | None = None
         self.inside_model = False
+        self.rows = self.examples = 0  # of what went into the model, once it is known
         self.on_use: OnUse | None = None  # told of each use that goes to the tape
         self.run_region: Callable[[Any, tuple[Any, ...]], Any] | None = None  # runs a graph of torch.compile
         self._begin()
@@ -214,14 +216,20 @@ class Capture(TorchFunctionMode):
             place = 2 if func in (torch.topk, Tensor.topk) else 1
             dim = kwargs.get("dim", args[place] if len(args) > place else -1)
             return dim in (0, -tensors[0].ndim)
-        if func in SELECTS_BY_INDEX and len(data) > 1 and data[0] is tensors[0] and not self.standing.holds(data[0]):
-            return True
+        if func in SELECTS_BY_INDEX and len(data) > 1 and data[0] is tensors[0]:
+            dims = selected_dims(func, args, kwargs, data[1:])
+            return any(self._may_hold_rows(data[0], d) for d in dims) and not self.standing.holds(data[0])
         if func in PUTS_BACK:
             by_data = any(t is index for t in data for index in tensors[1:-1])
             dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", 0)
             placed = by_data and any(tensors[-1] is t for t in data) and tensors[-1] not in self.selected
             return bool(placed and dim in (0, -tensors[0].ndim))
         return False
+
+    def _may_hold_rows(self, t: Tensor, dim: int) -> bool:
+        """Whether the batch may lie along a dimension: not beside one that has just its size, and is the first."""
+        beside = dim > 0 and t.shape[0] == self.rows and t.shape[dim] not in (self.rows, self.examples)
+        return not beside
 
     def _keeps_selected(self, func: Any, tensors: list[Tensor]) -> bool:
         """Whether what a call returns has rows that were picked before: some go back to where they belong."""

@@ -60,6 +60,11 @@ SELECTS_BY_INDEX = frozenset(  # or by those of another argument
         *(torch.repeat_interleave, Tensor.repeat_interleave, F.embedding, torch.embedding),
     }
 )
+_DIM_OF = {  # of these, the place and the name of the argument that says along which dimension
+    **dict.fromkeys((torch.index_select, Tensor.index_select, torch.gather, Tensor.gather), 1),
+    **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), 2),
+    **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), 2),
+}
 PUTS_BACK = frozenset(  # what was selected where it belongs; or what was not, where data says
     getattr(home, name)
     for name in ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "masked_scatter")
@@ -104,6 +109,36 @@ def _is_in_place(func: Any) -> bool:
     name = function_name(func)
     with_underscore = name.endswith("_") and not name.endswith("__")
     return with_underscore or name in _AUGMENTED or func == _SET_DATA
+
+
+def selected_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], data: list[Tensor]) -> list[int]:
+    """The dimensions of its first tensor along which a call of ``SELECTS_BY_INDEX`` picks by what ``data`` holds."""
+    source = tensors_in((args, kwargs))[0]
+    if func is Tensor.__getitem__:
+        return _indexed_dims(source, args[1], {id(t) for t in data})
+    place = _DIM_OF.get(func)
+    dim = None if place is None else kwargs.get("dim", args[place] if len(args) > place else None)
+    return list(range(source.ndim)) if dim is None else [dim % max(1, source.ndim)]
+
+
+def _indexed_dims(source: Tensor, index: Any, data: set[int]) -> list[int]:
+    parts = index if isinstance(index, tuple) else (index,)
+
+    def width(part: Any) -> int:
+        """How many dimensions a part of an index takes up."""
+        if part is None or part is Ellipsis or isinstance(part, bool):
+            return 0
+        return part.ndim if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) else 1
+
+    found, dim = list[int](), 0
+    for place, part in enumerate(parts):
+        if part is Ellipsis:
+            dim = source.ndim - sum(map(width, parts[place + 1 :]))
+            continue
+        if any(id(t) in data for t in tensors_in(part)):
+            found += range(dim, dim + width(part))
+        dim += width(part)
+    return found
 
 
 def storage(t: Tensor) -> int:
