@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -14,6 +15,10 @@ class Ceiling:
 
     flops: float
     bytes: float
+
+    def or_better(self, other: Self) -> Self:
+        """Of both, what the machine showed that it can do."""
+        return type(self)(max(self.flops, other.flops), max(self.bytes, other.bytes))
 
     def is_computing(self, flops: float, moved: int) -> bool:
         """Whether products are the limit, not memory."""

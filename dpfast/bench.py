@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping import GhostClipper, plan_step
-from dpfast.clipping.planner import Losses
+from dpfast.clipping.planner import Losses, StepPlan
 from dpfast.kernels import cost
 from dpfast.measure import interleaved, peak_storages, ratio
 from dpfast.performance import Performance
+from dpfast.progress import Progress, silent
 
-ORDINARY = "ordinary step"
+ORDINARY, PRIVATE = "ordinary step", "private step"
 SLOW = 3.0  # a form that is predicted to take so many times the ordinary step is not run
 
 
@@ -45,31 +46,34 @@ def bench(
     augmult: int = 1,
     performance: Performance | None = None,
     rounds: int = 7,
+    progress: Progress = silent,
 ) -> list[Measured]:
     """The ordinary step, the private one, and the private one with each form for all weights.
 
+    A form is not run where it is predicted to take more than ``SLOW`` times the ordinary step, or more than the memory
+    budget.
     losses: ``losses(model, *inputs) -> [B*K]``. The model's gradients are discarded, its weights stay as they are.
     """
     performance = performance or Performance()
     forms = [form for form in cost.FORMS if form != performance.form]
-    settings = {"private step": performance} | {f"all {form}": Performance(form=form) for form in forms}
+    settings = {PRIVATE: performance} | {f"all {form}": Performance(form=form) for form in forms}
     plans = {
         name: plan_step(model, losses, inputs, augmult=augmult, performance=each) for name, each in settings.items()
     }
-    slow = {name: f"predicted {plan.ratio():.1f} times" for name, plan in plans.items() if plan.ratio() > SLOW}
-    slow.pop("private step", None)
+    reasons = {name: why_not(plan, performance.memory_budget) for name, plan in plans.items() if name != PRIVATE}
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     steps: dict[str, Callable[[], object]] = {ORDINARY: _ordinary(model, losses, inputs)}
     for name, each in settings.items():
-        if name not in slow:
+        if name not in skipped:
             steps[name] = _private(model, losses, inputs, augmult, each)
-    seconds = interleaved(steps, rounds=rounds)
+    seconds = interleaved(steps, rounds=rounds, progress=progress)
     peaks = {name: peak_storages(step) for name, step in steps.items()}
     model.zero_grad()
-    ordinary = plans["private step"].ordinary
+    ordinary = plans[PRIVATE].ordinary
     planned = {ORDINARY: (1.0, ordinary.peak)} | {name: (p.ratio(), p.private.peak) for name, p in plans.items()}
     return [
-        Measured(name, *planned[name], skipped=slow[name])
-        if name in slow
+        Measured(name, *planned[name], skipped=skipped[name])
+        if name in skipped
         else Measured(
             name,
             *planned[name],
@@ -79,6 +83,15 @@ def bench(
         )
         for name in planned
     ]
+
+
+def why_not(plan: StepPlan, memory_budget: int | None = None) -> str | None:
+    """Why a form is not run for all weights, if it is not."""
+    if plan.ratio() > SLOW:
+        return f"predicted {plan.ratio():.1f} times"
+    if memory_budget is not None and plan.private.peak > memory_budget:
+        return f"predicted {plan.private.peak / 1e6:,.1f} MB, over the budget"
+    return None
 
 
 def _ordinary(model: nn.Module, losses: Losses, inputs: tuple[Tensor, ...]) -> Callable[[], object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -220,9 +221,11 @@ def bench(
       dpfast bench digits --set private.augmult=16 --rounds 15
     """
     with reported(debug):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its profiler warns of memory that is older than it
         from dpfast.runs.describe import describe_bench
+        from dpfast.runs.terminal import TerminalProgress
 
-        for line in describe_bench(_load(recipe, settings, None), rounds):
+        for line in describe_bench(_load(recipe, settings, None), rounds, TerminalProgress(sys.stderr)):
             typer.echo(line)
 
 

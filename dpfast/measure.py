@@ -1,6 +1,7 @@
 """Time in interleaved rounds, and memory by the allocator's own events."""
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,17 +9,22 @@ from typing import Any
 
 import torch
 
+from dpfast.progress import Progress, silent
+
 Step = Callable[[], object]
 
 
-def interleaved(steps: Mapping[str, Step], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    steps: Mapping[str, Step], *, rounds: int, warmup: int = 2, progress: Progress = silent
+) -> dict[str, list[float]]:
     """Seconds of each step in each round: one after the other, so that drifts of the machine meet all alike.
 
     Every second round runs in reverse order.
     """
-    for _ in range(warmup):
+    for number in range(warmup):
         for step in steps.values():
             step()
+        progress(number + 1, warmup + rounds, "warming up")
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds):
         names = list(steps) if round_ % 2 == 0 else list(steps)[::-1]
@@ -28,6 +34,7 @@ def interleaved(steps: Mapping[str, Step], *, rounds: int, warmup: int = 2) -> d
             steps[name]()
             synchronize()
             seconds[name].append(time.perf_counter() - start)
+        progress(warmup + round_ + 1, warmup + rounds, "measuring")
     return seconds
 
 
@@ -55,6 +62,7 @@ def peak_storages(step: Step) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or torch's profiler says when it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     alive: dict[int, int] = {}  # sizes by place

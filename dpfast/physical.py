@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +36,18 @@ def usual_size(performance: Performance, augmult: int, numbers_per_example: int,
         return Size(1, augmult)
     fits = max(1, NUMBERS // (augmult * numbers_per_example))
     return Size(performance.microbatch or min(fits, math.ceil(expected_batch_size)), augmult)
+
+
+def largest_fitting(size: Size, fits: Callable[[Size], bool]) -> Size | None:
+    """The largest that fits and is no larger than ``size``: as many examples, or one example in the fewest passes."""
+    if fits(size):
+        return size
+    fewer = bisect.bisect_left(range(size.examples), True, key=lambda n: fits(Size(size.examples - n, size.rows)))
+    if fewer < size.examples:
+        return Size(size.examples - fewer, size.rows)
+    passes = range(1, size.rows + 1)
+    found = bisect.bisect_left(passes, True, key=lambda n: fits(Size(1, math.ceil(size.rows / n))))
+    return Size(1, math.ceil(size.rows / passes[found])) if found < len(passes) else None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dpfast.errors import CheckpointError, ConfigError, PrivacyError
 from dpfast.objective import Objective
 from dpfast.optimizer import DPOptimizer
 from dpfast.performance import Performance
-from dpfast.physical import Batch, Size, is_out_of_memory, usual_size
+from dpfast.physical import Batch, Size, is_out_of_memory, largest_fitting, usual_size
 from dpfast.privacy import Ledger, Plan, PrivacyStatement, poisson_sample, random_bytes, read_ledger
 from dpfast.probe import PROBED_EXAMPLES, show_objective
 from dpfast.progress import Progress, silent
@@ -215,16 +215,13 @@ class DPTrainer:
         """Of a full physical batch: what ``performance`` says, or fits its memory budget; less once memory ran out."""
         size = usual_size(self.performance, self.augmult, self._numbers_per_example, self.plan.expected_batch_size)
         budget = self.performance.memory_budget
-        while budget is not None and self.plan_step(size).peak > budget:
-            smaller = size.half()
-            if smaller is None:
-                warnings.warn(
-                    f"memory_budget={budget} is less than what one row of one example is predicted to take",
-                    stacklevel=3,
-                )
-                break
-            size = smaller
-        return size
+        if budget is None:
+            return size
+        fitting = largest_fitting(size, lambda smaller: self.plan_step(smaller).peak <= budget)
+        if fitting is None:
+            what = f"memory_budget={budget} is less than what one row of one example is predicted to take"
+            warnings.warn(what, stacklevel=3)
+        return fitting or Size(1, 1)
 
     def physical_losses(self, size: Size | None = None) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """What a physical batch computes: ``losses(model, *examples)``, and examples of zeros in its shapes."""

@@ -43,13 +43,14 @@ def test_a_wrong_op_is_not_timed() -> None:
             gate(replace(case, ours=wrong))
 
 
-def test_the_table_of_ops_is_generated() -> None:
+@pytest.mark.parametrize(("name", "make"), [("ops", "summary"), ("kernels", "table")])
+def test_the_tables_of_ops_are_generated(name, make) -> None:
     from benchmarks import results
-    from benchmarks.kernels.speed import table
+    from benchmarks.kernels import speed
 
     text = (ROOT / "benchmarks/README.md").read_text()
-    (written,) = re.findall(r"<!-- kernels: begin[^\n]*\n(.*?)\n<!-- kernels: end", text, re.DOTALL)
-    assert written == table(results.rows("kernels"))
+    (written,) = re.findall(rf"<!-- {name}: begin[^\n]*\n(.*?)\n<!-- {name}: end", text, re.DOTALL)
+    assert written == getattr(speed, make)(results.rows("kernels"))
 
 
 def test_figures_are_drawn(tmp_path) -> None:

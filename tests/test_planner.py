@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from cases import losses, unet, unet_inputs
 from dpfast import GhostClipper, Performance
+from dpfast.bench import bench
 from dpfast.clipping import plan_step
 from dpfast.clipping.accumulate import Accumulation
 from dpfast.errors import CaptureError
@@ -95,6 +97,21 @@ def test_a_plan_as_a_table() -> None:
     assert "16x1x3x3" in text
     for line in ("private step", "ordinary step", "biases, affines", "one form for all: gram"):
         assert line in text
+
+
+def test_forms_that_are_not_run_say_why(monkeypatch) -> None:
+    model, inputs = wide_unet(4)
+
+    def reasons(**settings) -> dict[str, str | None]:
+        return {m.name: m.skipped for m in bench(model, unet_losses, inputs, rounds=1, **settings)}
+
+    peak = plan_step(model, unet_losses, inputs, performance=Performance(form="gram")).private.peak
+    enough, less = (reasons(performance=Performance(memory_budget=peak - few)) for few in (0, 1))
+    assert {name: reason for name, reason in less.items() if reason != enough[name]} == {
+        "all gram": f"predicted {peak / 1e6:,.1f} MB, over the budget"
+    }
+    monkeypatch.setattr("dpfast.bench.SLOW", 0.5)
+    assert all(re.fullmatch(r"predicted [\d.]+ times", reasons()[f"all {form}"]) for form in cost.FORMS)
 
 
 def test_what_cannot_be_planned_is_refused() -> None:

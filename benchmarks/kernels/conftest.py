@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks import results
-from benchmarks.kernels.speed import table
+from benchmarks.kernels.speed import table, write_tables
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--record",
         action="store_true",
-        help="append to benchmarks/results/kernels.jsonl and write the table in benchmarks/README.md",
+        help="append to benchmarks/results/kernels.jsonl and write the tables in benchmarks/README.md",
     )
 
 
@@ -45,5 +45,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("interleaved rounds")
         terminalreporter.write_line(table(rows))
     if rows and config.option.record:
-        text = table(results.rows("kernels"))
-        results.write_between_markers(results.ROOT / "benchmarks/README.md", "kernels", text)
+        write_tables()

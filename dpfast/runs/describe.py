@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from dpfast.errors import ConfigError
 from dpfast.privacy.accounting import Neighboring, accountant_name, rounded_up
 from dpfast.privacy.plan import Plan
-from dpfast.progress import duration
+from dpfast.progress import Progress, duration
 from dpfast.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def describe_step(recipe: Recipe) -> str:
     return f"{_physical_batch(trainer)}, predicted:\n{trainer.plan_step()}"
 
 
-def describe_bench(recipe: Recipe, rounds: int) -> Iterator[str]:
+def describe_bench(recipe: Recipe, rounds: int, progress: Progress) -> Iterator[str]:
     """The same measured, on images of zeros: time and memory beside the ordinary step."""
     from dpfast.bench import as_table, bench, environment
 
@@ -110,8 +110,17 @@ def describe_bench(recipe: Recipe, rounds: int) -> Iterator[str]:
     yield f"{_physical_batch(trainer)}; {environment()}"
     losses, examples = trainer.physical_losses()
     augmult = trainer.physical_size.rows  # where an example goes in passes: one of them
-    measured = bench(trainer.model, losses, examples, augmult=augmult, performance=recipe.performance, rounds=rounds)
-    yield from as_table(measured)
+    yield from as_table(
+        bench(
+            trainer.model,
+            losses,
+            examples,
+            augmult=augmult,
+            performance=recipe.performance,
+            rounds=rounds,
+            progress=progress,
+        )
+    )
 
 
 def _trainer(recipe: Recipe) -> DPTrainer:

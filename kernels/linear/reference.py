@@ -66,6 +66,7 @@ def weighted_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
     dtype = accumulation_dtype(a, g)
     weight = w.to(dtype).view(-1, *[1] * (a.ndim - 1))
     kept = weight > 0
-    a = torch.where(kept, a.to(dtype), 0)
-    g = torch.where(kept, weight * g.to(dtype), 0)
+    a, g = a.to(dtype), weight * g.to(dtype)
+    if a.device.type != "cpu" or not kept.all():  # to look costs less than to copy, unless a GPU has to be waited for
+        a, g = torch.where(kept, a, 0), torch.where(kept, g, 0)
     return g.movedim(0, -3).flatten(-3, -2).mT @ a.movedim(0, -3).flatten(-3, -2)
