@@ -76,10 +76,12 @@ class Row:
     dtype: str = "float32"
     time: float = 1.10
     memory: float = 1.10
+    memory_budget: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.dtype} B={self.examples} K={self.augmult}"
+        within = "" if self.memory_budget is None else f" within {self.memory_budget:,} bytes"
+        return f"{self.model} {self.dtype} B={self.examples} K={self.augmult}{within}"
 
 
 ROWS = (

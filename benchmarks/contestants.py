@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Inputs, losses
 from dpfast import GhostClipper, Performance
+from dpfast.clipping import StepPlan, plan_step
+from dpfast.physical import Size, largest_fitting
 
 
 @dataclass(frozen=True)
@@ -86,29 +88,52 @@ def non_private_compiled(task: Task) -> Step:
     return step
 
 
-def dpfast(performance: Performance, rows: int | None = None) -> Contestant:
-    """``GhostClipper`` with these settings.
-
-    rows: of one example in a pass, as ``DPTrainer`` makes them where the memory budget asks for it; all by default.
-    """
+def dpfast(performance: Performance) -> Contestant:
+    """``GhostClipper`` with these settings, all rows at once."""
 
     def build(task: Task) -> Step:
-        clipper = GhostClipper(
-            task.model, max_grad_norm=task.max_grad_norm, augmult=task.augmult, performance=performance
-        )
-        size = len(task.inputs[0]) if rows is None else rows
-
-        def step() -> Clipped:
-            clipper.zero_grad()
-            with clipper:
-                for first in range(0, len(task.inputs[0]), size):
-                    part = tuple(x[first : first + size] for x in task.inputs)
-                    norms = clipper.backward(task.losses(inputs=part), more=first + size < len(task.inputs[0])).norms
-            return Clipped(norms, task.gradient())
-
-        return step
+        return private_step(task, performance, len(task.inputs[0]))
 
     return build
+
+
+def dpfast_in_passes(like: int) -> Contestant:
+    """Of one example as many rows at a time as fit the memory of a step of ``like`` rows, as ``DPTrainer`` does it."""
+
+    def build(task: Task) -> Step:
+        budget = planned(task, like, like).private.peak
+        whole = Size(task.examples, task.augmult)
+        size = largest_fitting(whole, lambda size: planned(task, size.rows, task.augmult).peak <= budget)
+        assert size is not None, f"not one row fits {budget} bytes"
+        return private_step(task, Performance(memory_budget=budget), size.rows)
+
+    return build
+
+
+def planned(task: Task, rows: int, augmult: int) -> StepPlan:
+    """What dpfast predicts of a step, or of a pass over some rows of one example."""
+
+    def losses(model: nn.Module, *inputs: Tensor) -> Tensor:
+        return task.losses(model, inputs)
+
+    inputs = tuple(x[:rows] for x in task.inputs)
+    return plan_step(task.model, losses, inputs, augmult=augmult, part=rows < augmult)
+
+
+def private_step(task: Task, performance: Performance, rows: int) -> Step:
+    """rows: of a pass."""
+    clipper = GhostClipper(task.model, max_grad_norm=task.max_grad_norm, augmult=task.augmult, performance=performance)
+    every = len(task.inputs[0])
+
+    def step() -> Clipped:
+        clipper.zero_grad()
+        with clipper:
+            for first in range(0, every, rows):
+                losses = task.losses(inputs=tuple(x[first : first + rows] for x in task.inputs))
+                norms = clipper.backward(losses, more=first + rows < every).norms
+        return Clipped(norms, task.gradient())
+
+    return step
 
 
 def example_at_a_time(task: Task) -> Step:

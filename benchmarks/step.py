@@ -22,6 +22,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ from benchmarks import contestants as c
 from benchmarks import plots, results
 from benchmarks.cases import MODELS, ROWS, SWEEPS, Row
 from dpfast import Performance, measure
-from dpfast.bench import SLOW
+from dpfast.bench import why_not as not_run
 from dpfast.clipping import plan_step
 from dpfast.clipping.planner import StepPlan
 from dpfast.kernels import cost
 
 BASE, COMPILED, PASSES = "non-private", "non-private compiled", "dpfast in passes"
-ROWS_OF_A_PASS = 32
+LIKE = 32  # rows whose memory a step in passes may take
 DPFAST = {"dpfast": Performance(), "dpfast compiled": Performance(compile=True)} | {
     f"dpfast {form}": Performance(form=form) for form in ("gram", "direct", "materialise")
 }
@@ -44,7 +45,7 @@ CONTESTANTS: dict[str, c.Contestant] = {
     BASE: c.non_private,
     COMPILED: c.non_private_compiled,
     **{name: c.dpfast(performance) for name, performance in DPFAST.items()},
-    PASSES: c.dpfast(Performance(form="example"), ROWS_OF_A_PASS),
+    PASSES: c.dpfast_in_passes(LIKE),
     "example at a time": c.example_at_a_time,
     "vmap": c.vmap,
     "Opacus hooks": c.opacus_hooks,
@@ -55,6 +56,15 @@ MOST_STORED = 2 << 30  # bytes of gradients in a sweep: a contestant that stores
 # Relative errors that pass the gate. float32: a hundred roundings, far below any mistake of a factor; bfloat16 is held
 # against a float32 step, whose activations differ by that much.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
+
+
+def performance_of(name: str, row: Row) -> Performance:
+    """Of dpfast's."""
+    return replace(DPFAST[name], memory_budget=row.memory_budget)
+
+
+def contestant(name: str, row: Row) -> c.Contestant:
+    return c.dpfast(performance_of(name, row)) if name in DPFAST else CONTESTANTS[name]
 
 
 def task_of(row: Row) -> c.Task:
@@ -122,8 +132,10 @@ def why_not(name: str, row: Row, planned: StepPlan | None) -> str | None:
     """Why a contestant does not take part in a row, if it does not. planned: of those that are dpfast's."""
     if name == "Opacus ghost" and row.augmult > 1:
         return "clips rows, not examples"
-    if planned is not None and DPFAST[name].form in cost.FORMS and planned.ratio() > SLOW:
-        return f"predicted {planned.ratio():.1f}"
+    if name == PASSES and (row.examples > 1 or row.augmult <= LIKE):
+        return f"for one example of more than {LIKE} rows"
+    if planned is not None and DPFAST[name].form in cost.FORMS:
+        return not_run(planned, row.memory_budget)
     return None
 
 
@@ -131,7 +143,7 @@ def entry(row: Row, name: str, *, resident: bool) -> dict[str, Any]:
     """What is known of a contestant before it runs here: plan, why it is skipped, the size of a process of its own."""
     settings = {key: value for key, value in vars(row).items() if key not in ("time", "memory")}  # those are targets
     found: dict[str, Any] = {"row": row.name, **settings, "contestant": name}
-    planned = plan_of(row, DPFAST[name]) if name in DPFAST else None
+    planned = plan_of(row, performance_of(name, row)) if name in DPFAST else None
     if planned is not None:
         found["planned_peak"], found["planned_time"] = planned.private.peak, planned.ratio()
     if reason := why_not(name, row, planned):
@@ -151,7 +163,7 @@ def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = Tru
         name = outcome["contestant"]
         try:
             task = task_of(row)
-            step = CONTESTANTS[name](task)
+            step = contestant(name, row)(task)
             for _ in range(3):  # the first ones are probed, or compiled
                 result = step()
         except Exception as failure:  # a contestant that fails is a result, too
@@ -174,7 +186,17 @@ def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = Tru
             outcome["seconds"] = statistics.median(seconds[name])
             outcome["peak"] = peaks[name]
             outcome["memory"] = peaks[name] / peaks[base]
+        if name == PASSES and name in steps:
+            outcome["memory_to_like"] = peaks[name] / peak_of_like(row)
     return found
+
+
+def peak_of_like(row: Row) -> int:
+    """Bytes, of a step of ``LIKE`` rows."""
+    step = contestant("dpfast", row)(task_of(replace(row, augmult=LIKE)))
+    for _ in range(3):
+        step()
+    return measure.peak_storages(step)
 
 
 def sweep() -> dict[Row, list[str]]:
@@ -198,7 +220,7 @@ def resident_of(row: Row, name: str) -> int | None:
 
 
 def print_resident(row: Row, name: str) -> None:
-    step = CONTESTANTS[name](task_of(row))
+    step = contestant(name, row)(task_of(row))
     for _ in range(3):
         step()
     print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -220,6 +242,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     of_dpfast = [{name: r for name in DPFAST if (r := newest.get((row.name, name)))} for row in cases]
     lines.append(["dpfast / fastest form", *map(over_the_fastest, of_dpfast)])
     lines.append(["planned / measured memory", *map(planned_memory, of_dpfast)])
+    in_passes = [newest.get((row.name, PASSES), {}).get("memory_to_like") for row in cases]
+    lines.append([f"memory in passes / at 1, {LIKE}", *(f"{m:.2f}" if m else "" for m in in_passes)])
     lines.append(["processor", *(newest[row.name, BASE]["machine"]["processor"] for row in cases)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -236,7 +260,7 @@ def planned_memory(found: dict[str, dict[str, Any]]) -> str:
 
 
 def cell(r: dict[str, Any] | None) -> str:
-    if r is None:
+    if r is None or r.get("skipped", "").startswith("for one example"):
         return ""
     return str(r["skipped"]).split(":")[0] if "skipped" in r else f"{r['time']:.2f}, {r['memory']:.2f}"
 
@@ -249,6 +273,7 @@ def main() -> None:
     parser.add_argument("-K", type=int, default=1, help="rows of each example")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--memory-budget", type=int, help="bytes, for dpfast; forms over it are not run")
     parser.add_argument("--rounds", type=int, help="9, in a sweep 5")
     parser.add_argument("--dry", action="store_true", help="print, and add nothing to the results")
     parser.add_argument("--table", action="store_true", help="only write the table into the README")
@@ -276,13 +301,12 @@ def run(options: argparse.Namespace) -> None:
     chosen = {row: names for row in ROWS if not options.row or row.name in options.row}
     if options.model:
         chosen = {Row(options.model, options.B, options.K, options.dtype): names}
+    chosen = {replace(row, memory_budget=options.memory_budget): names for row, names in chosen.items()}
     if options.sweep:
         chosen = sweep()
     rounds = options.rounds or (5 if options.sweep else 9)
     tag = {"tag": plots.TAG} if options.sweep else {}
     for row, names in chosen.items():
-        if row.examples > 1 or row.augmult <= ROWS_OF_A_PASS:
-            names = [name for name in names if name != PASSES]
         print(row.name, flush=True)
         for outcome in run_row(row, names, rounds, resident=not (options.dry or options.sweep)):
             print(f"  {outcome['contestant']:22} {cell(outcome)}", flush=True)
