@@ -16,7 +16,8 @@ from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
 from dpfast.kernels.precision import accumulation_dtype
 
 CURES = {  # for what torch.func cannot differentiate
-    "lstm": "step through the sequence with nn.LSTMCell, or freeze it",
+    "lstm": "step through the sequence with nn.LSTMCell, or freeze it (or, slowly and on a CPU, take the step within"
+    " torch.backends.mkldnn.flags(enabled=False))",
     "gru": "step through the sequence with nn.GRUCell, or freeze it",
     "rnn_tanh": "step through the sequence with nn.RNNCell, or freeze it",
     "rnn_relu": "step through the sequence with nn.RNNCell, or freeze it",
@@ -74,7 +75,7 @@ def fallback_use(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            what = f"{name}: torch has no vector-Jacobian product for it ({error})"
+            what = f"{name}: dpfast has no rule for it, and torch.func cannot differentiate it"
             cure = CURES.get(name, "write it with operations that torch.func can differentiate, or freeze it")
             raise refusal([Problem(names, what, cure)]) from error
         if grads is None:

@@ -155,15 +155,12 @@ class Meter(TorchDispatchMode):
 
 
 def _reordered(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes of the copies in layouts of its own that oneDNN makes for a convolution while it runs."""
-    aten = torch.ops.aten
-    if func not in (aten.convolution.default, aten.convolution_backward.default) or args[0].device.type != "cpu":
+    """Bytes of the copies, in layouts of its own, that oneDNN makes while it runs the backward pass of a convolution."""
+    if func is not torch.ops.aten.convolution_backward.default or args[0].device.type != "cpu":
         return 0
-    if func is aten.convolution.default:
-        return 0
-    g, x, *_, (_, weight, _) = args
+    g, x, *_, (_, of_weight, _) = args
     sizes = [t.numel() * t.element_size() for t in (g, x)]
-    return sum(sizes) if weight else max(sizes)
+    return sum(sizes) if of_weight else max(sizes)
 
 
 def _key(t: Tensor) -> int:
@@ -181,7 +178,8 @@ def plan_step(
 ) -> StepPlan:
     """The plan of ``losses(model, *inputs) -> [B*K]``, on the model's device; nothing is computed.
 
-    part: the losses are of some rows of one example, whose other rows other passes bring.
+    part: the losses are of some rows of one example, whose other rows other passes bring. A compiled model is planned
+    as the eager one, which holds more: fused operations keep less of what is between them.
 
     Raises ``CaptureError`` for a model that cannot be clipped, or that looks at numbers (``.item()``), which a trace
     has not.

@@ -14,10 +14,6 @@ class Problem:
     what: str
     cure: str
 
-    def __str__(self) -> str:
-        subject = f"{', '.join(self.names)}: " if self.names else ""
-        return f"  - {subject}{self.what}\n    cure: {self.cure}"
-
 
 def refuse(problems: Sequence[Problem]) -> None:
     """Raise one ``CaptureError`` that lists all ``problems``; return if there are none."""
@@ -26,12 +22,19 @@ def refuse(problems: Sequence[Problem]) -> None:
 
 
 def refusal(problems: Sequence[Problem]) -> CaptureError:
-    """One error that lists every problem once."""
-    unique = list(dict.fromkeys(problems))
-    count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
+    """One error that says each thing once: a problem with the names of all it concerns, a cure under all it cures."""
+    told: dict[str, dict[str, list[str]]] = {}  # by cure and problem: names
+    for problem in problems:
+        told.setdefault(problem.cure, {}).setdefault(problem.what, []).extend(problem.names)
+    lines = []
+    for cure, names_of in told.items():
+        for what, names in names_of.items():
+            lines.append(f"  - {listed(dict.fromkeys(names))}: {what}" if names else f"  - {what}")
+        lines.append(f"    cure: {cure}")
+    count = sum(map(len, told.values()))
     return CaptureError(
-        f"this step cannot be clipped per example ({count}); nothing was written to any p.grad\n"
-        + "\n".join(map(str, unique))
+        f"this step cannot be clipped per example ({count} problem{'s' if count > 1 else ''}); nothing was written to"
+        " any p.grad\n" + "\n".join(lines)
     )
 
 
