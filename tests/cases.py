@@ -243,7 +243,7 @@ def unet_inputs(n: int) -> tuple[Tensor, ...]:
 
 
 def relayout(x: Tensor, layout: str) -> Tensor:
-    """The same numbers in another memory layout."""
+    """The same numbers in another memory layout; numbers of no use (NaN, the index -1) lie between those of a slice."""
     if layout == "channels_last":
         memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
         return (
@@ -254,7 +254,8 @@ def relayout(x: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 2 else x.t().contiguous().t()
     if layout == "sliced":
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"), dtype=x.dtype)
+        between = float("nan") if x.is_floating_point() else -1
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), between, dtype=x.dtype)
         wide[..., 1::2] = x
         return wide[..., 1::2]
     if layout == "expanded":

@@ -338,12 +338,11 @@ def test_autocast(name, form) -> None:
 
 def test_adapters_of_peft() -> None:
     """Low-rank adapters, as diffusers adds them; everything else is frozen."""
-    peft = pytest.importorskip("peft")
+    from peft import LoraConfig
+
     torch.manual_seed(0)
     model = conditional_unet().requires_grad_(False)
-    model.add_adapter(
-        peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"])
-    )
+    model.add_adapter(LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"]))
     assert all("lora" in name for name, p in model.named_parameters() if p.requires_grad)
     with fallbacks() as slow:
         check(model, conditional_inputs(6), augmult=2, forms=["auto", "gram", "materialise"])

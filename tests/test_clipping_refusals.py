@@ -143,27 +143,31 @@ def test_a_parameter_changed_in_the_step() -> None:
             m.weight.mul_(0.5)
         return F.linear(x, m.weight)
 
-    assert "weight: changed" in refusal(Raw(forward, weight=(3, 3)), (torch.randn(4, 3),))
+    message = refusal(Raw(forward, weight=(3, 3)), (torch.randn(4, 3),))
+    assert "weight: changed between the forward pass and clipper.backward" in message
+    assert "cure: leave the block for that" in message
 
 
 def test_losses_of_the_wrong_shape() -> None:
     model, x = nn.Linear(3, 3), (torch.randn(6, 3),)
-    assert "reduced already" in refusal(model, x, loss=lambda m, r: losses(m, r).mean())
-    assert "2 dimensions" in refusal(model, x, loss=lambda m, r: m(*r))
-    assert "no multiple of augmult=4" in refusal(model, x, augmult=4)
-    assert "depend on no trainable parameter" in refusal(model, x, loss=lambda m, r: r[0].sum(1))
+    assert "reduced already? use reduction='none'" in refusal(model, x, loss=lambda m, r: losses(m, r).mean())
+    assert re.search(r"2 dimensions.*: expected \[B\*1\], one loss per row", refusal(model, x, loss=lambda m, r: m(*r)))
+    assert re.search("no multiple of augmult=4: .* all K rows of an example together", refusal(model, x, augmult=4))
+    message = refusal(model, x, loss=lambda m, r: r[0].sum(1))
+    assert "depend on no trainable parameter: compute them inside `with clipper`, with gradients enabled" in message
 
 
 def test_losses_averaged_over_rows() -> None:
     model, x = nn.Linear(3, 3), (torch.randn(8, 3),)
-    assert "fewer losses than rows" in refusal(model, x, loss=lambda m, r: losses(m, r).mean().reshape(1))
-    assert "fewer losses than rows" in refusal(model, x, augmult=2, loss=lambda m, r: losses(m, r).view(-1, 2).mean(1))
+    told = r"fewer losses than rows in the model's input: .* do not average over rows"
+    assert re.search(told, refusal(model, x, loss=lambda m, r: losses(m, r).mean().reshape(1)))
+    assert re.search(told, refusal(model, x, augmult=2, loss=lambda m, r: losses(m, r).view(-1, 2).mean(1)))
 
 
 def test_hooks_on_accumulated_gradients() -> None:
     model = nn.Linear(3, 3)
     model.weight.register_post_accumulate_grad_hook(lambda p: p.sub_(p.grad))
-    with pytest.raises(CaptureError, match="weight: a hook"):
+    with pytest.raises(CaptureError, match=r"weight: a hook[\s\S]*cure: remove the hook"):
         GhostClipper(model, max_grad_norm=1.0)
 
 
@@ -184,9 +188,9 @@ def test_forward_outside_the_block() -> None:
     model = nn.Linear(3, 3)
     outside = losses(model, (torch.randn(4, 3),))
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(CaptureError, match="weight: the losses depend on this parameter along a path"), clipper:
+    with pytest.raises(CaptureError, match=r"weight, bias: the losses depend on .* along a path"), clipper:
         clipper.backward(outside)
-    with pytest.raises(CaptureError, match=r"outside `with clipper`"):
+    with pytest.raises(CaptureError, match=r"outside `with clipper`: compute the losses inside"):
         clipper.backward(outside)
     assert model.weight.grad is None
 
@@ -196,6 +200,15 @@ def test_losses_backward_writes_nothing() -> None:
     clipper = GhostClipper(model, max_grad_norm=1.0)
     with pytest.raises(CaptureError, match=r"back-propagated outside clipper.backward"), clipper:
         losses(model, (torch.randn(4, 3),)).mean().backward()
+    assert model.weight.grad is None
+
+
+def test_losses_backward_after_the_block_writes_nothing() -> None:
+    model = nn.Linear(3, 3)
+    with pytest.warns(UserWarning, match="nothing was learned"), GhostClipper(model, max_grad_norm=1.0):
+        each = losses(model, (torch.randn(4, 3),))
+    with pytest.raises(CaptureError, match=r"weight, bias \(linear\): .* call clipper\.backward\(losses\)"):
+        each.mean().backward()
     assert model.weight.grad is None
 
 
@@ -214,7 +227,7 @@ def test_a_foreign_gradient() -> None:
     model(torch.randn(4, 3)).sum().backward()
     mine = model.weight.grad.clone()
     clipper = GhostClipper(model, max_grad_norm=1.0)
-    with pytest.raises(CaptureError, match=r"weight, bias: p.grad holds what this clipper did not write"), clipper:
+    with pytest.raises(CaptureError, match=r"weight, bias: p.grad[\s\S]*cure: call clipper\.zero_grad"), clipper:
         clipper.backward(losses(model, (torch.randn(4, 3),)))
     assert torch.equal(model.weight.grad, mine)
 
@@ -251,6 +264,7 @@ def test_random_calls_without_a_rule() -> None:
 
     message = refusal(Raw(attended, query=(1, 2, 4)), (torch.randn(4, 3, 4),))
     assert "query: scaled_dot_product_attention draws random numbers" in message
+    assert "cure: move the dropout out of the call" in message
 
 
 def test_parametrizations_inside_a_checkpoint() -> None:
@@ -296,6 +310,7 @@ def test_layers_that_first_run_in_the_backward_pass() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     message = refusal(model, (torch.randn(4, 3),), loss=lambda m, r: Recompute.apply(m[0](*r), m[1]).square().mean(1))
     assert "1.weight, 1.bias: linear: reached by a backward pass inside the backward pass" in message
+    assert "cure: checkpoint activations with use_reentrant=False" in message
 
 
 def test_a_backward_pass_inside_the_backward_pass() -> None:
@@ -315,37 +330,29 @@ def test_a_backward_pass_inside_the_backward_pass() -> None:
 
     model = nn.Linear(3, 3)
     message = refusal(model, (torch.randn(4, 3),), loss=lambda m, r: Sneaky.apply(losses(m, r), m))
-    assert "weight: the losses depend on this parameter along a path that was not captured" in message
-
-
-@pytest.mark.filterwarnings("ignore:dpfast has no rule")
-def test_calls_that_torch_cannot_differentiate_twice() -> None:
-    model = nn.LSTM(4, 3, batch_first=True)
-    message = refusal(model, (torch.randn(4, 5, 4),), loss=lambda m, r: m(*r)[0].square().flatten(1).mean(1))
-    assert "weight_ih_l0" in message
-    assert "lstm" in message
+    assert re.search("weight: the losses depend on .* along a path that was not captured", message)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 def test_scripted_models() -> None:
-    with pytest.raises(CaptureError, match="scripted"):
+    with pytest.raises(CaptureError, match=r"scripted .* give the Python module it was made from"):
         GhostClipper(torch.jit.script(nn.Linear(3, 3)), max_grad_norm=1.0)
 
 
 def test_half_precision_parameters() -> None:
-    with pytest.raises(CaptureError, match="autocast"):
+    with pytest.raises(CaptureError, match=r"half-precision[\s\S]*cure: keep float32 parameters .* torch\.autocast"):
         GhostClipper(nn.Linear(3, 3).half(), max_grad_norm=1.0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_clip_norms_out_of_range(value) -> None:
-    with pytest.raises(ConfigError, match="max_grad_norm"):
+    with pytest.raises(ConfigError, match=r"max_grad_norm=.*: expected a positive, finite number"):
         GhostClipper(nn.Linear(3, 3), max_grad_norm=value)
 
 
 def test_entered_twice() -> None:
     clipper = GhostClipper(nn.Linear(3, 3), max_grad_norm=1.0)
-    with clipper, pytest.raises(CaptureError, match="already active"):
+    with clipper, pytest.raises(CaptureError, match="already active: leave its `with` block"):
         clipper.__enter__()
 
 
@@ -454,5 +461,5 @@ def test_losses_of_an_earlier_forward_pass() -> None:
     with clipper:
         first = losses(clipper.model, (torch.randn(4, 3),))
         clipper.backward(losses(clipper.model, (torch.randn(4, 3),)))
-        with pytest.raises(CaptureError, match=r"forward pass before the last clipper.backward; add up all losses"):
+        with pytest.raises(CaptureError, match=r"forward pass before the last clipper\.backward.*; add up all losses"):
             clipper.backward(first)

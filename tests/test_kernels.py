@@ -1,4 +1,4 @@
-"""The ops by themselves: fast paths against the reference formulas, float64, layouts, and the one-sided bound."""
+"""The ops by themselves: fast paths against the reference formulas, float64, layouts."""
 
 import dataclasses
 import itertools
@@ -9,34 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import LAYOUTS, relayout
 from dpfast.kernels import affine, chunks, clip, conv, dispatch, embedding, linear, norm
 from dpfast.kernels.conv import ConvSpec, library, reference
+from kernel_cases import (
+    BACKENDS,
+    GEOMETRIES,
+    by_autograd,
+    convolution,
+    needs_native,
+    poisoned,  # noqa: F401 (a fixture)
+    relative,
+    threads,  # noqa: F401 (a fixture)
+)
 
-GEOMETRIES = {  # weight shape, space of the input, options
-    "3x3": ((6, 4, 3, 3), (8, 7), {"padding": 1}),
-    "3x3, two vectors and more": ((13, 40, 3, 3), (5, 6), {"padding": 1}),
-    "3x3, one channel more than a vector": ((3, 9, 3, 3), (6, 6), {"padding": 1}),
-    "1x1": ((6, 16, 1, 1), (8, 7), {}),
-    "1x1, many positions": ((7, 17, 1, 1), (20, 21), {}),
-    "one channel": ((5, 1, 3, 3), (8, 8), {"padding": 1}),
-    "one output": ((1, 24, 3, 3), (8, 8), {"padding": 1}),
-    "grouped": ((6, 2, 3, 3), (8, 7), {"groups": 2, "padding": 1}),
-    "grouped, wide": ((14, 18, 3, 3), (4, 5), {"groups": 2, "padding": 1}),
-    "depthwise": ((8, 1, 3, 3), (6, 6), {"groups": 8, "padding": 1}),
-    "strided, dilated": ((6, 4, 3, 2), (8, 7), {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 2)}),
-    "strided, dilated, wide": ((6, 12, 3, 2), (8, 9), {"stride": (2, 3), "dilation": (2, 1), "padding": (2, 1)}),
-    "no padding, rows cut off": ((4, 10, 2, 2), (7, 9), {"stride": 2}),
-    "same, even": ((6, 12, 4, 2), (8, 7), {"padding": "same"}),
-    "one position": ((6, 12, 4, 4), (4, 4), {}),
-    "one tap along lines": ((6, 9, 3, 1), (8, 7), {"padding": (1, 0), "dilation": (2, 1)}),
-    "1-d, a long line": ((5, 11, 3), (700,), {"padding": 1}),
-    "3-d": ((4, 9, 2, 3, 3), (3, 5, 4), {"padding": (0, 1, 1), "stride": (1, 2, 1)}),
-    "transposed": ((4, 6, 3, 3), (8, 7), {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}),
-    "transposed, wide": ((10, 20, 4, 4), (4, 3), {"stride": 2, "padding": 1, "transposed": True}),
-    "transposed, grouped": ((4, 3, 4, 4), (8, 7), {"stride": 2, "groups": 2, "transposed": True}),
-}
 VARIED = (
     *(
         "3x3",
@@ -48,57 +36,6 @@ VARIED = (
     ),
     *("no padding, rows cut off", "grouped, wide", "transposed, wide", "3-d"),
 )
-NATIVE = dispatch.why_not_native() is None
-needs_native = pytest.mark.skipif(not NATIVE, reason=str(dispatch.why_not_native()))
-BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def _threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Fresh memory holds NaN: a number that is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def convolution(geometry: str, rows: int, dtype=torch.float64):
-    """Input, output gradient and spec; the output's shape comes from torch itself."""
-    shape, space, options = GEOMETRIES[geometry]
-    transposed = bool(options.get("transposed"))
-    torch.manual_seed(0)
-    channels = shape[0] if transposed else shape[1] * options.get("groups", 1)
-    weight, a = torch.randn(shape, dtype=dtype), torch.randn(rows, channels, *space, dtype=dtype)
-    out = function_of(geometry)(a, weight)
-    return a, torch.randn_like(out), ConvSpec.of(weight, **options), weight
-
-
-def function_of(geometry: str):
-    shape, _, options = GEOMETRIES[geometry]
-    dims, kwargs = len(shape) - 2, {k: v for k, v in options.items() if k != "transposed"}
-    name = f"conv_transpose{dims}d" if options.get("transposed") else f"conv{dims}d"
-    return lambda a, weight: getattr(torch, name)(a, weight, **kwargs)
-
-
-def by_autograd(geometry: str, a, g, weight, examples: int) -> torch.Tensor:
-    """Per-example gradients from torch alone."""
-    weight = weight.detach().to(a.dtype).requires_grad_()
-    rows = a.shape[0] // examples
-    parts = [slice(i * rows, (i + 1) * rows) for i in range(examples)]
-    return torch.stack([torch.autograd.grad(function_of(geometry)(a[p], weight), weight, g[p])[0] for p in parts])
-
-
-def relative(got, exact) -> float:
-    """Error of a tensor relative to its norm."""
-    return ((got.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def assert_all_forms(geometry, a, g, weight, spec, examples, backend) -> None:
@@ -123,7 +60,7 @@ def assert_all_forms(geometry, a, g, weight, spec, examples, backend) -> None:
     check(conv.clipped_sum(a, g, spec, w, backend=backend), torch.tensordot(w, exact, 1))
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("examples", [1, 3, 5])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -155,7 +92,7 @@ def test_convolution_layouts(geometry, layout, backend) -> None:
     assert_all_forms(geometry, relayout(a, layout), g, weight, spec, 3, backend)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @needs_native
 def test_many_examples_and_rows_of_few_positions(rows) -> None:
@@ -226,7 +163,7 @@ def test_float16_is_summed_in_float32() -> None:
     assert_all_forms("3x3", a.half(), g.half(), weight, spec, 2, None)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("threads")
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sum_is_of_what_is_measured_bit_by_bit(dtype) -> None:
@@ -312,7 +249,9 @@ def test_group_norms(shape, dtype, layout, offset, backend) -> None:
 
 def ops():
     """A call of every op, by name."""
-    assert all((affine.affine_grads, norm.group_norm_grads))  # an op is registered when its folder is imported
+    assert all(
+        (affine.affine_grads, embedding.sq_norms, norm.group_norm_grads)
+    )  # an op is registered when its folder is imported
     a, g, spec, _ = convolution("3x3", rows=6, dtype=torch.float32)
     few, few_g, narrow, _ = convolution("one channel", rows=6, dtype=torch.float32)
     x, y, w = torch.randn(3, 5, 7), torch.randn(3, 5, 6), torch.rand(3)
@@ -338,6 +277,8 @@ def ops():
         "affine_grads": (n.affine_grads, (b, c, None)),
         "group_norm_grads": (n.group_norm_grads, (torch.randn(6, 8, 5, 5), torch.randn(6, 8, 5, 5), 4, 1e-5, 3, None)),
         "bias_grads": (n.bias_grads, (b, None)),
+        "clip_factors": (n.clip_factors, (w.double(), 0.5)),
+        "clip_factors, float32": (n.clip_factors, (w, 0.5)),
         "clip_sq_norms": (n.clip_sq_norms, (x.flatten(1), None)),
         "clip_clipped_sums": (n.clip_clipped_sums, ([x.flatten(1), torch.randn(len(x), 5)], w, None)),
     }
@@ -353,6 +294,38 @@ def test_no_op_is_left_out() -> None:
     registered = {name.removeprefix("dpfast::").split(".")[0] for name in torch._C._dispatch_get_all_op_names()
                   if name.startswith("dpfast::")}  # fmt: skip
     assert registered == {name.split(",")[0] for name in ops()}
+
+
+def products():
+    """What multiplies matrices, by name."""
+    a, g, w, index = torch.randn(3, 5, 7), torch.randn(3, 5, 6), torch.rand(3), torch.zeros(3, 5, dtype=torch.int64)
+    return {
+        "clipped sum of stored gradients": lambda: clip.reference.clipped_sums([a.flatten(1)], w),
+        "gradients": lambda: linear.reference.per_example_grads(a, g),
+        "Gram": lambda: linear.reference.gram_sq_norms(a, g),
+        "Gram of looked up rows": lambda: embedding.reference.gram_sq_norms(index, g),
+        "weighted sum": lambda: linear.reference.weighted_sum(a, g, w),
+    }
+
+
+@pytest.mark.parametrize("name", products())
+def test_products_are_in_full_precision(name) -> None:
+    """Also where the process allows TF32 or bfloat16: a GPU would use it."""
+    found = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+                found.append(torch.backends.cuda.matmul.fp32_precision)
+            return function(*args, **(kwargs or {}))
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Watch():
+            products()[name]()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(found) == {"ieee"}
 
 
 LEVELS = """
@@ -419,91 +392,6 @@ def test_a_weight_of_zero_silences_what_is_not_finite(dtype) -> None:
     expected = clip.clipped_sum(grads, w)
     grads[1] = float("nan")
     torch.testing.assert_close(clip.clipped_sum(grads, w), expected)
-
-
-def test_clip_factors() -> None:
-    sq = torch.tensor([-1e-6, 0.0, 1e-40, 0.25, 1.0, 4.0, 1e30, float("inf"), float("nan")])
-    factors = clip.clip_factors(sq, 1.0)
-    torch.testing.assert_close(factors, torch.tensor([0, 1, 1, 1, 1, 0.5, 1e-15, 0, 0]))
-
-
-@pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_clipped_sums_of_several_tensors(backend) -> None:
-    """Of sizes around a block, with rows that are slices; what has no weight is not looked at."""
-    torch.manual_seed(0)
-    w = torch.tensor([0.5, 0.0, 1.0])
-    grads = [torch.randn(3, n + 3)[:, :n] for n in (1, 7, 4095, 4096, 4097, 10000, 1)]
-    for g in grads:
-        g[1] = float("nan")
-    exact = [torch.tensordot(w.double(), g.double().nan_to_num(), 1) for g in grads]
-    for ours, total in zip(clip.clipped_sums(grads, w, backend=backend), exact, strict=True):
-        assert relative(ours, total) <= 1e-6
-    assert clip.clipped_sums([], w, backend=backend) == []
-
-
-def test_clipped_sum_of_permuted_gradients() -> None:
-    grads = torch.randn(4, 2, 3, 5).permute(0, 2, 3, 1)
-    w = torch.rand(4)
-    torch.testing.assert_close(clip.clipped_sum(grads, w), torch.tensordot(w, grads, 1))
-    torch.testing.assert_close(clip.clipped_sum(grads[:, 0, 0, 0], w), (w * grads[:, 0, 0, 0]).sum())
-
-
-def adversaries(m: int = 64, d: int = 48, p: int = 40):
-    """Pairs (a, g) whose per-position terms nearly cancel, are wildly scaled, or vanish."""
-    torch.manual_seed(0)
-    a, g = torch.randn(1, 1, d), torch.randn(1, 1, p)
-    sign = torch.tensor([1.0, -1.0]).repeat(m // 2).view(1, m, 1)
-    noise_a, noise_g = torch.randn(1, m, d), torch.randn(1, m, p)
-    huge = torch.ones(1, m, 1)
-    huge[0, 3] = 1e6
-    yield "random", noise_a, noise_g
-    for size in (1e-2, 1e-4, 1e-6):
-        yield f"cancelling {size}", a + size * noise_a, sign * (g + size * noise_g)
-    yield "exactly cancelling", a.expand(1, m, d), (sign * g).expand(1, m, p)
-    yield "one huge row", noise_a * huge, noise_g
-    yield "denormal", noise_a * 1e-22, noise_g * 1e-22
-    yield "offset", noise_a + 100, noise_g + 100 * sign
-    for value, of_g, d, p in ((0.9069749375383391, 1.0, 16384, 64), (0.3604321146365417, 1.2949631387291571, 4608, 64)):
-        alike = torch.full((1, 4, d), value)  # features that are all alike round alike
-        alike[:, ::2] *= 1.001
-        yield f"alike {d}", alike, of_g * sign[:, :4].expand(1, 4, p)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_are_never_understated_beyond_the_bound(dtype) -> None:
-    for name, a, g in adversaries():
-        a, g = a.to(dtype), g.to(dtype)
-        exact = torch.einsum("bmp,bmd->bpd", g.double(), a.double()).square().sum((1, 2))
-        exact = (exact - torch.finfo(torch.float32).tiny).clamp(min=0)  # what float32 squares cannot hold
-        sq, bound = linear.gram_sq_norms(a, g)
-        assert (sq.double() + bound.double() >= exact).all(), name
-        assert (sq.double() - bound.double() <= exact).all(), name
-        sq, bound = linear.gram_sq_norms(a, g[..., :2], g[..., 2:])  # the same numbers, as of two maps
-        assert ((sq.double() - exact).abs() <= bound.double()).all(), name
-        direct = linear.sq_norms(a, g).double()
-        scale = (a.double().norm(dim=-1) * g.double().norm(dim=-1)).sum(1).square()
-        assert (direct >= exact * (1 - 1e-3) - 1e-12 * scale).all(), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_embedding(dtype, monkeypatch) -> None:
-    monkeypatch.setattr(chunks, "BYTES", 1_000)  # several chunks
-    torch.manual_seed(0)
-    index, g, w = torch.randint(0, 7, (4, 9)), torch.randn(4, 9, 5, dtype=dtype), torch.rand(4, dtype=dtype)
-    table = torch.zeros(7, 5, dtype=dtype, requires_grad=True)
-    looked_up = [torch.nn.functional.embedding(i, table) for i in index]
-    exact = torch.stack(
-        [torch.autograd.grad(y, table, cotangent)[0] for y, cotangent in zip(looked_up, g, strict=True)]
-    )
-    torch.testing.assert_close(embedding.per_example_grads(index, g, 7), exact)
-    torch.testing.assert_close(embedding.gram_sq_norms(index, g)[0], exact.double().square().sum((1, 2)))
-    torch.testing.assert_close(embedding.sq_norms(index, g, 7), exact.double().square().sum((1, 2)))
-    torch.testing.assert_close(embedding.clipped_sum(index, g, 7, w), torch.tensordot(w, exact, 1))
-    torch.testing.assert_close(embedding.weighted_sum(index, g, 7, w), torch.tensordot(w, exact, 1))
-    g, w = g.clone(), w.clone()
-    g[1], w[1] = float("nan"), 0.0
-    torch.testing.assert_close(embedding.clipped_sum(index, g, 7, w), torch.tensordot(w, exact, 1))
 
 
 def test_the_library_takes_low_precision_and_gives_float32() -> None:

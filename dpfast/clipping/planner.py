@@ -155,7 +155,7 @@ class Meter(TorchDispatchMode):
 
 
 def _reordered(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes of the copies, in layouts of its own, that oneDNN makes while it runs the backward pass of a convolution."""
+    """Bytes of the copies, in layouts of its own, that oneDNN makes for the backward pass of a convolution."""
     if func is not torch.ops.aten.convolution_backward.default or args[0].device.type != "cpu":
         return 0
     g, x, *_, (_, of_weight, _) = args

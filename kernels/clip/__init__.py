@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels.clip import native, reference
-from dpfast.kernels.clip.reference import clip_factors
 from dpfast.kernels.dispatch import Backend, choose
 from dpfast.kernels.registry import register
 
 __all__ = ["clip_factors", "clipped_sum", "clipped_sums", "sq_norms"]
+
+
+def clip_factors(sq: Tensor, max_grad_norm: float) -> Tensor:
+    """``w_i = min(1, C / sqrt(sq_i)) [B]`` in the dtype of ``sq``, and 0 where ``sq_i`` is no square (not finite,
+    negative): such an example contributes nothing.
+    """
+    return _clip_factors(sq, max_grad_norm)
 
 
 def sq_norms(grads: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -48,6 +54,10 @@ def _implementation(backend: Backend | None, *flats: Tensor) -> Any:
     return native if choose(backend, *flats) == "native" and dense else reference
 
 
+def _fake_clip_factors(sq: Tensor, _: float) -> Tensor:
+    return torch.empty_like(sq, dtype=torch.result_type(sq, 1.0))
+
+
 def _run_sq_norms(flat: Tensor, backend: Backend | None) -> Tensor:
     sq: Tensor = _implementation(backend, flat).sq_norms(flat)
     return sq
@@ -66,6 +76,9 @@ def _fake_clipped_sums(flats: list[Tensor], _w: Tensor, _: Backend | None) -> li
     return [flat.new_empty(flat.shape[1]) for flat in flats]
 
 
+_clip_factors = register(
+    "clip_factors(Tensor sq, float max_grad_norm) -> Tensor", reference.clip_factors, _fake_clip_factors
+)
 _sq_norms = register("clip_sq_norms(Tensor flat, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
 _clipped_sums = register(
     "clip_clipped_sums(Tensor[] flats, Tensor w, str? backend) -> Tensor[]", _run_clipped_sums, _fake_clipped_sums

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpfast.kernels.precision import full_precision
+
 BLOCK = 1024
 
 
@@ -28,6 +30,7 @@ def sq_norms(flat: Tensor) -> Tensor:
     return blocks.double().square().sum(1) + rest.double().square()
 
 
+@full_precision()
 def clipped_sums(flats: Sequence[Tensor], w: Tensor) -> list[Tensor]:
     """``sum_i w_i G_i [n]`` of each ``[B, n]``; an example with ``w_i = 0`` contributes exactly 0."""
     kept = (w > 0).unsqueeze(1)
