@@ -56,3 +56,14 @@ def gram_error(d: int, p: int, dtype: torch.dtype, steps: int = 0) -> float:
     """
     roundings = sum(min(n, BLOCK) + math.ceil(n / BLOCK) for n in (d, p)) + steps + 8
     return 1.01 * roundings * torch.finfo(dtype).eps / 2
+
+
+def vanished(d: int, p: int, of_a: Tensor, of_g: Tensor, dtype: torch.dtype) -> Tensor:
+    """What products of features below the smallest normal number add to that error, from ``|a_t|`` and ``|g_t| [..., M]``.
+
+    An inner product of n of them errs by n such numbers u: in all ``u (D (sum_t |g_t|)^2 + P (sum_t |a_t|)^2)``. Each
+    length has lost up to ``sqrt(n u)`` itself. It matters where one factor is tiny and the other huge.
+    """
+    tiny = torch.finfo(dtype).tiny
+    sum_a, sum_g = ((t.double() + math.sqrt(n * tiny)).sum(-1) for t, n in ((of_a, d), (of_g, p)))
+    return tiny * (d * sum_g.square() + p * sum_a.square())

@@ -76,7 +76,7 @@ def test_against_the_oracle(forward) -> None:
 
 def test_parameters_behind_another_name_are_refused() -> None:
     clipper = GhostClipper(Raw(of_parameters, a=(5, 4), b=(4, 8)), max_grad_norm=0.1)
-    with pytest.raises(CaptureError, match="a: the losses depend on this parameter along a path"), clipper:
+    with pytest.raises(CaptureError, match="a: the losses depend on it along a path"), clipper:
         clipper.backward(losses(clipper.model, (torch.randn(6, 4),)))
 
 

@@ -30,6 +30,7 @@ from dpfast.clipping.fallback import fallback_use
 from dpfast.clipping.functions import (
     ARITHMETIC,
     AS_ANOTHER,
+    BACK_PROPAGATES,
     FACTORIES,
     INDEXED,
     METADATA,
@@ -47,7 +48,7 @@ from dpfast.clipping.functions import (
 )
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.rules.table import COMPOSED, GUARDED, MIXES_ROWS, RULES
-from dpfast.clipping.tape import Tape, Use, traced
+from dpfast.clipping.tape import Tape, Use, traced, unclipped
 from dpfast.clipping.trees import TensorMap, function_name, leaves, own_lists, replace_tensors, tensors_in
 from dpfast.clipping.watch import Standing
 
@@ -168,6 +169,8 @@ class Capture(TorchFunctionMode):
         self.tape.trace = traced(self.tape.trace, func)
         if func is torch.broadcast_tensors:
             return self._broadcast(tensors_in(args))
+        if func in BACK_PROPAGATES:
+            return self._back_propagate(func, args, kwargs)
         tensors = tensors_in((args, kwargs) if kwargs else args)
         written = written_by(func, args, kwargs)
         tracked = [self.tracked[id(t)] for t in tensors if id(t) in self.tracked]
@@ -206,6 +209,19 @@ class Capture(TorchFunctionMode):
             len(self.counted) and any(t in self.counted for t in tensors)
         ):
             self.counted.update(dict.fromkeys(outputs, True))
+        return output
+
+    def _back_propagate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a backward pass of the user's own, which may be of another model: it must not reach our parameters."""
+
+        def grads() -> dict[str, tuple[int, int]]:
+            return {name: (id(p.grad), p.grad._version) for name, p in self.parameters.items() if p.grad is not None}
+
+        before = grads()
+        output = func(*args, **kwargs)
+        reached = tuple(name for name, grad in grads().items() if grad != before.get(name))
+        if reached:
+            self.tape.problems.append(unclipped(reached))
         return output
 
     def _picks(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], data: list[Tensor]) -> bool:
@@ -329,7 +345,7 @@ class Capture(TorchFunctionMode):
                 Problem(
                     names,
                     f"{function_name(func)} writes a trainable parameter into another tensor",
-                    "write it with an operation that returns a tensor (torch.where instead of indexed assignment)",
+                    "use the parameter itself (x = p instead of x.data = p)",
                 )
             )
         if self.on_use is not None and self.detach:

@@ -71,6 +71,7 @@ PUTS_BACK = frozenset(  # what was selected where it belongs; or what was not, w
     for home, name in ((torch, name), (Tensor, name), (Tensor, name + "_"))
     if hasattr(home, name)
 ) | {Tensor.__setitem__}
+BACK_PROPAGATES = frozenset((Tensor.backward, torch.autograd.backward))
 AS_ANOTHER = frozenset(  # read only the shape or dtype of their other arguments
     {
         *(Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as, Tensor.to),

@@ -12,8 +12,9 @@ def check_losses(losses: Tensor, mask: Tensor | None, augmult: int, inputs: Iter
     """B, or ``CaptureError`` when ``losses`` is not one number per row; ``inputs`` are those of the model."""
     rows = f"[B*{augmult}], one loss per row"
     if losses.ndim != 1:
-        reduced = " (reduced already? use reduction='none' and average over pixels only)" if losses.ndim == 0 else ""
-        raise CaptureError(f"losses have {losses.ndim} dimensions{reduced}: expected {rows}")
+        reduced = "reduced already? use reduction='none' and average over pixels only"
+        what = reduced if losses.ndim == 0 else "average over all but the rows: losses.flatten(1).mean(1)"
+        raise CaptureError(f"losses have {losses.ndim} dimensions ({what}): expected {rows}")
     if len(losses) % augmult:
         raise CaptureError(
             f"the number of losses is no multiple of augmult={augmult}: expected {rows}, all K rows of an example"

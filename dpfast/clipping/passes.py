@@ -129,7 +129,7 @@ class Pass:
         self._backward_unleaked(receive, retain_graph=False)
         uses = self.capture.tape.uses
         self.capture.tape.reshown = any(uses[site].selected for site in showing.evidence)
-        missing = [_unseen(uses[site]) for site in showing.evidence if site not in added]
+        missing = [_unsteady(uses[site]) for site in showing.evidence if site not in added]
         refuse(missing + self.ownership.settle(showing.signature, showing.evidence, self.examples, fleeting))
 
     def _backward_unleaked(self, receive: Receive, *, retain_graph: bool) -> None:
@@ -254,6 +254,14 @@ def _unseen(use: TapedUse) -> Problem:
     )
 
 
+def _unsteady(use: TapedUse) -> Problem:
+    return Problem(
+        use.site.names,
+        f"{use.site.function}: got a gradient in one backward pass and none in the next over the same losses",
+        "write custom gradients so that they may be asked for several times, and always give the same",
+    )
+
+
 def reachable(losses: Tensor, sites: AbstractSet[Site]) -> AbstractSet[Site]:
     """Those of ``sites`` that a backward pass from ``losses`` may come by.
 
@@ -278,7 +286,7 @@ def reachable(losses: Tensor, sites: AbstractSet[Site]) -> AbstractSet[Site]:
 def _leak(name: str) -> Problem:
     return Problem(
         (name,),
-        "the losses depend on this parameter along a path that was not captured",
+        "the losses depend on it along a path that was not captured",
         "run the whole forward pass inside `with clipper`, outside scripted functions and autograd.Function.apply"
         " (which hide the parameter), on inputs that are made before it or go into the model (torch.tensor(...) inside"
         " makes constants), and checkpoint activations with use_reentrant=False",

@@ -87,6 +87,16 @@ class TapedUse:
     selected: bool = False
 
 
+def unclipped(names: tuple[str, ...]) -> Problem:
+    """Of a backward pass that is not the clipper's."""
+    return Problem(
+        names,
+        "back-propagated outside clipper.backward (by loss.backward(), or for a gradient penalty)",
+        "call clipper.backward(losses) with one loss per row, once and in place of loss.backward(); second derivatives"
+        " of private data are not supported",
+    )
+
+
 def _only_input(site: Site, saved: tuple[Tensor, ...]) -> Hashable:
     """By which uses of one function that save the same tensor, and nothing else, know each other."""
     return (site.function, place(saved[0])) if len(saved) == 1 and saved[0].layout == torch.strided else None
@@ -178,18 +188,12 @@ class Tape:
     def record(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
         if self.closed:
             raise CaptureError(
-                f"{use.site}: the losses come from a forward pass before the last clipper.backward; add up all losses"
-                " of a row and call clipper.backward(losses) once for each forward pass (a second call may only be for"
-                " other examples)"
+                f"{use.site}: the losses come from a forward pass before the last clipper.backward, or in a block that"
+                " was left; add up all losses of a row and call clipper.backward(losses) inside `with clipper`, once"
+                " for each forward pass (a second call may only be for other examples)"
             )
         if self.receive is None:
-            self.problems.append(
-                Problem(
-                    use.site.names,
-                    "back-propagated outside clipper.backward (a gradient penalty, or losses.backward())",
-                    "call clipper.backward(losses) once; second derivatives of private data are not supported",
-                )
-            )
+            self.problems.append(unclipped(use.site.names))
             return
         with torch._C.DisableTorchFunction():  # gradients are off already: nobody builds a graph of the backward pass
             self.receive(use, saved, g)

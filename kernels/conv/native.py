@@ -14,7 +14,7 @@ from torch import Tensor
 from dpfast.kernels.chunks import in_chunks
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.dispatch import NATIVE_DTYPES, native_module
-from dpfast.kernels.precision import full_precision, gram, gram_error
+from dpfast.kernels.precision import full_precision, gram, gram_error, vanished
 
 
 def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,9 @@ def _gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple
     native_module().conv_gram(examples, rows, geometry, *pointers, torch.get_num_threads())
     _, lines, width = _three(y.shape[2:], 1)
     error = gram_error(x.shape[1], y.shape[1], torch.float32, steps=lines * (width // 8 + 1))  # dots() in csrc
-    return sq, error * magnitude
+    of_x, of_y = (t.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for t in grams)
+    lost = math.prod(spec.kernel) * vanished(x.shape[1], y.shape[1], of_x, of_y, torch.float32)
+    return sq, error * magnitude + lost
 
 
 def _pixel_gram(t: Tensor, examples: int, rows: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels.clip.reference import sq_norms as squares
-from dpfast.kernels.precision import accumulation_dtype, full_precision, gram, gram_error
+from dpfast.kernels.precision import accumulation_dtype, full_precision, gram, gram_error, vanished
 
 
 @full_precision()
@@ -26,7 +26,8 @@ def gram_sq_norms(a: Tensor, *gs: Tensor) -> tuple[Tensor, Tensor]:
 
     Several g are taken side by side, as one whose inner products are the sums of theirs. The sum cancels where
     positions cancel, so the result can be far too small, even negative. The bound is ``gram_error(...) (sum_t |a_t|
-    |g_t|)^2``. Squares below the smallest normal number vanish: no clip norm is as small as that.
+    |g_t|)^2``, and what vanishes below the smallest normal number. Squared norms as small as that vanish: no clip norm
+    is.
     """
     if a.shape[-2] == 1:
         return _of_one_row(a, gs)
@@ -37,10 +38,10 @@ def gram_sq_norms(a: Tensor, *gs: Tensor) -> tuple[Tensor, Tensor]:
         products += gram(g)
     products *= gram(a)
     length = torch.stack([g.norm(dim=-1) for g in gs]).norm(dim=0)
-    magnitude = (a.norm(dim=-1) * length).sum(-1).square().unsqueeze(-1).flatten(1).sum(1)
-    outputs = max(g.shape[-1] for g in gs)
-    error = gram_error(a.shape[-1], outputs, dtype, steps=len(gs))
-    return products.flatten(1).sum(1, dtype=torch.float64), error * magnitude.double()
+    of_a, d, outputs = a.norm(dim=-1), a.shape[-1], [g.shape[-1] for g in gs]
+    error = gram_error(d, max(outputs), dtype, steps=len(gs))
+    bound = error * (of_a * length).sum(-1).square().double() + vanished(d, sum(outputs), of_a, length, dtype)
+    return products.flatten(1).sum(1, dtype=torch.float64), bound.unsqueeze(-1).flatten(1).sum(1)
 
 
 def _of_one_row(a: Tensor, gs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,202 @@
+"""No squared norm is understated by more than its bound, whatever an example holds."""
+
+import pytest
+import torch
+
+from dpfast.kernels import clip, conv, embedding, linear
+from dpfast.kernels.conv import ConvSpec
+from dpfast.kernels.conv.reference import linear_view
+from kernel_cases import BACKENDS, GEOMETRIES, by_autograd, convolution, poisoned  # noqa: F401 (poisoned is a fixture)
+
+VANISHES = torch.finfo(torch.float32).tiny  # what float32 squares cannot hold
+ROUNDING = torch.finfo(torch.float32).eps / 2
+SQUARES = clip.reference.BLOCK * ROUNDING  # of a norm that comes from sums of squares
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Numbers that round alike when they are added to each other: of a, and of g.
+ALIKE = ((0.9069749375383391, 1.0), (0.3604321146365417, 1.2949631387291571), (0.7025, 0.7969), (0.3514, 0.3985))
+
+
+def signs(n: int) -> torch.Tensor:
+    return torch.tensor([1.0, -1.0]).repeat(n // 2)
+
+
+def adversaries(a_shape, g_shape):
+    """Terms ``a [terms, ...]`` and ``g [terms, ...]`` that nearly cancel, are wildly scaled, vanish or round alike."""
+    torch.manual_seed(0)
+    noise_a, noise_g = torch.randn(a_shape), torch.randn(g_shape)
+    a, g = torch.randn(a_shape[1:]).expand(a_shape), torch.randn(g_shape[1:]).expand(g_shape)
+    sign = signs(a_shape[0]).view(-1, *[1] * (len(a_shape) - 1))
+    huge = torch.ones_like(sign)
+    huge[-1] = 1e6
+    pairs = {"random": (noise_a, noise_g)}
+    for size in (1e-2, 1e-4, 1e-6):
+        pairs[f"cancelling {size}"] = a + size * noise_a, sign * (g + size * noise_g)
+    pairs["exactly cancelling"] = a, sign * g
+    pairs["one huge row"] = noise_a * huge, noise_g
+    pairs["huge where the other is small"] = noise_a * huge, noise_g / huge
+    pairs["squares are denormal"] = noise_a * 1e-22, noise_g * 1e-22
+    pairs["tiny and huge"] = noise_a * 1e-17, noise_g * 1e17
+    for small, large in ((1e-22, 1e16), (2e-23, 1e16)):
+        pairs[f"squares of a vanish {small}"] = noise_a * small, noise_g * large
+        pairs[f"squares of g vanish {small}"] = noise_a * large, noise_g * small
+        pairs[f"squares of g vanish, alike {small}"] = torch.full(a_shape, large), torch.full(g_shape, small)
+    pairs["offset"] = noise_a + 100, noise_g + 100 * sign
+    for value, of_g in ALIKE:
+        pairs[f"alike {value}"] = torch.full(a_shape, value) * (1 + 5e-4 * (1 + sign)), of_g * sign.expand(g_shape)
+    return pairs
+
+
+def images(a_shape, g_shape):
+    """The same of rows ``a [rows, C, *space]``, and those whose positions cancel within a row."""
+    pairs = adversaries(a_shape, g_shape)
+    positions = torch.Size(g_shape[2:]).numel()
+    alternating = signs(positions + 1)[:positions].view(g_shape[2:])
+    a, g = torch.randn(*a_shape[:2], *[1] * (len(a_shape) - 2)), torch.randn(*g_shape[:2], *[1] * (len(g_shape) - 2))
+    pairs["cancelling positions"] = a.expand(a_shape), g * alternating
+    pairs["positions alike"] = torch.full(a_shape, ALIKE[0][0]), alternating.expand(g_shape)
+    a, g = (t.clone() for t in pairs["cancelling 0.0001"])
+    a[:, :-1], g[:, :-1] = 0, 0
+    pairs["the last channel alone"] = a, g
+    return pairs
+
+
+def stacked(pairs, dtype):
+    """Names, and one example of each: ``a [B, terms, ...]`` and ``g [B, terms, ...]``."""
+    return list(pairs), *(torch.stack(parts).to(dtype) for parts in zip(*pairs.values(), strict=True))
+
+
+def assert_all(names, good) -> None:
+    assert [name for name, is_good in zip(names, good, strict=True) if not is_good] == []
+
+
+def assert_within(measured, exact, names) -> None:
+    sq, bound = measured
+    assert_all(names, (sq - exact).abs() <= bound + VANISHES)
+
+
+def assert_direct(sq, exact, terms, magnitude, names) -> None:
+    """A sum of n terms errs by n roundings of ``magnitude``, the sum of their norms; squares by those of a block."""
+    error = 1.01 * (terms + 8) * ROUNDING * magnitude + SQUARES * exact.sqrt()
+    assert_all(names, (sq.sqrt() - exact.sqrt()).abs() <= error + VANISHES**0.5)
+
+
+def norms_of_sums(clipped_sum, examples: int) -> torch.Tensor:
+    """Squared, of each example's own: with a weight that rounds, others of 0."""
+    weights = torch.eye(examples) / 3
+    own = torch.stack([clipped_sum(w).double().square().sum() for w in weights])
+    return own / weights.double().max().square()
+
+
+def assert_of_the_sum(sq, own, names) -> None:
+    """What is measured is what is added up."""
+    assert_all(names, (sq - own).abs() <= 2 * SQUARES * own + VANISHES)
+
+
+def assert_covered(measured, own, terms, names) -> None:
+    """What is added up with other roundings than were measured is no longer than a Gram and its bound say, up to those
+    of a sum that does not cancel.
+    """
+    sq, bound = measured
+    assert_all(names, own <= (sq + bound) * (1 + 2.02 * (terms + 8) * ROUNDING) + VANISHES)
+
+
+@DTYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("terms", "d", "p"), [(64, 48, 40), (4, 16384, 64), (4, 4608, 64)])
+def test_linear(terms, d, p, backend, dtype) -> None:
+    names, a, g = stacked(adversaries((terms, d), (terms, p)), dtype)
+    exact = torch.einsum("bmp,bmd->bpd", g.double(), a.double()).square().sum((1, 2))
+    gram = linear.gram_sq_norms(a, g)
+    assert_within(gram, exact, names)
+    assert_covered(gram, norms_of_sums(lambda w: linear.weighted_sum(a, g, w), len(a)), terms, names)
+    assert_within(linear.gram_sq_norms(a, g[..., :2], g[..., 2:]), exact, names)  # the same numbers, as of two maps
+    magnitude = (a.double().norm(dim=-1) * g.double().norm(dim=-1)).sum(1)
+    _, stored = linear.per_example_grads(a, g, backend=backend)
+    measured = linear.sq_norms(a, g, backend=backend)
+    own = norms_of_sums(lambda w: linear.clipped_sum(a, g, w, backend=backend), len(a))
+    for sq in (stored, measured):
+        assert_direct(sq, exact, terms, magnitude, names)
+        assert_of_the_sum(sq, own, names)
+        assert (sq >= exact * (1 - 1e-3) - 1e-12 * magnitude.square() - VANISHES).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_convolution(geometry, backend, dtype) -> None:
+    like_a, like_g, spec, weight = convolution(geometry, rows=4)
+    names, a, g = stacked(images(like_a.shape, like_g.shape), dtype)
+    a, g, examples = a.flatten(0, 1), g.flatten(0, 1), len(names)
+    exact = by_autograd(geometry, a.double(), g.double(), weight, examples).flatten(1).square().sum(1)
+    gram = conv.gram_sq_norms(a, g, spec, examples, backend=backend)
+    assert_within(gram, exact, names)
+    patches, of_g = linear_view(a.double(), g.double(), spec, examples)
+    terms, magnitude = patches.shape[2], (patches.norm(dim=-1) * of_g.norm(dim=-1)).sum((1, 2))
+    _, stored = conv.per_example_grads(a, g, spec, examples, backend=backend)
+    measured = conv.sq_norms(a, g, spec, examples, backend=backend)
+    own = norms_of_sums(lambda w: conv.clipped_sum(a, g, spec, w, backend=backend), examples)
+    for sq in (stored, measured):
+        assert_direct(sq, exact, terms, magnitude, names)
+        assert_of_the_sum(sq, own, names)
+    assert_covered(gram, own, terms, names)
+
+
+@DTYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("examples", "channels", "space", "kernel"),
+    [
+        *((200, 256, (2, 2), 1), (50, 32, (2, 2), 3)),  # many products in an inner product
+        *((8, 1, (2048,), 1), (8, 1, (40, 40), 1)),  # many inner products in a chain
+    ],
+)
+def test_convolution_of_numbers_that_round_alike(examples, channels, space, kernel, backend, dtype) -> None:
+    """Nothing cancels here, but errors come nearest to their bounds."""
+    torch.manual_seed(0)
+    dims = len(space)
+    a, g = (0.3 + torch.rand(2, examples, *[1] * (dims + 1))).to(dtype)
+    a, g = a.expand(-1, channels, *space), g.expand(-1, channels, *space)
+    spec = ConvSpec.of(torch.empty(channels, channels, *[kernel] * dims), padding=kernel // 2)
+    exact = conv.per_example_grads(a.double(), g.double(), spec, examples, backend="reference")[1]
+    assert_within(conv.gram_sq_norms(a, g, spec, examples, backend=backend), exact, range(examples))
+
+
+LOOKED_UP = {
+    "one row": lambda position: 0 * position,
+    "pairs": lambda position: position // 2,
+    "pairs of few rows": lambda position: position // 2 % 5,
+    "every row once": lambda position: position,
+}
+
+
+@DTYPES
+@pytest.mark.parametrize(("positions", "features"), [(64, 40), (4, 16384)])
+@pytest.mark.parametrize("rows", LOOKED_UP)
+def test_embedding(rows, positions, features, dtype) -> None:
+    """Rows that are looked up twice, with gradients that cancel."""
+    pairs = adversaries((positions, features), (positions, features))
+    names, _, g = stacked({**pairs, "one huge position": (pairs["random"][1], pairs["one huge row"][0])}, dtype)
+    order = torch.randperm(positions)
+    g, index = g[:, order], LOOKED_UP[rows](torch.arange(positions))[order].expand(len(names), -1)
+    grads = torch.nn.functional.one_hot(index, positions).double().mT @ g.double()
+    exact, magnitude = grads.square().sum((1, 2)), g.double().norm(dim=-1).sum(1)
+    gram = embedding.gram_sq_norms(index, g)
+    assert_within(gram, exact, names)
+    own = norms_of_sums(lambda w: embedding.weighted_sum(index, g, positions, w), len(g))
+    assert_covered(gram, own, positions, names)
+    stored = clip.sq_norms(embedding.per_example_grads(index, g, positions))
+    measured = embedding.sq_norms(index, g, positions)
+    own = norms_of_sums(lambda w: embedding.clipped_sum(index, g, positions, w), len(g))
+    for sq in (stored, measured):
+        assert_direct(sq, exact, positions, magnitude, names)
+        assert_of_the_sum(sq, own, names)
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [256, 16384])
+def test_embedding_of_numbers_that_round_alike(features, dtype) -> None:
+    torch.manual_seed(0)
+    g = (0.3 + torch.rand(200, 1, 1)).to(dtype).expand(-1, 2, features)
+    index = torch.zeros(200, 2, dtype=torch.int64)
+    exact = g.double().sum(1).square().sum(1)
+    assert_within(embedding.gram_sq_norms(index, g), exact, range(200))
