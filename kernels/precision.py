@@ -59,7 +59,7 @@ def gram_error(d: int, p: int, dtype: torch.dtype, steps: int = 0) -> float:
 
 
 def vanished(d: int, p: int, of_a: Tensor, of_g: Tensor, dtype: torch.dtype) -> Tensor:
-    """What products of features below the smallest normal number add to that error, from ``|a_t|`` and ``|g_t| [..., M]``.
+    """What products below the smallest normal number add to that error, from the lengths ``|a_t|``, ``|g_t| [..., M]``.
 
     An inner product of n of them errs by n such numbers u: in all ``u (D (sum_t |g_t|)^2 + P (sum_t |a_t|)^2)``. Each
     length has lost up to ``sqrt(n u)`` itself. It matters where one factor is tiny and the other huge.
