@@ -63,6 +63,7 @@ class Task:
 
 
 Step = Callable[[], Clipped | None]
+ALONE = Performance(form="example")  # what DPTrainer takes for a physical batch of one example
 Contestant = Callable[[Task], Step]
 
 
@@ -105,7 +106,7 @@ def dpfast_in_passes(like: int) -> Contestant:
         whole = Size(task.examples, task.augmult)
         size = largest_fitting(whole, lambda size: planned(task, size.rows, task.augmult).peak <= budget)
         assert size is not None, f"not one row fits {budget} bytes"
-        return private_step(task, Performance(memory_budget=budget), size.rows)
+        return private_step(task, ALONE, size.rows)
 
     return build
 
@@ -117,7 +118,7 @@ def planned(task: Task, rows: int, augmult: int) -> StepPlan:
         return task.losses(model, inputs)
 
     inputs = tuple(x[:rows] for x in task.inputs)
-    return plan_step(task.model, losses, inputs, augmult=augmult, part=rows < augmult)
+    return plan_step(task.model, losses, inputs, augmult=augmult, performance=ALONE, part=rows < augmult)
 
 
 def private_step(task: Task, performance: Performance, rows: int) -> Step:

@@ -15,7 +15,7 @@ class Performance:
     form: how per-example norms are found. ``gram``, ``direct`` and ``materialise`` are explained in
         ``dpfast.kernels.linear``; ``example`` runs an ordinary backward pass for a batch of one example (``DPTrainer``
         then makes such batches; a larger batch is computed as ``direct``); ``auto`` chooses a form for each use of a
-        parameter.
+        parameter (and ``DPTrainer`` takes ``example`` where a physical batch is one).
     microbatch: examples (each with its K augmentations) per physical batch in ``DPTrainer``; None lets it choose.
     memory_budget: bytes of tensors that a step may hold at a time beyond the model; None means no limit. ``DPTrainer``
         makes physical batches that are predicted to fit. In a loop of your own, whose batches are given, it only moves

@@ -4,6 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +244,14 @@ class DPTrainer:
             losses,
             examples,
             augmult=self.augmult,
-            performance=self.performance,
+            performance=self._performance_of(size.examples),
             part=size.rows < self.augmult,
         )
+
+    def _performance_of(self, examples: int) -> Performance:
+        """Of a physical batch: the ordinary gradient of one example alone is the cheapest form."""
+        alone = examples == 1 and self.performance.form == "auto"
+        return replace(self.performance, form="example") if alone else self.performance
 
     def _accumulate(self, step: int, ids: Tensor, mask: Tensor) -> None:
         """Add the clipped sum of a physical batch to ``p.grad``.
@@ -285,6 +291,7 @@ class DPTrainer:
         if size < self.augmult and not batch.mask.any():
             return
         keys = RowKeys(self.seed, batch.ids, step, self.augmult)
+        self.clipper.one_by_one = self._performance_of(len(batch.ids)).form == "example"
         with self.clipper:
             for first in range(0, self.augmult, size):
                 with seeded(batch.seed_of(first), self.performance.device):

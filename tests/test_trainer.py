@@ -97,7 +97,7 @@ def test_without_noise_and_clipping_it_is_ordinary_training(form, microbatch) ->
 OTHER = {
     "form": [f for f in get_args(Form) if f != "auto"],
     "microbatch": [1, 5, 100],
-    "memory_budget": [8_000, 30_000],  # two of three rows of an example at a time, a few examples
+    "memory_budget": [4_200, 30_000],  # two of three rows of an example at a time, a few examples
     "device": [f"cuda:{i}" for i in range(torch.cuda.device_count())],
     "compile": [True],
 }
@@ -155,7 +155,7 @@ def test_no_step_holds_more_than_the_memory_budget() -> None:
 def test_the_memory_budget_sizes_physical_batches() -> None:
     """Fewer examples, then fewer rows of one, as far as the predicted peak says."""
     sizes = []
-    for budget in (None, 30_000, 15_000, 6_000):
+    for budget in (None, 30_000, 15_000, 4_200):
         t = trainer(performance=Performance(memory_budget=budget))
         sizes.append((t.physical_size.examples, t.physical_size.rows))
         if budget is not None:
@@ -229,7 +229,7 @@ def test_halves_of_halves_do_not_grow_again() -> None:
 
 def test_an_empty_sample_in_passes_says_nothing() -> None:
     """Whether a sample was empty is not to be seen: warnings are errors here."""
-    t = trainer(performance=Performance(memory_budget=6_000))
+    t = trainer(performance=Performance(memory_budget=4_200))
     assert t.physical_size.rows < K
     for ids, mask in t._microbatches(torch.arange(0)):
         t._accumulate(1, ids, mask)

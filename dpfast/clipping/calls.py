@@ -211,11 +211,9 @@ class ModelCalls:
     functions that a step called, the training modes of the layers, and what is trained.
     """
 
-    def __init__(self, model: nn.Module, augmult: int, *, one_by_one: bool, compiles: bool = False) -> None:
-        """one_by_one: whether a batch of one example is differentiated by autograd itself (the form "example").
-        compiles: whether calls of the model itself are compiled.
-        """
-        self.model, self.augmult, self.one_by_one = model, augmult, one_by_one
+    def __init__(self, model: nn.Module, augmult: int, *, compiles: bool = False) -> None:
+        """compiles: whether calls of the model itself are compiled."""
+        self.model, self.augmult = model, augmult
         self._compiled = _compiled(model) if compiles and not runs_compiled(model) else None
         self._capture: Capture | None = None
         self._shown: set[Hashable] = set()
@@ -235,9 +233,15 @@ class ModelCalls:
         modes = tuple(module.training for module in self._modules)
         return self._capture.tape.trace, modes, tuple(self._capture.parameters)
 
-    def begin(self, capture: Capture, modules: list[nn.Module], *, compiles: bool = False) -> None:
-        """Watch the model until ``end``. modules: all of its; compiles: whether compiled modules run compiled."""
-        self._capture = capture
+    def begin(
+        self, capture: Capture, modules: list[nn.Module], *, one_by_one: bool = False, compiles: bool = False
+    ) -> None:
+        """Watch the model until ``end``.
+
+        modules: all of its. one_by_one: whether autograd itself differentiates a batch of one example. compiles:
+        whether compiled modules run compiled.
+        """
+        self._capture, self.one_by_one = capture, one_by_one
         self.restart()
         self._modules = modules
         own = {id(module) for module in self._modules}

@@ -63,6 +63,10 @@ class GhostClipper:
     shown is refused with ``CaptureError`` before any ``p.grad`` is written. Nothing is stored on the model; outside the
     block it is untouched.
 
+    ``one_by_one``: whether autograd itself differentiates the model where that is called with no more rows than one
+    example has: faster, and a mistake where the losses are of several examples (refused). Set by the form "example";
+    may be changed between blocks.
+
     The caller owes what cannot be seen from inside the model (``DPTrainer`` sees to all of it):
 
     - each example is in a batch once, its K rows next to each other (``x.repeat_interleave(K, 0)``, not ``repeat``);
@@ -99,8 +103,8 @@ class GhostClipper:
         self.performance = performance or Performance()
         self._forms = Forms(self.performance)
         self._ownership = Ownership()
-        one_by_one, compiles = self.performance.form == "example", self.performance.compile
-        self._calls = ModelCalls(model, augmult, one_by_one=one_by_one, compiles=compiles)
+        self.one_by_one = self.performance.form == "example"
+        self._calls = ModelCalls(model, augmult, compiles=self.performance.compile)
         self._regions = Regions(self._calls)
         self._written: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: its p.grad, and the sum of its bits
         self.writes = 0  # how many sums have been added to p.grad
@@ -168,7 +172,8 @@ class GhostClipper:
         self._see_parameters(model)
         self._capture = Capture(model.trainable, model.fixed, self._anchor, self._see_parameters, self._standing)
         self._compilation = private_compilation()
-        self._calls.begin(self._capture, model.modules, compiles=self._compilation.__enter__())
+        compiles = self._compilation.__enter__()
+        self._calls.begin(self._capture, model.modules, one_by_one=self.one_by_one, compiles=compiles)
         self._regions.begin(self._capture)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
         return self
