@@ -89,8 +89,8 @@ def why_not(plan: StepPlan, memory_budget: int | None = None) -> str | None:
     """Why a form is not run for all weights, if it is not."""
     if plan.ratio() > SLOW:
         return f"predicted {plan.ratio():.1f} times"
-    if memory_budget is not None and plan.private.peak > memory_budget:
-        return f"predicted {plan.private.peak / 1e6:,.1f} MB, over the budget"
+    if memory_budget is not None and plan.peak > memory_budget:
+        return f"predicted {plan.peak / 1e6:,.1f} MB, over the budget"
     return None
 
 

@@ -42,10 +42,11 @@ def largest_fitting(size: Size, fits: Callable[[Size], bool]) -> Size | None:
     """The largest that fits and is no larger than ``size``: as many examples, or one example in the fewest passes."""
     if fits(size):
         return size
-    fewer = bisect.bisect_left(range(size.examples), True, key=lambda n: fits(Size(size.examples - n, size.rows)))
-    if fewer < size.examples:
-        return Size(size.examples - fewer, size.rows)
-    passes = range(1, size.rows + 1)
+    fewer = range(size.examples - 1, 0, -1)
+    found = bisect.bisect_left(fewer, True, key=lambda examples: fits(Size(examples, size.rows)))
+    if found < len(fewer):
+        return Size(fewer[found], size.rows)
+    passes = range(2, size.rows + 1)
     found = bisect.bisect_left(passes, True, key=lambda n: fits(Size(1, math.ceil(size.rows / n))))
     return Size(1, math.ceil(size.rows / passes[found])) if found < len(passes) else None
 

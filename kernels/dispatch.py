@@ -89,7 +89,7 @@ def choose(requested: Backend | None, *tensors: Tensor, dtypes: tuple[torch.dtyp
 
 
 def would_be_native(*tensors: Tensor) -> bool:
-    """What ``choose`` would say of real tensors like these, which may be fake, for kernels of all native dtypes."""
+    """Whether native code, of an op that takes all native dtypes, would compute with these, if they were not fake."""
     alike = len({t.dtype for t in tensors}) == 1
     return alike and all(t.device.type == "cpu" and t.dtype in NATIVE_DTYPES for t in tensors) and backend() == "native"
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cases import PATTERNS, Case, losses, unet, unet_inputs
 from dpfast import GhostClipper, Performance
 from dpfast.clipping import private
 from dpfast.clipping.capture import Capture
 from dpfast.clipping.compiled import Regions
+from dpfast.clipping.tape import Tape
 from dpfast.errors import CaptureError
 from dpfast.measure import peak_storages
 from oracle import Clipped, assert_as_good_as_torch, per_example
@@ -158,6 +160,70 @@ def test_inductor_compiles_forward_and_backward_once(spy, monkeypatch) -> None:
     assert peak <= peak_storages(lambda: step(eager, lambda: losses(model, inputs))), "gradients wait for each other"
     nodes = [node for graph in graphs for node in graph.graph.nodes if "convolution_backward" in str(node.target)]
     assert [node.args[-1][1:] for node in nodes] == [[False, False]]  # no gradients of weights and biases
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_handed_over_may_be_written_over(form, monkeypatch) -> None:
+    """As inductor does with what its graph reads no more: nothing of it may be kept."""
+    usual = Tape.record
+
+    def lending(self, use, saved, g):
+        assert use.lent
+        lent = [t.clone() for t in (g, *saved)]
+        usual(self, use, tuple(lent[1:]), lent[0])
+        for t in lent:
+            t.fill_(7)
+
+    model, inputs = net(), net_inputs(6)
+    compiled, clipper = fullgraph(model), clipper_of(model, form=form)
+    step(clipper, lambda: losses(compiled, inputs))
+    monkeypatch.setattr(Tape, "record", lending)
+    for _ in range(2):
+        check(step(clipper, lambda: losses(compiled, inputs)), model, inputs)
+
+
+def test_a_gradient_that_inductor_writes_into(monkeypatch) -> None:
+    """The backward pass of ``index_put`` puts zeros into its gradient, in place where nothing reads that afterwards."""
+
+    class Puts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False), nn.Linear(6, 3)
+            self.register_buffer("rows", torch.arange(8).view(8, 1))
+            self.register_buffer("places", torch.tensor([[0, 1, 2]]))
+            self.register_buffer("zero", torch.zeros(()))
+
+        def forward(self, x):
+            at = (self.rows[: x.shape[0]], self.places)
+            return self.c(torch.index_put(self.b(x), at, self.zero) + self.a(x))
+
+    monkeypatch.setattr(private, "COMPILER", COMPILER)
+    torch.manual_seed(0)
+    model, x = Puts(), (torch.randn(8, 4),)
+    compiled, clipper = fullgraph(model), clipper_of(model, augmult=1, form="direct")
+    for _ in range(3):
+        check(step(clipper, lambda: losses(compiled, x)), model, x, augmult=1)
+
+
+def test_a_compiled_part_inside_a_checkpoint(spy) -> None:
+    """Runs eagerly, which is said: what was saved of it is computed again, and another run is another's."""
+
+    class Checkpoints(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.last = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 3)
+            self.part.compile()
+
+        def forward(self, x):
+            return self.last(checkpoint(self.part, x, use_reentrant=False))
+
+    torch.manual_seed(0)
+    model, x = Checkpoints(), (torch.randn(6, 4),)
+    clipper = clipper_of(model)
+    with pytest.warns(UserWarning, match="inside an activation checkpoint"):
+        check(step(clipper, lambda: losses(model, x)), model, x)
+    for _ in range(2):
+        check(step(clipper, lambda: losses(model, x)), model, x)
 
 
 def test_inductor_and_a_unet_that_it_gets_wrong_by_itself(spy, monkeypatch) -> None:

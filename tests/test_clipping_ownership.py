@@ -347,13 +347,81 @@ def test_what_picks_beside_the_rows_is_shown_once(how) -> None:
         (KEEPS["index"], 8),
         (lambda h, at: h.transpose(0, 1)[at.T, torch.arange(len(h)), ...].transpose(0, 1), 7),
         (lambda h, at: h.transpose(0, 1).gather(0, at.T.unsqueeze(-1).expand(-1, -1, 4)).transpose(0, 1), 7),
+        (lambda h, _: h[(h > -99).all()][0], 7),
     ],
-    ids=["as many tokens as rows", "as many as examples", "index, tokens first", "gather, tokens first"],
+    ids=["as many tokens as rows", "as many as examples", "index, tokens first", "gather, tokens first", "all or none"],
 )
 def test_what_may_pick_among_the_rows_is_shown_at_every_step(keep, tokens) -> None:
     clipper = GhostClipper(Masked(keep), max_grad_norm=0.1, augmult=2)
     with pytest.warns(UserWarning, match="data picks rows inside the block"):
         assert all(count_passes(clipper, torch.randn(16, tokens, 4)) > 1 for _ in range(4))
+
+
+class TokensFirst(nn.Module):
+    """Rows ``[5, N, 4]`` along the second dimension; what is far outside of the probes' range takes a neighbour's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        at = (torch.arange(x.shape[1]) + (x[0, :, 0] > 1e3).long()) % x.shape[1]
+        return self.last(self.first(x)[:, at].tanh())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_that_is_not_first_is_not_beside_the_rows(compiled, monkeypatch) -> None:
+    """What goes into the model is taken for the batch's size until there are losses."""
+    monkeypatch.setattr("dpfast.clipping.private.COMPILER", "aot_eager")
+    model = torch.compile(TokensFirst()) if compiled else TokensFirst()
+    clipper = GhostClipper(model, max_grad_norm=1e-3)
+    loss = lambda m, rows: m(rows[0]).square().mean((0, 2))  # noqa: E731
+    x = torch.randn(5, 8, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            clip(clipper, x, loss)
+        x[0, 3, 0] = 2e3
+        with pytest.raises(CaptureError, match="reaches rows of other examples"):
+            clip(clipper, x, loss)
+
+
+def test_a_loss_that_overflows_is_of_one_example_alone() -> None:
+    """Its gradients are finite and huge: sums of them must not be what makes the step fail."""
+    clipper = GhostClipper(nn.Linear(4, 4096, bias=False), max_grad_norm=1.0)
+    x = torch.randn(8, 4)
+    x[3] = 5e37
+    with clipper:
+        factors = clipper.backward(losses(clipper.model, (x,))).clip_factors
+    assert factors[3] == 0
+    assert (factors[:3] > 0).all()
+
+
+class _ScaledByTheBatch(torch.autograd.Function):
+    """The identity, whose gradient is divided by the norm of the batch's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / g.nan_to_num().norm()
+
+
+def test_gradients_are_compared_beside_what_is_not_finite() -> None:
+    """One number of each example is not, and is thrown away by the rule of ``cat`` of another tensor's gradient."""
+    spoil = torch.zeros(8, 6)
+    spoil[:, 0] = float("nan")
+
+    def loss(model, rows):
+        y = _ScaledByTheBatch.apply(model(rows[0]))
+        y.register_hook(lambda g: g + spoil)
+        return y.square().mean(1)
+
+    clipper = GhostClipper(nn.Linear(4, 6), max_grad_norm=1.0)
+    with pytest.raises(CaptureError, match="reaches rows of other examples"):
+        clip(clipper, torch.randn(8, 4), loss)
 
 
 def count_passes(clipper, x, loss=losses) -> int:

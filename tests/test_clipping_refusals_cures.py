@@ -282,7 +282,7 @@ OF_LOSSES = {  # a loss, what is wrong, the cure
     "no_grad": (without_gradients, r"bias, weight ran under torch\.no_grad", "use use_reentrant=False"),
     "once": (
         once,
-        "weight, bias: linear: got a gradient in one backward pass and none in the next",
+        "weight, bias: linear: two backward passes over the same losses gave it different gradients, or one none",
         "write custom gradients so that they may be asked for several times",
     ),
     "another model": (of_another_model, "no trainable parameter used since", "inside `with clipper`, one forward pass"),

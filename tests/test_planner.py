@@ -99,6 +99,16 @@ def test_a_plan_as_a_table() -> None:
         assert line in text
 
 
+@pytest.fixture
+def _usual_rates(monkeypatch):
+    """Not those of this machine in this minute."""
+    monkeypatch.setenv("DPFAST_PROFILE", "usual")
+    cost.rates_of.cache_clear()
+    yield
+    cost.rates_of.cache_clear()
+
+
+@pytest.mark.usefixtures("_usual_rates")
 def test_forms_that_are_not_run_say_why(monkeypatch) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
     step = (model, lambda model, x: model(x).square().sum(1), (torch.randn(4, 1, 6, 6),))
@@ -106,7 +116,7 @@ def test_forms_that_are_not_run_say_why(monkeypatch) -> None:
     def reasons(**settings) -> dict[str, str | None]:
         return {m.name: m.skipped for m in bench(*step, rounds=1, **settings)}
 
-    peak = plan_step(*step, performance=Performance(form="gram")).private.peak
+    peak = plan_step(*step, performance=Performance(form="gram")).peak
     enough, less = (reasons(performance=Performance(memory_budget=peak - few)) for few in (0, 1))
     assert {name: reason for name, reason in less.items() if reason != enough[name]} == {
         "all gram": f"predicted {peak / 1e6:,.1f} MB, over the budget"
@@ -193,10 +203,9 @@ def test_a_budget_that_nothing_fits_takes_the_leanest_forms() -> None:
     )
 
 
+@pytest.mark.usefixtures("_usual_rates")
 def test_steps_keep_to_the_budget_and_spend_it(monkeypatch) -> None:
     """The first step fills the budget as gradients come; later ones know all works, and are predicted no slower."""
-    monkeypatch.setenv("DPFAST_PROFILE", "usual")
-    cost.rates_of.cache_clear()
     model, inputs = wide_unet(32)
     steps, total_kept, finish = [], [], Accumulation.finish
 
@@ -214,7 +223,6 @@ def test_steps_keep_to_the_budget_and_spend_it(monkeypatch) -> None:
     step = private_step(model, inputs, 1, Performance(memory_budget=budget))
     for _ in range(3):
         step()
-    cost.rates_of.cache_clear()
     greedy, known, again = steps
     assert greedy[2] <= budget
     assert known[1] <= budget

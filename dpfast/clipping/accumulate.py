@@ -12,7 +12,18 @@ from dpfast.clipping.forms import Forms
 from dpfast.clipping.problems import Problem, refusal
 from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import Tape, TapedUse, place
-from dpfast.clipping.terms import BookKept, FactoredTerm, Joined, Kept, LinearTerm, Packed, PulledBack, Stored, Term
+from dpfast.clipping.terms import (
+    BookKept,
+    FactoredTerm,
+    Joined,
+    Kept,
+    LinearTerm,
+    Packed,
+    PulledBack,
+    Stored,
+    Term,
+    owned,
+)
 from dpfast.kernels import linear
 from dpfast.kernels.clip import clip_factors, clipped_sums
 from dpfast.kernels.cost import Form, Work
@@ -72,15 +83,18 @@ class Accumulation:
         self.direct = {} if begun is not None else direct_uses(tracked.values(), tape.times_used.__getitem__)
 
     def add(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> None:
+        """The terms of a use. Nothing that is ``lent`` is kept."""
+        lent = {t.untyped_storage()._cdata for t in (g, *saved)} if use.lent else set[int]()
         for target, term in use.terms(saved, g, rows):
             if id(target) not in self.direct:
-                self._add_partial(id(target), term.materialise())
+                self._add_partial(id(target), owned(term.materialise(), lent))
                 continue
             name, chain = self.direct[id(target)]
             if isinstance(term, LinearTerm) and chain.is_identity and (sharing := self.tape.sharing(use, saved)) > 1:
-                self._keep_of_one_input(name, term, sharing)
+                self._keep_of_one_input(name, owned(term, lent), sharing)
                 continue
             kept = term if isinstance(term, Stored) else term.in_form(self._choose(name, term, term.work()))
+            kept = owned(kept, lent) if lent else kept
             self._keep(name, kept if chain.is_identity else PulledBack(kept, chain))
 
     def add_whole(self, name: str, grads: Tensor) -> None:

@@ -318,7 +318,7 @@ class ModelCalls:
             if rows is not None and with_grad and not capture.started:
                 self.inputs = given
                 if all(t.shape[0] == rows for t in given if t.ndim):
-                    capture.rows, capture.examples = rows, rows // self.augmult
+                    capture.batch = (rows, rows // self.augmult)
                 capture.detach = not (self.one_by_one and 0 < rows <= self.augmult)  # all rows of one example, or some
             if not self._calls and not capture.started:
                 capture.tape.trace = 0  # what the user's code did before is none of the model's path

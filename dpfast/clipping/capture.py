@@ -108,7 +108,6 @@ class Capture(TorchFunctionMode):
         self.anchor, self.on_start, self.standing = anchor, on_start, standing or Standing()
         self.probe_trace: int | None = None
         self.inside_model = False
-        self.rows = self.examples = 0  # of what went into the model, once it is known
         self.on_use: OnUse | None = None  # told of each use that goes to the tape
         self.run_region: Callable[[Any, tuple[Any, ...]], Any] | None = None  # runs a graph of torch.compile
         self._begin()
@@ -125,6 +124,7 @@ class Capture(TorchFunctionMode):
         self.standing.next_step()
         self.tape = Tape(self.anchor)
         self.started, self.detach = False, True
+        self.batch = (0, 0)  # rows and examples of what went into the model, once it is known
         self.rewritten: set[str] = set()  # buffers that the step changes, not from data
         self.read_out = False  # whether numbers of the data have gone to Python
         self.tracked = TrackedTensors({id(p): Tracked(p, (n,), chain=Chain.of(p)) for n, p in self.parameters.items()})
@@ -220,6 +220,8 @@ class Capture(TorchFunctionMode):
         before = grads()
         output = func(*args, **kwargs)
         reached = tuple(name for name, grad in grads().items() if grad != before.get(name))
+        for name in reached:
+            self.parameters[name].grad = None  # with what was summed there before: this is no step any more
         if reached:
             self.tape.problems.append(unclipped(reached))
         return output
@@ -233,8 +235,11 @@ class Capture(TorchFunctionMode):
             dim = kwargs.get("dim", args[place] if len(args) > place else -1)
             return dim in (0, -tensors[0].ndim)
         if func in SELECTS_BY_INDEX and len(data) > 1 and data[0] is tensors[0]:
-            dims = selected_dims(func, args, kwargs, data[1:])
-            return any(self._may_hold_rows(data[0], d) for d in dims) and not self.standing.holds(data[0])
+            if self.standing.holds(data[0]):
+                return False
+            if any(self._may_hold_rows(data[0], d) for d in selected_dims(func, args, kwargs, data[1:])):
+                return True
+            self.tape.picked_beside.add(self.batch[0])
         if func in PUTS_BACK:
             by_data = any(t is index for t in data for index in tensors[1:-1])
             dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", 0)
@@ -243,8 +248,11 @@ class Capture(TorchFunctionMode):
         return False
 
     def _may_hold_rows(self, t: Tensor, dim: int) -> bool:
-        """Whether the batch may lie along a dimension: not beside one that has just its size, and is the first."""
-        beside = dim > 0 and t.shape[0] == self.rows and t.shape[dim] not in (self.rows, self.examples)
+        """Whether the batch may lie along a dimension: not beside the first that has just its size, unless it has room
+        for the batch itself. Whether the batch has that size shows when there are losses (``Tape.picked_beside``).
+        """
+        size, (rows, examples) = t.shape[dim], self.batch
+        beside = dim > 0 and t.shape[0] == rows > 0 and size % rows and size != examples
         return not beside
 
     def _keeps_selected(self, func: Any, tensors: list[Tensor]) -> bool:

@@ -99,6 +99,7 @@ class Recorder(fx.Interpreter):
     def record(self, *inputs: Any) -> tuple[Any, Plan]:
         """The results, and the plan."""
         given = [(t, t._version) for t in tensors_in(inputs)]
+        picked_before = set(self.capture.tape.picked_beside)
         self.capture.on_use = self.note
         try:
             results = self.run(*inputs)
@@ -110,7 +111,8 @@ class Recorder(fx.Interpreter):
             self.unfit = self.unfit or "it returns parameters, or what is computed from them alone"
         before = self._before()
         outputs = [Kind.of(t, self.capture) for t in tensors_in(results)]
-        return results, Plan(self.uses, before, outputs, self.unfit)
+        picked = frozenset(self.capture.tape.picked_beside - picked_before)
+        return results, Plan(self.uses, before, outputs, picked, self.capture.batch, self.unfit)
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
@@ -230,8 +232,14 @@ class Regions:
         with torch._C.DisableTorchFunction():
             kinds, names = self._kinds(inputs)
         key, plan = (region, kinds, names), region.plans.get(kinds)
+        if plan is not None and plan.picked_beside and plan.batch != capture.batch:
+            del region.plans[kinds]
+            plan = None
         results = None
-        if plan is not None and key in self._accepted and not plan.unfit:
+        recomputed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if recomputed:
+            capture.tape.eager.add("it stands inside an activation checkpoint")
+        elif plan is not None and key in self._accepted and not plan.unfit:
             results = self._run_private(region, plan, inputs)
         if results is None:
             results, made = Recorder(region.graph, capture).record(*inputs)
@@ -269,6 +277,7 @@ class Regions:
             plan.compile(region.graph, inputs, given)
             if plan.private is None:
                 return None
+            capture.tape.picked_beside |= plan.picked_beside
             results = plan.private(*given, key_of(plan, capture, known))
             for t, kind in zip(tensors_in(results), plan.outputs, strict=True):
                 kind.give(t, capture)

@@ -60,7 +60,7 @@ SELECTS_BY_INDEX = frozenset(  # or by those of another argument
         *(torch.repeat_interleave, Tensor.repeat_interleave, F.embedding, torch.embedding),
     }
 )
-_DIM_OF = {  # of these, the place and the name of the argument that says along which dimension
+_DIM_OF = {  # of these, the place of the argument ``dim``, along which they pick
     **dict.fromkeys((torch.index_select, Tensor.index_select, torch.gather, Tensor.gather), 1),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), 2),
     **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), 2),
@@ -124,6 +124,8 @@ def selected_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], data
 
 def _indexed_dims(source: Tensor, index: Any, data: set[int]) -> list[int]:
     parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, Tensor) and id(part) in data and not part.ndim for part in parts):
+        return list(range(source.ndim))  # a truth value of its own keeps all, or nothing
 
     def width(part: Any) -> int:
         """How many dimensions a part of an index takes up."""

@@ -142,18 +142,19 @@ def is_fleeting(use: TapedUse, g: Tensor, dims: Sequence[int], examples: int, ro
 
 @dataclass(frozen=True)
 class Sketch:
-    """What is kept of a gradient, to tell later whether another is the same: little, where that took its memory.
+    """A summary of a gradient, by which two gradients can be compared.
 
     By dimension that may hold the rows, of the block of each example:
     sums ``[B, SUMS]``: its finite numbers with random signs, each added to one of the sums, so that the squared length
         of a difference is in expectation that of the gradients' difference (Charikar et al. 2002, CountSketch);
-    touched ``[B]``: whether there is a finite number that is not 0; finite ``[B]``: whether all are finite.
+    finite ``[B, SUMS]``: the same of ones where numbers are finite, and zeros;
+    touched ``[B]``: whether there is a finite number that is not 0.
     eps: of the gradient's dtype.
     """
 
     sums: dict[int, Tensor]
-    touched: dict[int, Tensor]
     finite: dict[int, Tensor]
+    touched: dict[int, Tensor]
     eps: float
 
     def owners(self, dim: int) -> frozenset[int]:
@@ -161,12 +162,13 @@ class Sketch:
         return frozenset(self.touched[dim].nonzero().flatten().tolist())
 
     def agrees(self, other: "Sketch", dim: int, examples: Sequence[int]) -> bool:
-        """Whether the blocks of ``examples`` hold the same but for a few hundred roundings.
+        """Whether the blocks of ``examples`` hold the same but for a few hundred roundings, where they are finite.
 
-        A block that is not finite says nothing: 0 * inf of another example's activation is NaN without any mixing.
+        Blocks that are finite in different places say nothing: 0 * inf of another example's activation is NaN without
+        any mixing.
         """
-        comparable = (self.finite[dim] & other.finite[dim])[list(examples)]
-        mine, others = (sketch.sums[dim][list(examples)][comparable].double() for sketch in (self, other))
+        comparable = (self.finite[dim] == other.finite[dim]).all(1)[list(examples)]
+        mine, others = (sketch.sums[dim][list(examples)][comparable] for sketch in (self, other))
         tolerance = min(SAME_IN_LOW_PRECISION, 1e3 * self.eps)
         return bool((mine - others).norm() <= tolerance * mine.norm())
 
@@ -185,8 +187,8 @@ class Sketches:
         numbers = torch.where(finite, g, 0)
         return Sketch(
             {d: self._sums(_blocks(numbers, d, self.examples)) for d in dims},
+            {d: self._sums(_blocks(finite, d, self.examples)) for d in dims},
             {d: _blocks(numbers, d, self.examples).any(1) for d in dims},
-            {d: _blocks(finite, d, self.examples).all(1) for d in dims},
             torch.finfo(g.dtype).eps,
         )
 
@@ -196,7 +198,7 @@ class Sketches:
             more = torch.randint(2, (missing,), generator=self._generator).to(blocks.device, torch.float32)
             self._signs = torch.cat([self._signs.to(more), 2 * more - 1])
         signed = blocks * self._signs[: blocks.shape[1]]
-        return pad(signed, (0, -blocks.shape[1] % SUMS)).unflatten(1, (-1, SUMS)).sum(1)
+        return pad(signed, (0, -blocks.shape[1] % SUMS)).unflatten(1, (-1, SUMS)).sum(1, dtype=torch.float64)
 
 
 class Showing:

@@ -16,6 +16,7 @@ from dpfast.clipping.ownership import (
     Ownership,
     Showing,
     Signature,
+    Sketch,
     Sketches,
     is_fleeting,
     likely_dim,
@@ -80,7 +81,7 @@ class Pass:
         """
         tape = self.capture.tape
         signature = self._signature()
-        known = self.ownership.known(signature)
+        known = {} if self._picked_among_rows else self.ownership.known(signature)
         unknown = tape.uses.keys() - known.keys() if self.examples > 1 else set()
         pending = reachable(self.losses, unknown) if unknown else unknown
         showing = Showing(self.ownership, signature, self.examples)
@@ -110,27 +111,37 @@ class Pass:
     def _show(self, showing: Showing, accumulation: Accumulation) -> None:
         """Show the rows of uses by passes over groups of examples, and add their terms."""
         fleeting: set[Site] = set()
-        added: set[Site] = set()
+        steady: set[Site] = set()
 
         def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
-            if use.site not in showing.evidence:
+            before = showing.evidence.get(use.site)
+            if before is None or use.site in steady:
                 return
             showing.weigh(use, g, range(self.examples))
             evidence = showing.evidence[use.site]
-            if is_fleeting(use, g, evidence.dims, self.examples, len(self.losses)):
+            if before.dims and not evidence.dims:  # other than in the first pass, whose losses were the same
+                showing.evidence[use.site] = before
+                return
+            steady.add(use.site)
+            if self._picked_among_rows or is_fleeting(use, g, evidence.dims, self.examples, len(self.losses)):
                 fleeting.add(use.site)
-            if evidence.dims and use.site not in added:
+            if evidence.dims:
                 dim = likely_dim(evidence, g, self.examples)
                 accumulation.add(use, saved, g, self._rows(use, g, dim))
-            added.add(use.site)
 
         for group in self.ownership.groups(showing.signature, self.examples):
             self._backward(group, showing.weighing(group), retain_graph=True)
         self._backward_unleaked(receive, retain_graph=False)
         uses = self.capture.tape.uses
-        self.capture.tape.reshown = any(uses[site].selected for site in showing.evidence)
-        missing = [_unsteady(uses[site]) for site in showing.evidence if site not in added]
-        refuse(missing + self.ownership.settle(showing.signature, showing.evidence, self.examples, fleeting))
+        selected = self._picked_among_rows or any(uses[site].selected for site in showing.evidence)
+        self.capture.tape.reshown = selected
+        unsteady = [_unsteady(uses[site]) for site in showing.evidence if site not in steady]
+        refuse(unsteady + self.ownership.settle(showing.signature, showing.evidence, self.examples, fleeting))
+
+    @property
+    def _picked_among_rows(self) -> bool:
+        """Whether data picked along a dimension that only seemed to lie beside the rows: the batch has another size."""
+        return bool(self.capture.tape.picked_beside - {len(self.losses)})
 
     def _backward_unleaked(self, receive: Receive, *, retain_graph: bool) -> None:
         """Back-propagate all losses; refused if autograd itself gives a parameter a gradient."""
@@ -145,14 +156,14 @@ class Pass:
         if not self.capture.detach:
             return self._one_example()
         accumulation = self._accumulation(0)
-        sketches = Sketches(self.examples)
+        sketches, kept = Sketches(self.examples), list[Sketch]()
 
         def sketch(use: TapedUse, _saved: tuple[Tensor, ...], g: Tensor) -> None:
-            sketches.of(g, possible_dims(use, g, self.examples))
+            kept.append(sketches.of(g, possible_dims(use, g, self.examples)))
 
         def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
             if showing:
-                sketch(use, saved, g)
+                sketches.of(g, possible_dims(use, g, self.examples))
             accumulation.add(use, saved, g, self._rows(use, g, None))
 
         if showing:
@@ -257,7 +268,7 @@ def _unseen(use: TapedUse) -> Problem:
 def _unsteady(use: TapedUse) -> Problem:
     return Problem(
         use.site.names,
-        f"{use.site.function}: got a gradient in one backward pass and none in the next over the same losses",
+        f"{use.site.function}: two backward passes over the same losses gave it different gradients, or one none",
         "write custom gradients so that they may be asked for several times, and always give the same",
     )
 

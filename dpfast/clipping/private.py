@@ -2,7 +2,8 @@
 
 Parameters enter a private graph detached, so that it computes no weight gradients. Behind each use stands a ``Tap``,
 whose backward pass calls ``dpfast::hand_over``, an op that compilers leave as it is, with the output's gradient and
-what the use's rule saved: it tells the tape what the tap of an eager use would have told it, as soon as that is known.
+what the use's rule saved: it tells the tape what the tap of an eager use would have told it, as soon as that is known,
+and only lends it: a compiler may write over what nothing in the graph reads any more.
 Which tape that is the graph cannot know, as it is compiled once and runs often; it comes in as a number, the *key*.
 """
 
@@ -85,7 +86,7 @@ class Recorded:
         use = _ruled(self.func, capture.tracked, args, kwargs)
         targets = capture.with_bases([known[node] for node in self.targets])
         site = capture.tape.site(function_name(self.func), capture.names_of(targets))
-        taped = TapedUse(site, use.terms, use.row_dims, self.selected)
+        taped = TapedUse(site, use.terms, use.row_dims, self.selected, lent=True)
         capture.tape.note(taped, self.output, targets)
         return taped
 
@@ -102,12 +103,14 @@ class Plan:
 
     uses: by node, in order. before: nodes that uses need, computed from parameters and constants alone; they run
     eagerly, seen by the capture, and those that uses read enter the private graph. outputs: what the capture takes
-    each tensor among the results for. unfit: why there can be no private graph, in words.
+    each tensor among the results for. picked_beside: as on the tape, with this batch. unfit: why there can be none.
     """
 
     uses: dict[fx.Node, Recorded]
     before: list[fx.Node]
     outputs: list[Kind]
+    picked_beside: frozenset[int]
+    batch: tuple[int, int]
     unfit: str
     private: Callable[..., Any] | None = None
 
@@ -127,7 +130,6 @@ class Plan:
         with (
             repeatable_backward(),
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
-            handed_over_stays(),
             right_layouts() if on_cpu else nullcontext(),
         ):
             try:
@@ -254,15 +256,6 @@ def key_of(plan: Plan, capture: Capture, known: Mapping[fx.Node, Any]) -> Tensor
     run = Run(capture.tape, tuple(use.taped(capture, known) for use in plan.uses.values()))
     key: Tensor = Key.apply(capture.tape.anchor, run)  # type: ignore[no-untyped-call]
     return key
-
-
-@contextmanager
-def handed_over_stays() -> Iterator[None]:
-    """Inside, inductor does not write into memory that it has done with: terms may hold what was handed over."""
-    import torch._inductor.config
-
-    with torch._inductor.config.patch(allow_buffer_reuse=False, inplace_buffers=False):
-        yield
 
 
 @contextmanager

@@ -85,6 +85,7 @@ class TapedUse:
     terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
     row_dims: tuple[int, ...] | None
     selected: bool = False
+    lent: bool = False  # others may write where its gradient and what it saved lie, once the tape has been told
 
 
 def unclipped(names: tuple[str, ...]) -> Problem:
@@ -118,6 +119,7 @@ class Tape:
     used_without_grad: set[str] = field(default_factory=set)  # parameters
     read_out: set[str] = field(default_factory=set)  # functions by which the model gave numbers of the data to Python
     picked_by: set[str] = field(default_factory=set)  # functions by which data picked rows
+    picked_beside: set[int] = field(default_factory=set)  # or beside them, if the batch has so many
     reshown: bool = False  # whether uses had to be shown for such rows
     eager: set[str] = field(default_factory=set)  # why compiled regions ran eagerly, in words
     problems: list[Problem] = field(default_factory=list)

@@ -6,9 +6,9 @@ the factors of a linear map; ``stored()``, ``measured()`` and ``by_gram()`` put 
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, Self
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -331,6 +331,15 @@ class Viewed(FactoredTerm):
     @property
     def device_type(self) -> str:
         return self.term.device_type
+
+
+def owned(kept: Any, lent: Collection[int]) -> Any:
+    """``kept`` (a term, or gradients) with copies of what lies in storages that are only lent."""
+    if isinstance(kept, Tensor):
+        return kept.clone() if kept.untyped_storage()._cdata in lent else kept
+    if not is_dataclass(kept) or isinstance(kept, type | conv.ConvSpec):
+        return kept
+    return replace(kept, **{field.name: owned(getattr(kept, field.name), lent) for field in fields(kept)})
 
 
 def _are_brain(*tensors: Tensor) -> bool:
