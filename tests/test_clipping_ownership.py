@@ -369,6 +369,8 @@ class TokensFirst(nn.Module):
         return self.last(self.first(x)[:, at].tanh())
 
 
+# torch's own, at the first import of inductor.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_batch_that_is_not_first_is_not_beside_the_rows(compiled, monkeypatch) -> None:
     """What goes into the model is taken for the batch's size until there are losses."""

@@ -146,7 +146,8 @@ class Sketch:
 
     By dimension that may hold the rows, of the block of each example:
     sums ``[B, SUMS]``: its finite numbers with random signs, each added to one of the sums, so that the squared length
-        of a difference is in expectation that of the gradients' difference (Charikar et al. 2002, CountSketch);
+        of a difference is in expectation that of the gradients' difference (Charikar et al. 2002, CountSketch), but for
+        a factor;
     finite ``[B, SUMS]``: the same of ones where numbers are finite, and zeros;
     touched ``[B]``: whether there is a finite number that is not 0.
     eps: of the gradient's dtype.
@@ -197,8 +198,9 @@ class Sketches:
         if missing > 0:
             more = torch.randint(2, (missing,), generator=self._generator).to(blocks.device, torch.float32)
             self._signs = torch.cat([self._signs.to(more), 2 * more - 1])
-        signed = blocks * self._signs[: blocks.shape[1]]
-        return pad(signed, (0, -blocks.shape[1] % SUMS)).unflatten(1, (-1, SUMS)).sum(1, dtype=torch.float64)
+        scale = 0.5 ** (blocks.shape[1] // SUMS).bit_length()  # as many huge numbers do not add up to infinity
+        signed = blocks * (scale * self._signs[: blocks.shape[1]])
+        return pad(signed, (0, -blocks.shape[1] % SUMS)).unflatten(1, (-1, SUMS)).sum(1).double()
 
 
 class Showing:
