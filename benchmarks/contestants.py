@@ -5,7 +5,7 @@ clipped). Norms are of the mean gradient over the K rows of an example, everywhe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,23 +102,24 @@ def dpfast_in_passes(like: int) -> Contestant:
     """Of one example as many rows at a time as fit the memory of a step of ``like`` rows, as ``DPTrainer`` does it."""
 
     def build(task: Task) -> Step:
-        budget = planned(task, like, like).private.peak
+        budget = planned(replace(task, augmult=like), ALONE, like).private.peak
         whole = Size(task.examples, task.augmult)
-        size = largest_fitting(whole, lambda size: planned(task, size.rows, task.augmult).peak <= budget)
+        size = largest_fitting(whole, lambda size: planned(task, ALONE, size.rows).peak <= budget)
         assert size is not None, f"not one row fits {budget} bytes"
         return private_step(task, ALONE, size.rows)
 
     return build
 
 
-def planned(task: Task, rows: int, augmult: int) -> StepPlan:
-    """What dpfast predicts of a step, or of a pass over some rows of one example."""
+def planned(task: Task, performance: Performance, rows: int | None = None) -> StepPlan:
+    """What dpfast predicts of a step, or of a pass over the first ``rows`` of one example."""
 
     def losses(model: nn.Module, *inputs: Tensor) -> Tensor:
         return task.losses(model, inputs)
 
     inputs = tuple(x[:rows] for x in task.inputs)
-    return plan_step(task.model, losses, inputs, augmult=augmult, performance=ALONE, part=rows < augmult)
+    part = rows is not None and rows < task.augmult
+    return plan_step(task.model, losses, inputs, augmult=task.augmult, performance=performance, part=part)
 
 
 def private_step(task: Task, performance: Performance, rows: int) -> Step:

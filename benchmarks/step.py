@@ -33,7 +33,6 @@ from benchmarks import plots, results
 from benchmarks.cases import MODELS, ROWS, SWEEPS, Row
 from dpfast import Performance, measure
 from dpfast.bench import why_not as not_run
-from dpfast.clipping import plan_step
 from dpfast.clipping.planner import StepPlan
 from dpfast.kernels import cost
 
@@ -117,23 +116,16 @@ def error(got: c.Clipped, exact: c.Clipped) -> float:
     return max(norms, error_of(got.sums, exact.sums))
 
 
-def plan_of(row: Row, performance: Performance) -> StepPlan:
-    """What dpfast itself predicts."""
-    task = task_of(row)
-    return plan_step(
-        task.model,
-        lambda model, *inputs: task.losses(model, inputs),
-        task.inputs,
-        augmult=row.augmult,
-        performance=performance,
-    )
+def takes_passes(row: Row) -> bool:
+    """Whether there is one example, of more rows than a step in passes is to be like."""
+    return row.examples == 1 and row.augmult > LIKE
 
 
 def why_not(name: str, row: Row, planned: StepPlan | None) -> str | None:
     """Why a contestant does not take part in a row, if it does not. planned: of those that are dpfast's."""
     if name == "Opacus ghost" and row.augmult > 1:
         return "clips rows, not examples"
-    if name == PASSES and (row.examples > 1 or row.augmult <= LIKE):
+    if name == PASSES and not takes_passes(row):
         return f"for one example of more than {LIKE} rows"
     if planned is not None and DPFAST[name].form in cost.FORMS:
         return not_run(planned, row.memory_budget)
@@ -144,7 +136,7 @@ def entry(row: Row, name: str, *, resident: bool) -> dict[str, Any]:
     """What is known of a contestant before it runs here: plan, why it is skipped, the size of a process of its own."""
     settings = {key: value for key, value in vars(row).items() if key not in ("time", "memory")}  # those are targets
     found: dict[str, Any] = {"row": row.name, **settings, "contestant": name}
-    planned = plan_of(row, performance_of(name, row)) if name in DPFAST else None
+    planned = c.planned(task_of(row), performance_of(name, row)) if name in DPFAST else None
     if planned is not None:
         found["planned_peak"], found["planned_time"] = planned.private.peak, planned.ratio()
     if reason := why_not(name, row, planned):
@@ -165,8 +157,7 @@ def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = Tru
         try:
             task = task_of(row)
             step = contestant(name, row)(task)
-            for _ in range(3):  # the first ones are probed, or compiled
-                result = step()
+            result = warmed_up(step)
         except Exception as failure:  # a contestant that fails is a result, too
             outcome["skipped"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
             continue
@@ -192,11 +183,17 @@ def run_row(row: Row, names: Iterable[str], rounds: int, *, resident: bool = Tru
     return found
 
 
+def warmed_up(step: c.Step) -> c.Clipped | None:
+    """What it gives after a few: the first ones are probed, or compiled."""
+    for _ in range(2):
+        step()
+    return step()
+
+
 def peak_of_like(row: Row) -> int:
     """Bytes, of a step of ``LIKE`` rows."""
     step = contestant("dpfast", row)(task_of(replace(row, augmult=LIKE)))
-    for _ in range(3):
-        step()
+    warmed_up(step)
     return measure.peak_storages(step)
 
 
@@ -224,9 +221,7 @@ def resident_of(row: Row, name: str) -> int | None:
 
 
 def print_resident(row: Row, name: str) -> None:
-    step = contestant(name, row)(task_of(row))
-    for _ in range(3):
-        step()
+    warmed_up(contestant(name, row)(task_of(row)))
     # Not getrusage: what it says of a process is at least what its parent was when it forked.
     (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     print(1024 * int(peak))
@@ -242,7 +237,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [["model<br>B, K", *titles], ["---"] * (1 + len(cases))]
     lines.append(["*target*", *(f"*{row.time:.2f}, {row.memory:.2f}*" for row in cases)])
     for name in CONTESTANTS:
-        found = [newest.get((row.name, name)) for row in cases]
+        found = [newest.get((row.name, name)) if name != PASSES or takes_passes(row) else None for row in cases]
         if name != BASE and any(found):
             lines.append([name, *map(cell, found)])
     of_dpfast = [{name: r for name in DPFAST if (r := newest.get((row.name, name)))} for row in cases]
@@ -269,7 +264,7 @@ def planned_memory(found: dict[str, dict[str, Any]]) -> str:
 
 
 def cell(r: dict[str, Any] | None) -> str:
-    if r is None or r.get("skipped", "").startswith("for one example"):
+    if r is None:
         return ""
     return str(r["skipped"]).split(":")[0] if "skipped" in r else f"{r['time']:.2f}, {r['memory']:.2f}"
 

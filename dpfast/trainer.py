@@ -244,12 +244,12 @@ class DPTrainer:
             losses,
             examples,
             augmult=self.augmult,
-            performance=self._performance_of(size.examples),
+            performance=self.performance_of(size.examples),
             part=size.rows < self.augmult,
         )
 
-    def _performance_of(self, examples: int) -> Performance:
-        """Of a physical batch: the ordinary gradient of one example alone is the cheapest form."""
+    def performance_of(self, examples: int) -> Performance:
+        """Of a physical batch of so many: the ordinary gradient of one example alone is the cheapest form."""
         alone = examples == 1 and self.performance.form == "auto"
         return replace(self.performance, form="example") if alone else self.performance
 
@@ -291,7 +291,7 @@ class DPTrainer:
         if size < self.augmult and not batch.mask.any():
             return
         keys = RowKeys(self.seed, batch.ids, step, self.augmult)
-        self.clipper.one_by_one = self._performance_of(len(batch.ids)).form == "example"
+        self.clipper.one_by_one = self.performance_of(len(batch.ids)).form == "example"
         with self.clipper:
             for first in range(0, self.augmult, size):
                 with seeded(batch.seed_of(first), self.performance.device):

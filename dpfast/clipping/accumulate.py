@@ -94,7 +94,7 @@ class Accumulation:
                 self._keep_of_one_input(name, owned(term, lent), sharing)
                 continue
             kept = term if isinstance(term, Stored) else term.in_form(self._choose(name, term, term.work()))
-            kept = owned(kept, lent) if lent else kept
+            kept = owned(kept, lent)
             self._keep(name, kept if chain.is_identity else PulledBack(kept, chain))
 
     def add_whole(self, name: str, grads: Tensor) -> None:

@@ -240,6 +240,7 @@ class Capture(TorchFunctionMode):
             if any(self._may_hold_rows(data[0], d) for d in selected_dims(func, args, kwargs, data[1:])):
                 return True
             self.tape.picked_beside.add(self.batch[0])
+            self.tape.picked_by.add(function_name(func))
         if func in PUTS_BACK:
             by_data = any(t is index for t in data for index in tensors[1:-1])
             dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", 0)

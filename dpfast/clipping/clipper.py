@@ -411,9 +411,10 @@ class GhostClipper:
             )
         self._reshown += tape.reshown
         if self._reshown > FEW_STEPS:
+            by = f" (by {listed(sorted(tape.picked_by))})" if tape.picked_by else ""  # compiled steps do not say
             self._warn_once(
                 "reshown",
-                f"data picks rows inside the block (by {listed(sorted(tape.picked_by))}): that they stay with their"
+                f"data picks rows inside the block{by}: that they stay with their"
                 " examples is shown in every step, which costs up to 2 log2(B) + 1 more backward passes. Look things up"
                 " before the block, or in a registered buffer or a tensor that stays the same",
             )

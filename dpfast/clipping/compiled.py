@@ -99,19 +99,21 @@ class Recorder(fx.Interpreter):
     def record(self, *inputs: Any) -> tuple[Any, Plan]:
         """The results, and the plan."""
         given = [(t, t._version) for t in tensors_in(inputs)]
-        picked_before = set(self.capture.tape.picked_beside)
+        tape = self.capture.tape
+        picked_before, tape.picked_beside = tape.picked_beside, set()
         self.capture.on_use = self.note
         try:
             results = self.run(*inputs)
         finally:
             self.capture.on_use = None
+            picked = frozenset(tape.picked_beside)
+            tape.picked_beside |= picked_before
         if any(t._version != version for t, version in given):
             self.unfit = self.unfit or "it changes its inputs in place"
         if any(map(self.capture.tracked, tensors_in(results))):
             self.unfit = self.unfit or "it returns parameters, or what is computed from them alone"
         before = self._before()
         outputs = [Kind.of(t, self.capture) for t in tensors_in(results)]
-        picked = frozenset(self.capture.tape.picked_beside - picked_before)
         return results, Plan(self.uses, before, outputs, picked, self.capture.batch, self.unfit)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -133,8 +133,7 @@ class Pass:
             self._backward(group, showing.weighing(group), retain_graph=True)
         self._backward_unleaked(receive, retain_graph=False)
         uses = self.capture.tape.uses
-        selected = self._picked_among_rows or any(uses[site].selected for site in showing.evidence)
-        self.capture.tape.reshown = selected
+        self.capture.tape.reshown = self._picked_among_rows or any(uses[site].selected for site in showing.evidence)
         unsteady = [_unsteady(uses[site]) for site in showing.evidence if site not in steady]
         refuse(unsteady + self.ownership.settle(showing.signature, showing.evidence, self.examples, fleeting))
 

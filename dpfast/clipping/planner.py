@@ -97,9 +97,9 @@ class StepPlan:
             )
             for row in rows
         ]
-        for name, total in (("private step", self.private), ("ordinary step", self.ordinary)):
-            lines.append(f"{name:14} {total.seconds:8.3f} s {total.peak / 1e6:10,.1f} MB")
-        lines[-2] += f"      ({self.showing.peak / 1e6:,.1f} MB where it shows that examples stay apart)"
+        showing = f"      ({self.showing.peak / 1e6:,.1f} MB where it shows that examples stay apart)"
+        for name, total, note in (("private step", self.private, showing), ("ordinary step", self.ordinary, "")):
+            lines.append(f"{name:14} {total.seconds:8.3f} s {total.peak / 1e6:10,.1f} MB{note}")
         memory = self.private.peak / self.ordinary.peak
         forced = ", ".join(f"{form} {self.ratio(form):.2f}" for form in cost.FORMS)
         lines.append(f"{'ratio':14} {self.ratio():8.3f}   {memory:10.3f}      (time with one form for all: {forced})")

@@ -2,9 +2,9 @@
 
 Parameters enter a private graph detached, so that it computes no weight gradients. Behind each use stands a ``Tap``,
 whose backward pass calls ``dpfast::hand_over``, an op that compilers leave as it is, with the output's gradient and
-what the use's rule saved: it tells the tape what the tap of an eager use would have told it, as soon as that is known,
-and only lends it: a compiler may write over what nothing in the graph reads any more.
-Which tape that is the graph cannot know, as it is compiled once and runs often; it comes in as a number, the *key*.
+what the use's rule saved: it tells the tape what the tap of an eager use would have told it, as soon as that is known.
+That is only lent: a compiler may write over what nothing in the graph reads any more. Which tape it is the graph cannot
+know, as it is compiled once and runs often; that comes in as a number, the *key*.
 """
 
 import itertools

@@ -118,7 +118,7 @@ class Tape:
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # functions without a rule: parameters
     used_without_grad: set[str] = field(default_factory=set)  # parameters
     read_out: set[str] = field(default_factory=set)  # functions by which the model gave numbers of the data to Python
-    picked_by: set[str] = field(default_factory=set)  # functions by which data picked rows
+    picked_by: set[str] = field(default_factory=set)  # functions by which data picked rows, or what lies beside them
     picked_beside: set[int] = field(default_factory=set)  # or beside them, if the batch has so many
     reshown: bool = False  # whether uses had to be shown for such rows
     eager: set[str] = field(default_factory=set)  # why compiled regions ran eagerly, in words

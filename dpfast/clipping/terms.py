@@ -335,6 +335,8 @@ class Viewed(FactoredTerm):
 
 def owned(kept: Any, lent: Collection[int]) -> Any:
     """``kept`` (a term, or gradients) with copies of what lies in storages that are only lent."""
+    if not lent:
+        return kept
     if isinstance(kept, Tensor):
         return kept.clone() if kept.untyped_storage()._cdata in lent else kept
     if not is_dataclass(kept) or isinstance(kept, type | conv.ConvSpec):

@@ -109,14 +109,14 @@ def describe_bench(recipe: Recipe, rounds: int, progress: Progress) -> Iterator[
     trainer = _trainer(recipe)
     yield f"{_physical_batch(trainer)}; {environment()}"
     losses, examples = trainer.physical_losses()
-    augmult = trainer.physical_size.rows  # where an example goes in passes: one of them
+    size = trainer.physical_size
     yield from as_table(
         bench(
             trainer.model,
             losses,
             examples,
-            augmult=augmult,
-            performance=recipe.performance,
+            augmult=size.rows,  # where an example goes in passes: one of them
+            performance=trainer.performance_of(size.examples),
             rounds=rounds,
             progress=progress,
         )
