@@ -85,15 +85,18 @@ void clipped_sums(const std::vector<StoredAt>& places, std::int64_t examples, st
                          reinterpret_cast<const float*>(weights), threads);
 }
 
-void group_norm_grads(std::uintptr_t x, const Three& x_stride, std::uintptr_t g, const Three& g_stride,
-                      const Five& shape, double eps, int dtype, std::uintptr_t weight, std::uintptr_t bias,
-                      int threads) {
+void group_norm_backward(const Five& shape, const std::array<Three, 3>& strides, double eps, int dtype,
+                         std::uintptr_t x, std::uintptr_t g, std::uintptr_t gamma, std::uintptr_t dx,
+                         std::uintptr_t weight, std::uintptr_t bias, int threads) {
+    dpfast::Norm norm{};
+    norm.shape = {shape[0], shape[1], shape[2], shape[3], shape[4]};
+    dpfast::NormStride* to[3] = {&norm.x_stride, &norm.g_stride, &norm.dx_stride};
+    for (int i = 0; i < 3; ++i) *to[i] = {strides[i][0], strides[i][1], strides[i][2]};
+    norm.eps = eps, norm.dtype = static_cast<dpfast::Dtype>(dtype);
     py::gil_scoped_release release;
-    dpfast::group_norm_grads(reinterpret_cast<const void*>(x), {x_stride[0], x_stride[1], x_stride[2]},
-                             reinterpret_cast<const void*>(g), {g_stride[0], g_stride[1], g_stride[2]},
-                             {shape[0], shape[1], shape[2], shape[3], shape[4]}, eps,
-                             static_cast<dpfast::Dtype>(dtype), reinterpret_cast<float*>(weight),
-                             reinterpret_cast<float*>(bias), threads);
+    dpfast::group_norm_backward(norm, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(g),
+                                reinterpret_cast<const float*>(gamma), reinterpret_cast<void*>(dx),
+                                reinterpret_cast<float*>(weight), reinterpret_cast<float*>(bias), threads);
 }
 
 void conv_gram(std::int64_t examples, std::int64_t rows, const std::array<Three, 5>& geometry, std::uintptr_t x,
@@ -131,8 +134,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("clipped_sums", &clipped_sums, py::arg("stored"), py::arg("examples"), py::arg("weights"),
           py::arg("threads"));
     m.def("fingerprints", &fingerprints, py::arg("memory"), py::arg("threads"));
-    m.def("group_norm_grads", &group_norm_grads, py::arg("x"), py::arg("x_stride"), py::arg("g"), py::arg("g_stride"),
-          py::arg("shape"), py::arg("eps"), py::arg("dtype"), py::arg("weight"), py::arg("bias"), py::arg("threads"));
+    m.def("group_norm_backward", &group_norm_backward, py::arg("shape"), py::arg("strides"), py::arg("eps"),
+          py::arg("dtype"), py::arg("x"), py::arg("g"), py::arg("gamma"), py::arg("dx"), py::arg("weight"),
+          py::arg("bias"), py::arg("threads"));
     m.def("conv_gram", &conv_gram, py::arg("examples"), py::arg("rows"), py::arg("geometry"), py::arg("x"),
           py::arg("y"), py::arg("sq"), py::arg("magnitudes"), py::arg("threads"));
     m.def("affine_grads", &affine_grads, py::arg("a"), py::arg("a_stride"), py::arg("g"), py::arg("g_stride"),

@@ -10,7 +10,7 @@ enum Dtype : int { Float32 = 0, BFloat16 = 1 };
 
 // Raised whenever a signature below changes; dpfast/kernels/dispatch.py refuses another value, so that a module built
 // from older sources is never called.
-constexpr int kAbi = 5;
+constexpr int kAbi = 6;
 
 // Sizes, or strides in elements, of a tensor [B, M, C, S]: examples, rows of an example, channels, positions.
 struct Dims {
@@ -50,9 +50,18 @@ struct NormShape {
     std::int64_t examples, rows, groups, channels, positions;  // rows of an example
 };
 
-// Of a group norm of x (x and g of `dtype`): weight[e, c] = sum of x_hat * g and bias[e, c] = sum of g over the rows and positions of e.
-void group_norm_grads(const void* x, NormStride x_stride, const void* g, NormStride g_stride, const NormShape& shape,
-                      double eps, Dtype dtype, float* weight, float* bias, int threads);
+// A group norm of x with output gradient g.
+struct Norm {
+    NormShape shape;
+    NormStride x_stride, g_stride, dx_stride;
+    double eps;
+    Dtype dtype;  // of x, g and dx
+};
+
+// weight[e, c] = sum of x_hat * g and bias[e, c] = sum of g over the rows and positions of e; and the gradient of x, where
+// gamma is the norm's weight (null: ones), unless dx is null.
+void group_norm_backward(const Norm& norm, const void* x, const void* g, const float* gamma, void* dx, float* weight,
+                         float* bias, int threads);
 
 struct Memory {
     const void* at;

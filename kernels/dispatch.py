@@ -20,7 +20,7 @@ from dpfast.errors import ConfigError, DPFastError
 Backend = Literal["native", "reference"]
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype of csrc/dpfast.h
-_ABI = 5  # kAbi of csrc/dpfast.h
+_ABI = 6  # kAbi of csrc/dpfast.h
 _VARIABLE = "DPFAST_BACKEND"
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types with no behaviour of their own: no fake or other subclass
 

@@ -216,37 +216,6 @@ def test_maps_of_one_input_share_its_gram(dtype, monkeypatch) -> None:
     assert ((sq - exact).abs() <= bound).all()
 
 
-NORMS = [(6, 8, 5, 7), (4, 33, 9), (6, 12), (2, 64, 4, 4, 3), (3, 6, 1, 1), (6, 16, 16, 16)]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("offset", [0, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", NORMS)
-def test_group_norms(shape, dtype, layout, offset, backend) -> None:
-    torch.manual_seed(0)
-    x, g, examples = torch.randn(shape) + offset, torch.randn(shape), 1 if shape[0] == 3 else 2
-    x, g = relayout(x.to(dtype), layout), relayout(g.to(dtype), layout)
-    channels = shape[1]
-    for groups in {1, channels} | ({2} if channels % 2 == 0 else set()):
-        if channels // groups * x[0, 0].numel() == 1:
-            continue  # torch refuses a group of one number
-
-        def by_autograd(dtype, groups=groups):
-            weight = torch.ones(channels, dtype=dtype, requires_grad=True)
-            bias = torch.zeros(channels, dtype=dtype, requires_grad=True)
-            found = []
-            for rows, cotangent in zip(x.to(dtype).chunk(examples), g.to(dtype).chunk(examples), strict=True):
-                out = torch.nn.functional.group_norm(rows.contiguous(), groups, weight, bias)
-                found.append(torch.autograd.grad(out, (weight, bias), cotangent))
-            return [torch.stack(grads) for grads in zip(*found, strict=True)]
-
-        got = norm.group_norm_grads(x, g, groups, 1e-5, examples, backend=backend)
-        for ours, plain, exact in zip(got, by_autograd(torch.float32), by_autograd(torch.float64), strict=True):
-            assert relative(ours, exact) <= 2 * relative(plain, exact) + 1e-6
-
-
 def ops():
     """A call of every op, by name."""
     assert all(
@@ -257,6 +226,7 @@ def ops():
     x, y, w = torch.randn(3, 5, 7), torch.randn(3, 5, 6), torch.rand(3)
     index, looked_up = torch.randint(0, 9, (3, 5)), torch.randn(3, 5, 4)
     b, c = torch.randn(3, 2, 8, 5), torch.randn(3, 2, 8, 5)
+    images = torch.randn(6, 8, 5, 5), torch.randn(6, 8, 5, 5)
     n = torch.ops.dpfast
     return {
         "conv_per_example_grads": (n.conv_per_example_grads, (a, g, *spec.arguments, 3, None)),
@@ -275,7 +245,9 @@ def ops():
         "embedding_clipped_sum": (n.embedding_clipped_sum, (index, looked_up, 9, w)),
         "embedding_weighted_sum": (n.embedding_weighted_sum, (index, looked_up, 9, w)),
         "affine_grads": (n.affine_grads, (b, c, None)),
-        "group_norm_grads": (n.group_norm_grads, (torch.randn(6, 8, 5, 5), torch.randn(6, 8, 5, 5), 4, 1e-5, 3, None)),
+        "group_norm_grads": (n.group_norm_grads, (*images, 4, 1e-5, 3, None)),
+        "group_norm_backward": (n.group_norm_backward, (*images, torch.randn(8), 4, 1e-5, 3, None)),
+        "group_norm_backward, no weight": (n.group_norm_backward, (*images, None, 4, 1e-5, 3, None)),
         "bias_grads": (n.bias_grads, (b, None)),
         "clip_factors": (n.clip_factors, (w.double(), 0.5)),
         "clip_factors, float32": (n.clip_factors, (w, 0.5)),
@@ -333,6 +305,7 @@ import sys, torch
 sys.path.insert(0, {folder!r})
 from dpfast.kernels import dispatch
 from test_kernels import GEOMETRIES, assert_all_channels, assert_all_forms, convolution
+from test_kernels_norm import NORMS, assert_group_norms
 print(dispatch.native_module().instruction_set)
 for geometry in GEOMETRIES:
     a, g, spec, weight = convolution(geometry, rows=6, dtype=torch.float32)
@@ -340,6 +313,10 @@ for geometry in GEOMETRIES:
     assert_all_forms(geometry, a.bfloat16(), g.bfloat16(), weight, spec, 3, "native")
 assert_all_channels(torch.float32)
 assert_all_channels(torch.bfloat16)
+for shape in NORMS:
+    x, g = torch.randn(shape), torch.randn(shape)
+    assert_group_norms(x, g, 1, "native")
+    assert_group_norms(x.bfloat16().transpose(1, -1), g.bfloat16().transpose(1, -1), 1, "native")
 """
 
 

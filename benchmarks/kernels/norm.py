@@ -1,6 +1,7 @@
-"""``norm``: normalise, then product and sum; the ordinary backward is given the mean and deviation of the forward."""
+"""``norm``: normalise, then product and sum; torch's backward pass is given the mean and deviation of the forward."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,35 +17,52 @@ NORM_EPS = 1e-5
 
 def cases() -> Iterator[Case]:
     for layer, batch, dtype in batches(GROUP_NORMS):
-        yield _case(layer, batch, dtype)
+        yield from _cases(layer, batch, dtype)
 
 
-def _case(layer: GroupNorm, batch: Batch, dtype: str) -> Case:
+def _cases(layer: GroupNorm, batch: Batch, dtype: str) -> Iterator[Case]:
     b = batch.examples
     size = (batch.rows, layer.channels, layer.space, layer.space)
-
-    def inputs() -> tuple[Tensor, ...]:
-        x, g = random(size, size)
-        saved = torch.native_group_norm(x, None, None, *size[:2], layer.space**2, layer.groups, NORM_EPS)[1:]
-        return x, g, *saved
+    case = partial(Case, shape=f"{layer.name}, {batch.name}", dtype=dtype, inputs=lambda: inputs(size, layer))
 
     def by_normalising(x: Tensor, g: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         x_hat = F.group_norm(x, layer.groups, eps=NORM_EPS)
         return affine.summed(*(t.unflatten(0, (b, -1)).flatten(3) for t in (x_hat, g)))
 
-    return Case(
+    def both(x: Tensor, g: Tensor, weight: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
+        return backward(x, g, weight, *saved, layer=layer, wanted=(True, False, False))[0], *by_normalising(x, g)
+
+    yield case(
         op="norm.group_norm_grads",
-        shape=f"{layer.name}, {batch.name}",
-        dtype=dtype,
-        inputs=inputs,
         ours=lambda x, g, *_: norm.group_norm_grads(x, g, layer.groups, NORM_EPS, b),
         ways={"group_norm, product, sum": by_normalising},
-        ordinary=lambda *given: ordinary(*given, layer),
+        ordinary=lambda *given: backward(*given, layer=layer, wanted=(False, True, True)),
+    )
+    yield case(
+        op="norm.group_norm_backward",
+        ours=lambda x, g, weight, *_: norm.group_norm_backward(x, g, weight.float(), layer.groups, NORM_EPS, b),
+        ways={"its backward, group_norm, product, sum": both},
+        ordinary=lambda *given: backward(*given, layer=layer, wanted=(True, True, True)),
     )
 
 
-def ordinary(x: Tensor, g: Tensor, mean: Tensor, deviation: Tensor, layer: GroupNorm) -> tuple[Tensor, Tensor]:
-    weight = x.new_ones(layer.channels)  # does not enter; without it torch takes no bfloat16
+def inputs(size: tuple[int, ...], layer: GroupNorm) -> tuple[Tensor, ...]:
+    """x, g, the norm's weight, mean and deviation."""
+    x, g, weight = random(size, size, (layer.channels,))
+    return x, g, weight, *torch.native_group_norm(x, None, None, *size[:2], layer.space**2, layer.groups, NORM_EPS)[1:]
+
+
+def backward(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    *,
+    layer: GroupNorm,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """torch's, with those of the gradients of x, weight and bias that are wanted."""
     size = (len(x), layer.channels, layer.space**2, layer.groups)
-    found = torch.ops.aten.native_group_norm_backward(g, x, mean, deviation, weight, *size, [False, True, True])
-    return found[1], found[2]
+    found = torch.ops.aten.native_group_norm_backward(g, x, mean, deviation, weight, *size, list(wanted))
+    return tuple(grad for grad, is_wanted in zip(found, wanted, strict=True) if is_wanted)

@@ -83,9 +83,9 @@ void clipped_sums(const Stored* stored, std::int64_t count, std::int64_t example
     DPFAST_RUN(clipped_sums(stored, count, examples, weights, threads))
 }
 
-void group_norm_grads(const void* x, NormStride x_stride, const void* g, NormStride g_stride, const NormShape& shape,
-                      double eps, Dtype dtype, float* weight, float* bias, int threads) {
-    DPFAST_RUN(group_norm_grads(x, x_stride, g, g_stride, shape, eps, dtype, weight, bias, threads))
+void group_norm_backward(const Norm& norm, const void* x, const void* g, const float* gamma, void* dx, float* weight,
+                         float* bias, int threads) {
+    DPFAST_RUN(group_norm_backward(norm, x, g, gamma, dx, weight, bias, threads))
 }
 
 void fingerprints(const Memory* memory, std::int64_t count, std::uint64_t* out, int threads) {

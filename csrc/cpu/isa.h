@@ -16,8 +16,8 @@
                   double* parts, double* sq, int threads);                                                            \
     void clipped_sums(const Stored* stored, std::int64_t count, std::int64_t examples, const float* weights,          \
                       int threads);                                                                                   \
-    void group_norm_grads(const void* x, NormStride x_stride, const void* g, NormStride g_stride,                     \
-                          const NormShape& shape, double eps, Dtype dtype, float* weight, float* bias, int threads);  \
+    void group_norm_backward(const Norm& norm, const void* x, const void* g, const float* gamma, void* dx,            \
+                             float* weight, float* bias, int threads);                                                \
     void fingerprints(const Memory* memory, std::int64_t count, std::uint64_t* out, int threads);                     \
     void conv_gram(const PixelGram& shape, const float* x, const float* y, double* sq, double* magnitudes, int threads); \
     DPFAST_CONV

@@ -1,8 +1,12 @@
-// Per-example gradients of a group norm's affine parameters, from its input.
+// The backward pass of a group norm: per-example gradients of its affine parameters, and the gradient of its input.
 //
-// With the mean and scale of a row's group, x_hat = (x - mean) * scale. A row's group is read twice, the second time
-// from the first-level cache: for the mean, then for sums of (x - mean)^2, g and g (x - mean) per channel; the mean is
-// rounded to float for the second pass and what that changes is put right in double.
+// With the mean and scale of a row's group, x_hat = (x - mean) * scale, and with h = gamma * g
+//
+//     dx = scale * (h - mean(h) - x_hat * mean(h * x_hat))
+//
+// whose means follow from the sums that the affine parameters need. A row's group is read from memory once, and from
+// the first-level cache for the rest: for the mean; for sums of (x - mean)^2, g and g (x - mean) per channel; for dx. The
+// mean is rounded to float after the first pass and what that changes is put right in double.
 //
 // This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <algorithm>
@@ -87,34 +91,74 @@ struct Moments {
         scale = 1 / std::sqrt(std::max(0.0, squares / count - off * off) + eps);
     }
 
-    // What is added to the weight's gradient, given the sums of g and of g * (x - rounded).
+    // The sum of x_hat * g, given those of g and of g * (x - rounded).
     double weight(double g, double gx) const { return scale * (gx - (mean - rounded) * g); }
-    Wide weight(const Wide& g, const Wide& gx) const { return scale * (gx + (rounded - mean) * g); }
 };
+
+// dx = of_g * g + (of_x * (x - rounded) + rest), in one channel.
+struct Line {
+    float of_g, of_x, rest;
+};
+
+// Of a group's channels, from mean(h) and mean(h * x_hat).
+struct Lines {
+    double scale, of_x, rest;
+
+    Lines(const Moments& m, double h, double hx)
+        : scale(m.scale), of_x(-m.scale * m.scale * hx), rest(m.scale * (m.scale * hx * (m.mean - m.rounded) - h)) {}
+
+    Line of(double gamma) const {
+        return {static_cast<float>(scale * gamma), static_cast<float>(of_x), static_cast<float>(rest)};
+    }
+};
+
+template <class T>
+inline void write_positions(const T* x, const T* g, int64_t n, float mean, Line line, T* dx) {
+    int64_t s = 0;
+    for (; s + kLanes <= n; s += kLanes) {
+        store(dx + s, line.of_g * load(g + s) + (line.of_x * (load(x + s) - mean) + line.rest));
+    }
+    for (; s < n; ++s) {
+        put_number(dx + s, line.of_g * number(g[s]) + (line.of_x * (number(x[s]) - mean) + line.rest));
+    }
+}
 
 template <class T>
 struct Problem {
     const T* x;
     const T* g;
-    NormStride x_stride, g_stride;
+    const float* gamma;  // null: ones
+    T* dx;               // null: not wanted
+    NormStride x_stride, g_stride, dx_stride;
     NormShape shape;
     double eps;
-    float* weight;
-    float* bias;
 
     int64_t width() const { return shape.channels / shape.groups; }
     double count() const { return static_cast<double>(width() * shape.positions); }
+    double scaled_by(int64_t channel) const { return gamma ? gamma[channel] : 1; }
 };
 
-// One example and group; positions follow each other.
+// Rows of one example, from `first` up to `last`, and its gradients by them, [channels] each.
+struct Part {
+    int64_t first, last;
+    double* weight;
+    double* bias;
+};
+
+// Numbers per channel of one row.
+struct Columns {
+    std::vector<double> sum, xx, g, gx;
+    std::vector<float> mean, of_g, of_x, rest;  // of_g and so on: of the lines
+
+    explicit Columns(int64_t n) : sum(n), xx(n), g(n), gx(n), mean(n), of_g(n), of_x(n), rest(n) {}
+};
+
+// One group of a part; positions follow each other.
 template <class T>
-void along_positions(const Problem<T>& p, int64_t example, int64_t group, std::vector<Sums>* scratch) {
+void along_positions(const Problem<T>& p, const Part& part, int64_t group, Columns* columns) {
     const int64_t width = p.width(), first = group * width, positions = p.shape.positions;
-    scratch->assign(2 * width, Sums{});
-    Sums* whole = scratch->data();  // g: of the bias, gx: of the weight, over the rows so far
-    Sums* here = whole + width;     // of this row
-    for (int64_t row = 0; row < p.shape.rows; ++row) {
-        const int64_t n = example * p.shape.rows + row;
+    Columns& k = *columns;
+    for (int64_t n = part.first; n < part.last; ++n) {
         const T* x = p.x + n * p.x_stride.n + first * p.x_stride.c;
         const T* g = p.g + n * p.g_stride.n + first * p.g_stride.c;
         Wide sum;
@@ -122,29 +166,29 @@ void along_positions(const Problem<T>& p, int64_t example, int64_t group, std::v
         Moments moments(total(sum), p.count());
         Wide squares;
         for (int64_t c = 0; c < width; ++c) {
-            here[c] = Sums{};
-            add_positions(x + c * p.x_stride.c, g + c * p.g_stride.c, positions, moments.rounded, &here[c]);
-            squares += here[c].xx;
+            Sums sums;
+            add_positions(x + c * p.x_stride.c, g + c * p.g_stride.c, positions, moments.rounded, &sums);
+            squares += sums.xx;
+            k.g[c] = total(sums.g), k.gx[c] = total(sums.gx);
         }
         moments.settle(total(squares), p.count(), p.eps);
+        double h = 0, hx = 0;
         for (int64_t c = 0; c < width; ++c) {
-            whole[c].g += here[c].g;
-            whole[c].gx += moments.weight(here[c].g, here[c].gx);
+            const double weight = moments.weight(k.g[c], k.gx[c]);
+            part.weight[first + c] += weight;
+            part.bias[first + c] += k.g[c];
+            h += p.scaled_by(first + c) * k.g[c];
+            hx += p.scaled_by(first + c) * weight;
+        }
+        if (!p.dx) continue;
+        const Lines lines(moments, h / p.count(), hx / p.count());
+        T* dx = p.dx + n * p.dx_stride.n + first * p.dx_stride.c;
+        for (int64_t c = 0; c < width; ++c) {
+            write_positions(x + c * p.x_stride.c, g + c * p.g_stride.c, positions, moments.rounded,
+                            lines.of(p.scaled_by(first + c)), dx + c * p.dx_stride.c);
         }
     }
-    for (int64_t c = 0; c < width; ++c) {
-        p.weight[example * p.shape.channels + first + c] = static_cast<float>(total(whole[c].gx));
-        p.bias[example * p.shape.channels + first + c] = static_cast<float>(total(whole[c].g));
-    }
 }
-
-// Numbers per channel of one row, when channels follow each other.
-struct Columns {
-    std::vector<double> sum, xx, g, gx, weight, bias;
-    std::vector<float> mean;
-
-    explicit Columns(int64_t n) : sum(n), xx(n), g(n), gx(n), weight(n), bias(n), mean(n) {}
-};
 
 inline void put(const Wide& wide, double* to) {
     std::memcpy(to, &wide.low, sizeof wide.low);
@@ -171,18 +215,35 @@ void sum_columns(const T* x, int64_t step, int64_t channel, int64_t channels, in
     }
 }
 
-// One example, all groups; fast where channels follow each other, right for any strides.
+// dx of one row. Coefficients lie in the first-level cache.
 template <class T>
-void along_channels(const Problem<T>& p, int64_t example, Columns* columns) {
+void write_channels(const Problem<T>& p, int64_t row, const Columns& k, bool vectors) {
+    for (int64_t s = 0; s < p.shape.positions; ++s) {
+        const T* x = p.x + row * p.x_stride.n + s * p.x_stride.s;
+        const T* g = p.g + row * p.g_stride.n + s * p.g_stride.s;
+        T* dx = p.dx + row * p.dx_stride.n + s * p.dx_stride.s;
+        int64_t c = 0;
+        for (; vectors && c + kLanes <= p.shape.channels; c += kLanes) {
+            const Vec centred = load(x + c) - load(&k.mean[c]);
+            store(dx + c, load(&k.of_g[c]) * load(g + c) + (load(&k.of_x[c]) * centred + load(&k.rest[c])));
+        }
+        for (; c < p.shape.channels; ++c) {
+            const float centred = number(x[c * p.x_stride.c]) - k.mean[c];
+            put_number(dx + c * p.dx_stride.c,
+                       k.of_g[c] * number(g[c * p.g_stride.c]) + (k.of_x[c] * centred + k.rest[c]));
+        }
+    }
+}
+
+// A part, all groups; fast where channels follow each other, right for any strides.
+template <class T>
+void along_channels(const Problem<T>& p, const Part& part, Columns* columns) {
     const int64_t channels = p.shape.channels, positions = p.shape.positions, width = p.width();
-    const bool vectors = p.x_stride.c == 1 && p.g_stride.c == 1;
+    const bool vectors = p.x_stride.c == 1 && p.g_stride.c == 1 && (!p.dx || p.dx_stride.c == 1);
     Columns& k = *columns;
-    std::fill(k.weight.begin(), k.weight.end(), 0.0);
-    std::fill(k.bias.begin(), k.bias.end(), 0.0);
-    for (int64_t row = 0; row < p.shape.rows; ++row) {
-        const int64_t n = example * p.shape.rows + row;
-        const T* x = p.x + n * p.x_stride.n;
-        const T* g = p.g + n * p.g_stride.n;
+    for (int64_t row = part.first; row < part.last; ++row) {
+        const T* x = p.x + row * p.x_stride.n;
+        const T* g = p.g + row * p.g_stride.n;
         sum_columns(x, p.x_stride.s, p.x_stride.c, channels, positions, vectors, k.sum.data());
         std::vector<Moments> moments;
         for (int64_t first = 0; first < channels; first += width) {
@@ -206,56 +267,82 @@ void along_channels(const Problem<T>& p, int64_t example, Columns* columns) {
             }
         }
         for (int64_t group = 0; group < p.shape.groups; ++group) {
-            double squares = 0;
-            for (int64_t i = group * width; i < (group + 1) * width; ++i) squares += k.xx[i];
+            const int64_t first = group * width, end = first + width;
+            double squares = 0, h = 0, hx = 0;
+            for (int64_t i = first; i < end; ++i) squares += k.xx[i];
             moments[group].settle(squares, p.count(), p.eps);
-            for (int64_t i = group * width; i < (group + 1) * width; ++i) {
-                k.weight[i] += moments[group].weight(k.g[i], k.gx[i]);
-                k.bias[i] += k.g[i];
+            for (int64_t i = first; i < end; ++i) {
+                const double weight = moments[group].weight(k.g[i], k.gx[i]);
+                part.weight[i] += weight;
+                part.bias[i] += k.g[i];
+                h += p.scaled_by(i) * k.g[i];
+                hx += p.scaled_by(i) * weight;
+            }
+            const Lines lines(moments[group], h / p.count(), hx / p.count());
+            for (int64_t i = first; p.dx && i < end; ++i) {
+                const Line line = lines.of(p.scaled_by(i));
+                k.of_g[i] = line.of_g, k.of_x[i] = line.of_x, k.rest[i] = line.rest;
             }
         }
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-        p.weight[example * channels + c] = static_cast<float>(k.weight[c]);
-        p.bias[example * channels + c] = static_cast<float>(k.bias[c]);
+        if (p.dx) write_channels(p, row, k, vectors);
     }
 }
 
+// weight and bias: [examples, channels]. Where there are fewer examples than threads, an example is cut into parts.
 template <class T>
-void run(const Problem<T>& p, int threads) {
-    const bool positions = p.x_stride.s == 1 && p.g_stride.s == 1;
-    const bool parallel =
-        threads > 1 && p.shape.examples * p.shape.rows * p.shape.channels * p.shape.positions > kSerial;
-    (void)parallel;  // unused without OpenMP
+void run(const Problem<T>& p, float* weight, float* bias, int threads) {
+    const NormShape& shape = p.shape;
+    const bool positions = p.x_stride.s == 1 && p.g_stride.s == 1 && (!p.dx || p.dx_stride.s == 1);
+    const bool parallel = threads > 1 && shape.examples * shape.rows * shape.channels * shape.positions > kSerial;
+    const int64_t groups = positions ? shape.groups : 1, tasks = std::max<int64_t>(1, shape.examples * groups);
+    const int64_t parts = parallel ? std::min(shape.rows, (threads + tasks - 1) / tasks) : 1;
+    const int64_t numbers = shape.examples * shape.channels;
+    std::vector<double> sums(2 * std::max<int64_t>(1, parts) * numbers);
 #pragma omp parallel num_threads(threads) if (parallel)
     {
-        std::vector<Sums> scratch;
-        Columns columns(positions ? 0 : p.shape.channels);
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t example = 0; example < p.shape.examples; ++example) {
-            for (int64_t group = 0; group < (positions ? p.shape.groups : 1); ++group) {
-                if (positions) {
-                    along_positions(p, example, group, &scratch);
-                } else {
-                    along_channels(p, example, &columns);
+        Columns columns(shape.channels);
+#pragma omp for collapse(3) schedule(static)
+        for (int64_t example = 0; example < shape.examples; ++example) {
+            for (int64_t i = 0; i < parts; ++i) {
+                for (int64_t group = 0; group < groups; ++group) {
+                    double* to = sums.data() + 2 * i * numbers + example * shape.channels;
+                    const int64_t row = example * shape.rows;
+                    const Part part{row + shape.rows * i / parts, row + shape.rows * (i + 1) / parts, to, to + numbers};
+                    if (positions) {
+                        along_positions(p, part, group, &columns);
+                    } else {
+                        along_channels(p, part, &columns);
+                    }
                 }
             }
         }
     }
+    for (int64_t i = 0; i < numbers; ++i) {
+        double of_weight = 0, of_bias = 0;
+        for (int64_t part = 0; part < parts; ++part) {
+            of_weight += sums[2 * part * numbers + i];
+            of_bias += sums[(2 * part + 1) * numbers + i];
+        }
+        weight[i] = static_cast<float>(of_weight), bias[i] = static_cast<float>(of_bias);
+    }
+}
+
+template <class T>
+void run(const Norm& n, const void* x, const void* g, const float* gamma, void* dx, float* weight, float* bias,
+         int threads) {
+    run(Problem<T>{static_cast<const T*>(x), static_cast<const T*>(g), gamma, static_cast<T*>(dx), n.x_stride,
+                   n.g_stride, n.dx_stride, n.shape, n.eps},
+        weight, bias, threads);
 }
 
 }  // namespace
 
-void group_norm_grads(const void* x, NormStride x_stride, const void* g, NormStride g_stride, const NormShape& shape,
-                      double eps, Dtype dtype, float* weight, float* bias, int threads) {
-    if (dtype == BFloat16) {
-        run(Problem<Brain>{static_cast<const Brain*>(x), static_cast<const Brain*>(g), x_stride, g_stride, shape, eps,
-                           weight, bias},
-            threads);
+void group_norm_backward(const Norm& norm, const void* x, const void* g, const float* gamma, void* dx, float* weight,
+                         float* bias, int threads) {
+    if (norm.dtype == BFloat16) {
+        run<Brain>(norm, x, g, gamma, dx, weight, bias, threads);
     } else {
-        run(Problem<float>{static_cast<const float*>(x), static_cast<const float*>(g), x_stride, g_stride, shape, eps,
-                           weight, bias},
-            threads);
+        run<float>(norm, x, g, gamma, dx, weight, bias, threads);
     }
 }
 

@@ -48,6 +48,24 @@ inline Vec load(const Brain* at) {
     return v;
 }
 
+inline void store(float* at, Vec v) { *reinterpret_cast<Loose*>(at) = v; }
+inline void store(Brain* at, Vec v) {  // rounded to the nearest, halves to even
+    typedef std::uint16_t Bits __attribute__((vector_size(2 * kLanes), aligned(2)));
+    typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
+    Words words;
+    std::memcpy(&words, &v, sizeof v);
+    const Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+    const Words is_nan = reinterpret_cast<Words>(v != v);
+    *reinterpret_cast<Bits*>(at) = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Bits);
+}
+
+inline void put_number(float* at, float v) { *at = v; }
+inline void put_number(Brain* at, float v) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &v, sizeof v);
+    at->bits = static_cast<std::uint16_t>(v != v ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 // As many doubles as a Vec has floats. (A vector of twice the register's size would be taken apart into numbers.)
 struct Wide {
     Half low{}, high{};
@@ -73,9 +91,16 @@ inline Wide widen(Vec v) {
 
 inline double total(const Wide& wide) {
     const Half half = wide.low + wide.high;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_pd(half);
+#elif defined(__AVX2__)
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+#else
     double sum = 0;
     for (int i = 0; i < kLanes / 2; ++i) sum += half[i];
     return sum;
+#endif
 }
 
 }  // namespace

@@ -82,10 +82,11 @@ class Accumulation:
         self.stored_bytes = 0
         self.direct = {} if begun is not None else direct_uses(tracked.values(), tape.times_used.__getitem__)
 
-    def add(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> None:
-        """The terms of a use. Nothing that is ``lent`` is kept."""
+    def add(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Tensor | None:
+        """The terms of a use; gives the gradient of its input, if it makes that, too. Nothing that is lent is kept."""
         lent = {t.untyped_storage()._cdata for t in (g, *saved)} if use.lent else set[int]()
-        for target, term in use.terms(saved, g, rows):
+        of_input, terms = use.backward(saved, g, rows) if use.backward else (None, use.terms(saved, g, rows))
+        for target, term in terms:
             if id(target) not in self.direct:
                 self._add_partial(id(target), owned(term.materialise(), lent))
                 continue
@@ -96,6 +97,7 @@ class Accumulation:
             kept = term if isinstance(term, Stored) else term.in_form(self._choose(name, term, term.work()))
             kept = owned(kept, lent)
             self._keep(name, kept if chain.is_identity else PulledBack(kept, chain))
+        return of_input
 
     def add_whole(self, name: str, grads: Tensor) -> None:
         """Gradients ``[B, *shape]`` of a parameter, or of those rows of one example that are in this pass."""

@@ -15,7 +15,7 @@ computes input gradients as always but no weight gradient, and a ``Tap`` on its 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -346,7 +346,8 @@ class Capture(TorchFunctionMode):
             return self._harmless(func, args, kwargs)
         use = replace(use, selected=True) if selected else use
         random_before = None if use.ruled else random_state()
-        output = self._run(func, args, kwargs)
+        with nullcontext() if use.backward is None or not self.detach else torch.no_grad():
+            output = self._run(func, args, kwargs)
         if random_before is not None and any(t.is_floating_point() for t in tensors_in(output)):
             self._check_fallback(func, names, random_before)
         if output is None:

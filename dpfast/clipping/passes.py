@@ -88,7 +88,7 @@ class Pass:
         accumulation = self._accumulation(signature)
         reached: set[Site] = set()
 
-        def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+        def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> Tensor | None:
             again = use.site in reached
             reached.add(use.site)
             if again or use.site not in tape.uses or (use.site in unknown and use.site not in pending):
@@ -96,7 +96,8 @@ class Pass:
             elif use.site in pending and bool((g != 0).any()):
                 showing.begin(use, g)
             else:
-                accumulation.add(use, saved, g, self._rows(use, g, known.get(use.site)))
+                return accumulation.add(use, saved, g, self._rows(use, g, known.get(use.site)))
+            return None
 
         self._backward_unleaked(receive, retain_graph=bool(pending))
         if not reached:
@@ -113,21 +114,22 @@ class Pass:
         fleeting: set[Site] = set()
         steady: set[Site] = set()
 
-        def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+        def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> Tensor | None:
             before = showing.evidence.get(use.site)
             if before is None or use.site in steady:
-                return
+                return None
             showing.weigh(use, g, range(self.examples))
             evidence = showing.evidence[use.site]
             if before.dims and not evidence.dims:  # other than in the first pass, whose losses were the same
                 showing.evidence[use.site] = before
-                return
+                return None
             steady.add(use.site)
             if self._picked_among_rows or is_fleeting(use, g, evidence.dims, self.examples, len(self.losses)):
                 fleeting.add(use.site)
-            if evidence.dims:
-                dim = likely_dim(evidence, g, self.examples)
-                accumulation.add(use, saved, g, self._rows(use, g, dim))
+            if not evidence.dims:
+                return None
+            dim = likely_dim(evidence, g, self.examples)
+            return accumulation.add(use, saved, g, self._rows(use, g, dim))
 
         for group in self.ownership.groups(showing.signature, self.examples):
             self._backward(group, showing.weighing(group), retain_graph=True)
@@ -160,10 +162,10 @@ class Pass:
         def sketch(use: TapedUse, _saved: tuple[Tensor, ...], g: Tensor) -> None:
             kept.append(sketches.of(g, possible_dims(use, g, self.examples)))
 
-        def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+        def receive(use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> Tensor | None:
             if showing:
                 sketches.of(g, possible_dims(use, g, self.examples))
-            accumulation.add(use, saved, g, self._rows(use, g, None))
+            return accumulation.add(use, saved, g, self._rows(use, g, None))
 
         if showing:
             self._backward(None, sketch, retain_graph=True)

@@ -86,7 +86,7 @@ class Recorded:
         use = _ruled(self.func, capture.tracked, args, kwargs)
         targets = capture.with_bases([known[node] for node in self.targets])
         site = capture.tape.site(function_name(self.func), capture.names_of(targets))
-        taped = TapedUse(site, use.terms, use.row_dims, self.selected, lent=True)
+        taped = TapedUse(site, use.terms, use.row_dims, selected=self.selected, lent=True)
         capture.tape.note(taped, self.output, targets)
         return taped
 

@@ -42,7 +42,11 @@ class IsTracked(Protocol):
 
 Term = Stored | FactoredTerm
 Terms = Sequence[tuple[Tensor, Term]]
-Receive = Callable[["TapedUse", tuple[Tensor, ...], Tensor], None]
+# What they are made of: the saved tensors, the output's gradient, where the rows are.
+MakeTerms = Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
+MakeBoth = Callable[[tuple[Tensor, ...], Tensor, Rows], tuple[Tensor, Terms]]  # with the gradient of the input
+# Told of each use in a backward pass; gives the gradient of the input, if it has asked the use for both.
+Receive = Callable[["TapedUse", tuple[Tensor, ...], Tensor], Tensor | None]
 
 
 class Site(NamedTuple):
@@ -58,11 +62,16 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Use:
-    """How a call used tracked tensors: what to save, and how saved tensors and the output's gradient make terms."""
+    """How a call used tracked tensors: what to save, and how saved tensors and the output's gradient make terms.
+
+    backward: makes the gradient of the input, which is the first of ``saved``, along with the terms: autograd is not
+    asked for it. None: it is autograd's.
+    """
 
     saved: tuple[Tensor, ...]
-    terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
+    terms: MakeTerms
     row_dims: tuple[int, ...] | None = None  # dimensions of the output that may hold the rows; None: any
+    backward: MakeBoth | None = None
     ruled: bool = True  # False: by the fallback
     selected: bool = False  # its rows were picked by data, which another step may do otherwise
 
@@ -82,8 +91,9 @@ class TapedUse:
     """
 
     site: Site
-    terms: Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
+    terms: MakeTerms
     row_dims: tuple[int, ...] | None
+    backward: MakeBoth | None = None
     selected: bool = False
     lent: bool = False  # others may write where its gradient and what it saved lie, once the tape has been told
 
@@ -150,13 +160,16 @@ class Tape:
 
         in_place: whether ``output`` is one of the call's arguments, which it changed.
         """
-        taped = TapedUse(site, use.terms, use.row_dims, use.selected)
+        taped = TapedUse(site, use.terms, use.row_dims, use.backward, use.selected)
         self.note(taped, output.shape, targets)
         if not use.ruled:
             output = output.clone()  # the function may have saved its result, which Tap would mark as changed
         self.inputs[_only_input(site, use.saved)] += 1
         saved = [t.detach() for t in use.saved]  # no edges into their graphs; the version counter is shared
-        tapped: Tensor = Tap.apply(output, self.anchor, self, taped, in_place, *saved)  # type: ignore[no-untyped-call]
+        source = use.saved[0] if use.backward else None
+        tapped: Tensor = Tap.apply(  # type: ignore[no-untyped-call]
+            output, source, self.anchor, self, taped, in_place, *saved
+        )
         return tapped
 
     def note(self, use: TapedUse, shape: torch.Size, targets: Iterable[Tensor]) -> None:
@@ -187,23 +200,29 @@ class Tape:
             if tensor._version != version
         ]
 
-    def record(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> None:
+    def record(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> Tensor | None:
+        """Take note of an output's gradient; gives that of the input where the use makes it itself."""
         if self.closed:
             raise CaptureError(
                 f"{use.site}: the losses come from a forward pass before the last clipper.backward, or in a block that"
                 " was left; add up all losses of a row and call clipper.backward(losses) inside `with clipper`, once"
                 " for each forward pass (a second call may only be for other examples)"
             )
-        if self.receive is None:
-            self.problems.append(unclipped(use.site.names))
-            return
+        of_input = None
         with torch._C.DisableTorchFunction():  # gradients are off already: nobody builds a graph of the backward pass
-            self.receive(use, saved, g)
+            if self.receive is None:
+                self.problems.append(unclipped(use.site.names))
+            else:
+                of_input = self.receive(use, saved, g)
+            if use.backward is not None and of_input is None:
+                of_input, _ = use.backward(saved, g, Rows(1))
+        return of_input
 
 
 class Tap(torch.autograd.Function):
     """The identity; its backward hands the gradient and the saved tensors to the tape.
 
+    Of a use with a backward pass of its own, ``output`` has no graph: it is made to depend on ``source``, its input.
     Saved tensors go through ``save_for_backward``, so a change in place before the backward pass is an error.
     The output may be changed in place afterwards (``ReLU(inplace=True)``): it is marked as in-place itself or, where it
     is a view (of linear layers with 3-d inputs), a new tensor over the same memory. Marked views would hide their graph
@@ -212,7 +231,14 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, _anchor: Tensor, tape: Tape, use: TapedUse, in_place: bool, *saved: Tensor
+        ctx: Any,
+        output: Tensor,
+        _source: Tensor | None,
+        _anchor: Tensor,
+        tape: Tape,
+        use: TapedUse,
+        in_place: bool,
+        *saved: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
@@ -225,6 +251,5 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is not None:
-            ctx.tape.record(*ctx.uses, ctx.saved_tensors, g)
-        return (g, *[None] * (len(ctx.needs_input_grad) - 1))
+        of_input = None if g is None else ctx.tape.record(*ctx.uses, ctx.saved_tensors, g)
+        return (g, of_input, *[None] * (len(ctx.needs_input_grad) - 2))

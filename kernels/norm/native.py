@@ -1,4 +1,4 @@
-"""``norm`` on the CPU, in float32 or from bfloat16: one read of x and g in ``csrc/cpu/norm.cpp``."""
+"""``norm`` on the CPU, in float32 or from bfloat16: one pass over x and g in ``csrc/cpu/norm.cpp``."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,29 @@ from dpfast.kernels.dispatch import NATIVE_DTYPES, native_module
 
 def group_norm_grads(x: Tensor, g: Tensor, groups: int, eps: float, examples: int) -> tuple[Tensor, Tensor]:
     """As the reference; sums are carried in float64 and rounded once."""
-    x, g = _flat(x), _flat(g)
+    return _run(_flat(x), _flat(g), None, None, groups, eps, examples)
+
+
+def group_norm_backward(
+    x: Tensor, g: Tensor, weight: Tensor | None, groups: int, eps: float, examples: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference, from the same sums."""
+    flat = _flat(x)
+    dx = torch.empty_like(flat)
+    weight = None if weight is None else weight.contiguous()
+    return dx.view(x.shape), *_run(flat, _flat(g), weight, dx, groups, eps, examples)
+
+
+def _run(
+    x: Tensor, g: Tensor, gamma: Tensor | None, dx: Tensor | None, groups: int, eps: float, examples: int
+) -> tuple[Tensor, Tensor]:
     rows, channels, positions = x.shape
     weight = x.new_empty(examples, channels, dtype=torch.float32)
     bias = torch.empty_like(weight)
-    native_module().group_norm_grads(
-        x.data_ptr(), x.stride(), g.data_ptr(), g.stride(),
-        (examples, rows // max(1, examples), groups, channels, positions), eps, NATIVE_DTYPES[x.dtype],
+    native_module().group_norm_backward(
+        (examples, rows // max(1, examples), groups, channels, positions),
+        (x.stride(), g.stride(), x.stride() if dx is None else dx.stride()), eps, NATIVE_DTYPES[x.dtype],
+        x.data_ptr(), g.data_ptr(), 0 if gamma is None else gamma.data_ptr(), 0 if dx is None else dx.data_ptr(),
         weight.data_ptr(), bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return weight, bias

@@ -10,11 +10,30 @@ from dpfast.kernels.precision import accumulation_dtype
 def group_norm_grads(x: Tensor, g: Tensor, groups: int, eps: float, examples: int) -> tuple[Tensor, Tensor]:
     """``weight = sum x_hat * g``, ``bias = sum g``; [N, C, *space] -> two of [B, C]."""
     dtype = accumulation_dtype(x, g)
-    # torch's kernel for channels_last finds the variance in one pass of float32: 4e-3 off where the mean is 100.
-    normalised = F.group_norm(x.to(dtype).contiguous(), groups, eps=eps)
+    normalised = _normalised(x.to(dtype), groups, eps)
 
     def split(t: Tensor) -> Tensor:
         rows = t.unflatten(0, (examples, t.shape[0] // max(1, examples)))
         return rows.flatten(3) if rows.ndim > 3 else rows.unsqueeze(3)
 
     return affine_grads(split(normalised), split(g.to(dtype)))
+
+
+def group_norm_backward(
+    x: Tensor, g: Tensor, weight: Tensor | None, groups: int, eps: float, examples: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With ``h = weight * g``: ``dx = (h - mean(h) - x_hat * mean(h * x_hat)) / sqrt(var + eps)``, means of a group."""
+    dtype = accumulation_dtype(x, g)
+    h = g.to(dtype)
+    if weight is not None:
+        h = h * weight.to(dtype).view(-1, *[1] * (x.ndim - 2))
+    wide = x.to(dtype)
+    h, x_hat, of_x = (t.reshape(len(x), groups, -1) for t in (h, _normalised(wide, groups, eps), wide))
+    scale = (of_x.var(2, correction=0, keepdim=True) + eps).rsqrt()
+    dx = (h - h.mean(2, keepdim=True) - x_hat * (h * x_hat).mean(2, keepdim=True)) * scale
+    return dx.view(x.shape).to(x.dtype), *group_norm_grads(x, g, groups, eps, examples)
+
+
+def _normalised(x: Tensor, groups: int, eps: float) -> Tensor:
+    # torch's kernel for channels_last finds the variance in one pass of float32: 4e-3 off where the mean is 100.
+    return F.group_norm(x.contiguous(), groups, eps=eps)

@@ -15,7 +15,7 @@ from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import IsTracked, Rule, Terms, Use, present
 from dpfast.clipping.terms import Stored
 from dpfast.kernels.affine import affine_grads
-from dpfast.kernels.norm import group_norm_grads
+from dpfast.kernels.norm import backward_is_native, group_norm_backward, group_norm_grads
 from dpfast.kernels.precision import accumulation_dtype
 
 
@@ -60,11 +60,18 @@ def _group_norm(
     if is_tracked(input) or input.ndim < 2:
         return None
 
-    def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
-        scale, shift = group_norm_grads(saved[0], g, groups, eps, rows.examples)
+    def of_affine(scale: Tensor, shift: Tensor) -> Terms:
         return present(is_tracked, [(weight, lambda: Stored(scale)), (bias, lambda: Stored(shift))])
 
-    return Use((input,), terms, (0,))
+    def terms(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Terms:
+        return of_affine(*group_norm_grads(saved[0], g, groups, eps, rows.examples))
+
+    def backward(saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> tuple[Tensor, Terms]:
+        of_input, *affine = group_norm_backward(saved[0], g, weight, groups, eps, rows.examples)
+        return of_input, of_affine(*affine)
+
+    at_once = input.requires_grad and backward_is_native(input, weight)
+    return Use((input,), terms, (0,), backward if at_once else None)
 
 
 def _channel_norm(
