@@ -58,8 +58,8 @@ struct Norm {
     Dtype dtype;  // of x, g and dx
 };
 
-// weight[e, c] = sum of x_hat * g and bias[e, c] = sum of g over the rows and positions of e; and the gradient of x, where
-// gamma is the norm's weight (null: ones), unless dx is null.
+// weight[e, c] = sum of x_hat * g and bias[e, c] = sum of g over the rows and positions of e; and, unless dx is null, the
+// gradient of x, where gamma is the norm's weight (null: ones).
 void group_norm_backward(const Norm& norm, const void* x, const void* g, const float* gamma, void* dx, float* weight,
                          float* bias, int threads);
 

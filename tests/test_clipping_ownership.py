@@ -55,6 +55,27 @@ def test_two_examples_anywhere_that_meet(pair) -> None:
         clip(clipper, torch.randn(8, 5))
 
 
+class ScaledByBright(nn.Module):
+    """A norm whose scale comes from the batch, from bright images only: no forward probe sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(3, 8, 3), nn.Linear(3, 8)
+        self.shift = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        bright = (x.nan_to_num().amin((1, 2, 3), keepdim=True) > 5).float()
+        scale = 1 + self.scale((x.nan_to_num() * bright).sum((0, 2, 3))) * bright.max()
+        return F.group_norm(self.conv(x), 2, scale, self.shift)
+
+
+def test_examples_that_meet_in_the_scale_of_a_norm() -> None:
+    x = torch.randn(8, 3, 6, 6)
+    x[0] += 50
+    with pytest.raises(CaptureError, match=r"scale.weight.*linear: the gradient of one example's loss reaches rows"):
+        clip(GhostClipper(ScaledByBright(), max_grad_norm=1.0), x)
+
+
 class Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

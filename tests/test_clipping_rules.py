@@ -459,3 +459,44 @@ def test_a_step_in_the_block_keeps_the_form(monkeypatch) -> None:
             with torch.no_grad():
                 model.weight -= 0.1 * model.weight.grad
             clipper.zero_grad()
+
+
+class Modulated(nn.Module):
+    """A group norm, or an instance norm, whose scale or shift comes from the input."""
+
+    def __init__(self, norm, *, scale: bool) -> None:
+        super().__init__()
+        self.conv, self.made, self.norm, self.scale = nn.Conv2d(3, 4, 1), nn.Linear(3, 4), norm, scale
+        self.own = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        made = self.made(x.mean((0, 2, 3)))
+        scale, shift = (made, self.own) if self.scale else (self.own, made)
+        return self.norm(self.conv(x), scale, shift).sin()
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize(
+    "norm",
+    [lambda h, w, b: F.group_norm(h, 2, w, b), lambda h, w, b: F.instance_norm(h, weight=w, bias=b)],
+    ids=["group", "instance"],
+)
+def test_norms_whose_affine_comes_from_data(norm, scale) -> None:
+    """Of one example: no rows can meet."""
+    torch.manual_seed(0)
+    with fallbacks():  # the layer that makes it has one row for all
+        check(Modulated(norm, scale=scale), (torch.randn(4, 3, 5, 5),), augmult=4)
+
+
+def test_a_scale_that_changes_after_its_norm_is_an_error() -> None:
+    """As it is for autograd."""
+
+    def changed(m, x):
+        scale = torch.full((4,), 2.0)
+        h = F.group_norm(F.conv2d(x, m.w), 2, scale, m.b)
+        scale.zero_()
+        return h
+
+    clipper = GhostClipper(Raw(changed, w=(4, 3, 1, 1), b=(4,)), max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"), clipper:
+        clipper.backward(losses(clipper.model, (torch.randn(2, 3, 5, 5),)))

@@ -1,10 +1,13 @@
 """``norm``: the backward pass of a group norm, against torch and float64."""
 
+import itertools
+
 import pytest
 import torch
 
 from cases import LAYOUTS, relayout
 from dpfast.kernels import norm
+from dpfast.kernels.dispatch import KernelError
 from kernel_cases import (
     BACKENDS,
     needs_native,
@@ -26,6 +29,51 @@ def test_group_norms(shape, dtype, layout, offset, backend) -> None:
     torch.manual_seed(0)
     x, g = relayout((torch.randn(shape) + offset).to(dtype), layout), relayout(torch.randn(shape).to(dtype), layout)
     assert_group_norms(x, g, 1 if shape[0] in (3, 5) else 2, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_that_differ(backend) -> None:
+    for of_x, of_g in itertools.permutations(LAYOUTS, 2):
+        x, g = relayout(torch.randn(4, 18, 5, 3), of_x), relayout(torch.randn(4, 18, 5, 3), of_g)
+        assert_group_norms(x, g, 2, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 8, 3, 3), (4, 8, 0)])
+def test_nothing_to_normalise(shape, backend) -> None:
+    x = torch.randn(shape)
+    dx, weight, bias = norm.group_norm_backward(x, x, None, 4, 1e-5, shape[0], backend=backend)
+    assert dx.shape == shape
+    assert weight.shape == bias.shape == (shape[0], 8)
+    assert not weight.any()
+    assert not bias.any()
+
+
+WRONG = {
+    "one shape": {"g": torch.randn(4, 8, 3)},
+    "groups that divide 8 channels": {"groups": 3},
+    "examples that divide 4 rows": {"examples": 3},
+    r"a weight \[C\] = \[8\]": {"weight": torch.ones(2)},
+    "on one device": {"weight": torch.ones(8, device="meta")},
+}
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments(message, backend) -> None:
+    given = {"x": torch.randn(4, 8, 5), "g": torch.randn(4, 8, 5), "weight": torch.ones(8), "groups": 2, "examples": 2}
+    with pytest.raises(KernelError, match=message):
+        norm.group_norm_backward(**{**given, **WRONG[message]}, eps=1e-5, backend=backend)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_other_dtypes(dtype) -> None:
+    x, g, weight = torch.randn(4, 8, 5), torch.randn(4, 8, 5), torch.randn(8).to(dtype)
+    with pytest.raises(KernelError, match=r"all torch.float32|all float32"):
+        norm.group_norm_backward(x, g, weight, 2, 1e-5, 2, backend="native")
+    exact, *_ = norm.group_norm_backward(x.double(), g.double(), weight.double(), 2, 1e-5, 2)
+    assert relative(norm.group_norm_backward(x, g, weight, 2, 1e-5, 2)[0], exact) <= 1e-5
 
 
 def assert_group_norms(x, g, examples, backend) -> None:
@@ -61,7 +109,7 @@ def by_autograd(x, g, scales, groups, examples) -> list[torch.Tensor]:
 
 
 def summands(x, g, scales, groups) -> torch.Tensor:
-    """How long what is added up to dx is."""
+    """The norm of dx's first summand: a scale for errors where dx itself cancels."""
     h = g if scales is None else g * scales.double().view(-1, *[1] * (x.ndim - 2))
     h, x = (t.reshape(len(t), groups, -1) for t in (h, x))
     return (h / (x.var(2, correction=0, keepdim=True) + 1e-5).sqrt()).norm()

@@ -81,8 +81,8 @@ class Passed:
 
 
 def gate(case: Case) -> Passed:
-    """The 2x rule: an error of at most twice that of torch in float32, in which every dtype is summed, plus roundings
-    (of the result, where that is in low precision).
+    """The 2x rule: an error of at most twice that of torch in float32, in which every dtype is summed, plus one
+    rounding of the result's dtype, or ROUNDINGS.
 
     A Gram has to keep to its own bound instead.
 

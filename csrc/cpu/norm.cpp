@@ -4,9 +4,10 @@
 //
 //     dx = scale * (h - mean(h) - x_hat * mean(h * x_hat))
 //
-// whose means follow from the sums that the affine parameters need. A row's group is read from memory once, and from
-// the first-level cache for the rest: for the mean; for sums of (x - mean)^2, g and g (x - mean) per channel; for dx. The
-// mean is rounded to float after the first pass and what that changes is put right in double.
+// whose means follow from the sums that the affine parameters need. Three passes: for the mean; for sums of (x - mean)^2,
+// g and g (x - mean) per channel; for dx. Where positions follow each other a pass is over one row's group, which stays
+// in the first-level cache; else over a row. The mean is rounded to float after the first pass, and what that changes
+// is put right in double.
 //
 // This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <algorithm>
@@ -100,11 +101,11 @@ struct Line {
     float of_g, of_x, rest;
 };
 
-// Of a group's channels, from mean(h) and mean(h * x_hat).
-struct Lines {
+// The lines of a group's channels, from mean(h) and mean(h * x_hat).
+struct GroupLine {
     double scale, of_x, rest;
 
-    Lines(const Moments& m, double h, double hx)
+    GroupLine(const Moments& m, double h, double hx)
         : scale(m.scale), of_x(-m.scale * m.scale * hx), rest(m.scale * (m.scale * hx * (m.mean - m.rounded) - h)) {}
 
     Line of(double gamma) const {
@@ -148,7 +149,7 @@ struct Part {
 // Numbers per channel of one row.
 struct Columns {
     std::vector<double> sum, xx, g, gx;
-    std::vector<float> mean, of_g, of_x, rest;  // of_g and so on: of the lines
+    std::vector<float> mean, of_g, of_x, rest;  // the last three: of each channel's Line
 
     explicit Columns(int64_t n) : sum(n), xx(n), g(n), gx(n), mean(n), of_g(n), of_x(n), rest(n) {}
 };
@@ -181,11 +182,11 @@ void along_positions(const Problem<T>& p, const Part& part, int64_t group, Colum
             hx += p.scaled_by(first + c) * weight;
         }
         if (!p.dx) continue;
-        const Lines lines(moments, h / p.count(), hx / p.count());
+        const GroupLine of_group(moments, h / p.count(), hx / p.count());
         T* dx = p.dx + n * p.dx_stride.n + first * p.dx_stride.c;
         for (int64_t c = 0; c < width; ++c) {
             write_positions(x + c * p.x_stride.c, g + c * p.g_stride.c, positions, moments.rounded,
-                            lines.of(p.scaled_by(first + c)), dx + c * p.dx_stride.c);
+                            of_group.of(p.scaled_by(first + c)), dx + c * p.dx_stride.c);
         }
     }
 }
@@ -278,9 +279,9 @@ void along_channels(const Problem<T>& p, const Part& part, Columns* columns) {
                 h += p.scaled_by(i) * k.g[i];
                 hx += p.scaled_by(i) * weight;
             }
-            const Lines lines(moments[group], h / p.count(), hx / p.count());
+            const GroupLine of_group(moments[group], h / p.count(), hx / p.count());
             for (int64_t i = first; p.dx && i < end; ++i) {
-                const Line line = lines.of(p.scaled_by(i));
+                const Line line = of_group.of(p.scaled_by(i));
                 k.of_g[i] = line.of_g, k.of_x[i] = line.of_x, k.rest[i] = line.rest;
             }
         }
@@ -292,11 +293,17 @@ void along_channels(const Problem<T>& p, const Part& part, Columns* columns) {
 template <class T>
 void run(const Problem<T>& p, float* weight, float* bias, int threads) {
     const NormShape& shape = p.shape;
-    const bool positions = p.x_stride.s == 1 && p.g_stride.s == 1 && (!p.dx || p.dx_stride.s == 1);
+    const bool channels = p.x_stride.c == 1 && p.g_stride.c == 1 && (!p.dx || p.dx_stride.c == 1);
+    const bool positions = p.x_stride.s == 1 && p.g_stride.s == 1 && (!p.dx || p.dx_stride.s == 1) &&
+                           !(channels && shape.positions == 1);
     const bool parallel = threads > 1 && shape.examples * shape.rows * shape.channels * shape.positions > kSerial;
     const int64_t groups = positions ? shape.groups : 1, tasks = std::max<int64_t>(1, shape.examples * groups);
     const int64_t parts = parallel ? std::min(shape.rows, (threads + tasks - 1) / tasks) : 1;
     const int64_t numbers = shape.examples * shape.channels;
+    if (shape.positions == 0) {
+        std::fill(weight, weight + numbers, 0.0f), std::fill(bias, bias + numbers, 0.0f);
+        return;
+    }
     std::vector<double> sums(2 * std::max<int64_t>(1, parts) * numbers);
 #pragma omp parallel num_threads(threads) if (parallel)
     {

@@ -75,7 +75,6 @@ struct Wide {
 
 inline Wide operator+(Wide a, const Wide& b) { return a += b, a; }
 inline Wide operator*(const Wide& a, const Wide& b) { return {a.low * b.low, a.high * b.high}; }
-inline Wide operator*(double a, const Wide& b) { return {a * b.low, a * b.high}; }
 
 inline Wide widen(Vec v) {
 #if defined(__AVX512F__)

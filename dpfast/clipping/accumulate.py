@@ -83,7 +83,7 @@ class Accumulation:
         self.direct = {} if begun is not None else direct_uses(tracked.values(), tape.times_used.__getitem__)
 
     def add(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor, rows: Rows) -> Tensor | None:
-        """The terms of a use; gives the gradient of its input, if it makes that, too. Nothing that is lent is kept."""
+        """Take the terms of a use, and keep nothing that is lent; the gradient of its input where it makes that."""
         lent = {t.untyped_storage()._cdata for t in (g, *saved)} if use.lent else set[int]()
         of_input, terms = use.backward(saved, g, rows) if use.backward else (None, use.terms(saved, g, rows))
         for target, term in terms:

@@ -346,7 +346,11 @@ class Capture(TorchFunctionMode):
             return self._harmless(func, args, kwargs)
         use = replace(use, selected=True) if selected else use
         random_before = None if use.ruled else random_state()
-        with nullcontext() if use.backward is None or not self.detach else torch.no_grad():
+        given = tensors_in((args, kwargs))
+        if use.backward is not None and not all(t is use.saved[0] or self.tracked(t) for t in given):
+            use = replace(use, backward=None)  # autograd brings gradients to the others, and sees whether they change
+        by_itself = use.backward is not None and self.detach
+        with torch.no_grad() if by_itself else nullcontext():
             output = self._run(func, args, kwargs)
         if random_before is not None and any(t.is_floating_point() for t in tensors_in(output)):
             self._check_fallback(func, names, random_before)

@@ -42,10 +42,10 @@ class IsTracked(Protocol):
 
 Term = Stored | FactoredTerm
 Terms = Sequence[tuple[Tensor, Term]]
-# What they are made of: the saved tensors, the output's gradient, where the rows are.
+# From the saved tensors, the output's gradient, and where the rows are.
 MakeTerms = Callable[[tuple[Tensor, ...], Tensor, Rows], Terms]
 MakeBoth = Callable[[tuple[Tensor, ...], Tensor, Rows], tuple[Tensor, Terms]]  # with the gradient of the input
-# Told of each use in a backward pass; gives the gradient of the input, if it has asked the use for both.
+# Told of each use in a backward pass; returns the gradient of the input where it has called ``use.backward``.
 Receive = Callable[["TapedUse", tuple[Tensor, ...], Tensor], Tensor | None]
 
 
@@ -64,8 +64,8 @@ class Site(NamedTuple):
 class Use:
     """How a call used tracked tensors: what to save, and how saved tensors and the output's gradient make terms.
 
-    backward: makes the gradient of the input, which is the first of ``saved``, along with the terms: autograd is not
-    asked for it. None: it is autograd's.
+    backward: makes the gradient of the input, which is the first of ``saved``, along with the terms. It takes the place
+    of autograd's backward pass, so it is left aside where the call has other tensors than the input and tracked ones.
     """
 
     saved: tuple[Tensor, ...]
@@ -201,7 +201,7 @@ class Tape:
         ]
 
     def record(self, use: TapedUse, saved: tuple[Tensor, ...], g: Tensor) -> Tensor | None:
-        """Take note of an output's gradient; gives that of the input where the use makes it itself."""
+        """Take note of an output's gradient; returns that of the input where the use makes it itself."""
         if self.closed:
             raise CaptureError(
                 f"{use.site}: the losses come from a forward pass before the last clipper.backward, or in a block that"
@@ -209,7 +209,7 @@ class Tape:
                 " for each forward pass (a second call may only be for other examples)"
             )
         of_input = None
-        with torch._C.DisableTorchFunction():  # gradients are off already: nobody builds a graph of the backward pass
+        with torch._C.DisableTorchFunction():
             if self.receive is None:
                 self.problems.append(unclipped(use.site.names))
             else:

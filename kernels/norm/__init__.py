@@ -11,7 +11,7 @@ and g; the reference normalises first.
 import torch
 from torch import Tensor
 
-from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, choose, would_be_native
+from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, KernelError, choose, would_be_native
 from dpfast.kernels.norm import native, reference
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
@@ -25,7 +25,11 @@ def group_norm_grads(
     """Gradients ``(weight, bias)`` of every example, each [B, C], float32 at least.
 
     Native for float32 and bfloat16 on the CPU.
+
+    Raises:
+        KernelError: other shapes, dtypes or devices, or ``backend="native"`` where it cannot be used.
     """
+    _check(x, g, None, groups, examples)
     return _group_norm_grads(x, g, groups, eps, examples, backend)
 
 
@@ -41,19 +45,42 @@ def group_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of ``x``, of its shape and dtype, and those of ``group_norm_grads``. weight: of the norm, ``[C]``.
 
-    Native for float32 and bfloat16 on the CPU, with a weight of float32.
+    Native for float32 and bfloat16 on the CPU, with a weight of float32. Raises as ``group_norm_grads``.
     """
+    _check(x, g, weight, groups, examples)
     return _group_norm_backward(x, g, weight, groups, eps, examples, backend)
 
 
 def backward_is_native(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether ``group_norm_backward`` is native, for gradients like ``x``: otherwise torch's is the faster one."""
+    """Whether ``group_norm_backward`` is native for gradients like ``x``: the reference is slower than autograd."""
     return would_be_native(x) and (weight is None or (weight.dtype == torch.float32 and would_be_native(weight)))
 
 
+def _check(x: Tensor, g: Tensor, weight: Tensor | None, groups: int, examples: int) -> None:
+    problems = []
+    if x.ndim < 2 or x.shape != g.shape:
+        problems.append("expected x and g of one shape [N, C, *space]")
+    elif groups < 1 or x.shape[1] % groups:
+        problems.append(f"expected groups that divide {x.shape[1]} channels")
+    elif x.shape[0] % max(1, examples):
+        problems.append(f"expected examples that divide {x.shape[0]} rows")
+    elif weight is not None and weight.shape != x.shape[1:2]:
+        problems.append(f"expected a weight [C] = [{x.shape[1]}]")
+    if not all(t.is_floating_point() and t.device == x.device for t in (x, g, weight) if t is not None):
+        problems.append("expected floating dtypes, on one device")
+    if problems:
+        given = (("x", x), ("g", g), *([] if weight is None else [("weight", weight)]))
+        came = [f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in given]
+        raise KernelError(
+            f"group norm: {'; '.join(problems)}; got {', '.join(came)}, groups={groups}, examples={examples}"
+        )
+
+
 def _is_native(x: Tensor, g: Tensor, weight: Tensor | None, backend: Backend | None) -> bool:
-    if backend is None and (x.dtype != g.dtype or not (weight is None or backward_is_native(x, weight))):
+    if backend is None and (x.dtype != g.dtype or not backward_is_native(x, weight)):
         return False
+    if backend == "native" and weight is not None:
+        choose(backend, weight)
     return choose(backend, x, g, dtypes=tuple(NATIVE_DTYPES)) == "native"
 
 
@@ -72,16 +99,16 @@ def _backward(
 
 
 def _fake_grads(
-    x: Tensor, g: Tensor, _groups: int, _eps: float, examples: int, _: Backend | None
+    x: Tensor, g: Tensor, _groups: int, _eps: float, examples: int, _backend: Backend | None
 ) -> tuple[Tensor, Tensor]:
     weight = x.new_empty((examples, x.shape[1]), dtype=accumulation_dtype(x, g))
     return weight, torch.empty_like(weight)
 
 
 def _fake_backward(
-    x: Tensor, g: Tensor, _weight: Tensor | None, groups: int, eps: float, examples: int, _: Backend | None
+    x: Tensor, g: Tensor, _weight: Tensor | None, groups: int, eps: float, examples: int, backend: Backend | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *_fake_grads(x, g, groups, eps, examples, _)
+    return torch.empty_like(x), *_fake_grads(x, g, groups, eps, examples, backend)
 
 
 _group_norm_grads = register(
