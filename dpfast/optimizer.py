@@ -196,9 +196,12 @@ class DPOptimizer(torch.optim.Optimizer):
                 found.append(f"{name} is optimized but not clipped; build the clipper on the model that has it")
             elif not p.requires_grad and p.grad is not None:
                 found.append(f"{name} is frozen but has a gradient; set its grad to None, or unfreeze it")
-        for name, p in self._trainable().items():
-            if id(p) not in optimized:
-                found.append(f"{name} is clipped but not optimized; give it to the optimizer or freeze it")
+        missing = [name for name, p in self._trainable().items() if id(p) not in optimized]
+        if missing:
+            are = "is" if len(missing) == 1 else "are"
+            found.append(
+                f"{listed(missing)} {are} clipped but not optimized; give all to the optimizer, or freeze them"
+            )
         return found
 
 

@@ -36,5 +36,6 @@ class Performance:
             raise ConfigError(f"Performance(form={self.form!r}): expected one of {', '.join(get_args(Form))}")
         for name in ("microbatch", "memory_budget"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"Performance({name}={value!r}): expected a positive number or None")
+            if value is not None and not (isinstance(value, int | float) and value >= 1):
+                unit = " of bytes" if name == "memory_budget" else ""
+                raise ConfigError(f"Performance({name}={value!r}): expected a positive number{unit} or None")

@@ -1,7 +1,9 @@
 """That an objective keeps examples apart: shown on synthetic examples, before the private ones are used."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ from dpfast.objective import Objective
 from dpfast.seeding import RandomState
 
 PROBED_EXAMPLES = 4  # that an objective is shown on
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+SAME_LOSS = 0.02  # losses of batches of two sizes differ by less: another order of sums, in bfloat16
 
 
 def show_objective(
@@ -22,7 +26,8 @@ def show_objective(
     keys: RowKeys,
     parameters: Iterable[nn.Parameter],
 ) -> None:
-    """There is a loss for each row, and no example changes the loss of another; or ``CaptureError``.
+    """There is a loss for each row, and no example changes the loss of another, be it by being there; or
+    ``CaptureError``.
 
     The clipper sees what happens inside the model; this sees what happens around it.
 
@@ -32,25 +37,31 @@ def show_objective(
 
     def losses(*examples: Tensor) -> Tensor:
         state.restore()
-        out = objective(model, *examples, keys)
-        if not isinstance(out, Tensor) or out.shape != (keys.rows,):
+        own = replace(keys, ids=keys.ids[: len(examples[0])])
+        out = objective(model, *examples, own)
+        if not isinstance(out, Tensor) or out.shape != (own.rows,):
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise CaptureError(
-                f"the objective returned {got} for {count} examples of {rows} rows (keys.augmult): expected one"
-                f" loss per row, ({keys.rows},), not reduced"
+                f"the objective returned {got} for {len(own.ids)} examples of {rows} rows (keys.augmult): expected one"
+                f" loss per row, ({own.rows},), not reduced"
             )
-        return out.view(count, rows)
+        return out.view(-1, rows)
 
+    batch = Synthetic(rows=count, augmult=1)
     with no_trace_left(model):
         try:
             verdict = thorough_verdict(
                 lambda batch: forward_verdict(losses, tuple(examples), {}, batch),
-                Synthetic(rows=count, augmult=1),
+                batch,
                 lambda: brought_out(parameters),
             )
         except TypeError as error:
             error.add_note("the objective is called as objective(model, *examples, keys), keys being RowKeys")
             raise
+        with without_dropout(model):
+            given = [batch(x) for x in examples]
+            fewer, all_of_them = losses(*[x[: count // 2] for x in given]), losses(*given)
+            random = state.has_moved()
     if verdict == "mixed":
         raise CaptureError(
             "the objective cannot be trained on privately: changing one example changes the loss of another. Use no"
@@ -63,9 +74,34 @@ def show_objective(
             " others so. Keep the rows of the examples in places of their own, or replace such numbers first"
             " (torch.nan_to_num)"
         )
-    if verdict == "unrepeatable":
+    finite = fewer.isfinite()
+    alike = bool((fewer - all_of_them[: count // 2])[finite].norm() <= SAME_LOSS * fewer[finite].norm())
+    if not alike and not random and verdict != "unrepeatable":
+        raise CaptureError(
+            "the objective cannot be trained on privately: the loss of an example depends on how many others are in the"
+            " batch, and that is private. Divide by no number of examples or rows (the sum over a batch is divided by"
+            " the plan's expected batch size)"
+        )
+    unshown = "it gives two results for the same examples" if verdict == "unrepeatable" else ""
+    if not alike and random:
+        unshown = "their losses change with their number, and so do the random numbers that it draws"
+    if unshown:
         warnings.warn(
-            "it was not shown that the objective keeps examples apart: it gives two results for the same examples"
-            " (random numbers that are not of the keys?)",
+            f"it was not shown that the objective keeps examples apart: {unshown} (random numbers that are not of the"
+            " keys, dropout that is no layer?)",
             stacklevel=4,
         )
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Layers that drop nothing: what they draw depends on how many rows there are."""
+    layers = [m for m in model.modules() if isinstance(m, DROPOUTS)]
+    rates = [layer.p for layer in layers]
+    try:
+        for layer in layers:
+            layer.p = 0.0
+        yield
+    finally:
+        for layer, rate in zip(layers, rates, strict=True):
+            layer.p = rate

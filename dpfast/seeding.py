@@ -37,6 +37,17 @@ class RandomState:
         self.numpy = np.random.get_state()  # noqa: NPY002  # of the one generator that all share
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
+    def has_moved(self) -> bool:
+        """Whether random numbers have been drawn since."""
+        now = RandomState()
+        numpy = zip(self.numpy, now.numpy, strict=True)
+        return not (
+            torch.equal(self.cpu, now.cpu)
+            and self.python == now.python
+            and all(np.array_equal(before, after) for before, after in numpy)
+            and all(map(torch.equal, self.cuda, now.cuda))
+        )
+
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         random.setstate(self.python)

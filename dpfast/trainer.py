@@ -1,6 +1,7 @@
 """DPTrainer: a model, a data set and a plan in; a privately trained model out."""
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,8 +53,8 @@ class DPTrainer:
     model: trained in place, in the mode (train or eval) that each of its layers is in; frozen parameters stay.
     dataset: an ``ImageSet`` (images uint8, labels), or anything whose items are tensors or tuples of tensors.
     plan: everything that moves epsilon.
-    objective: losses per row, given the examples of a batch and their ``RowKeys`` (random numbers that belong to an
-        example and a step, not to a place in the batch); ``DiffusionObjective`` is one.
+    objective: losses per row, given the examples of a batch and their ``dpfast.data.keyed.RowKeys`` (random numbers
+        that belong to an example and a step, not to a place in the batch); ``DiffusionObjective`` is one.
     optimizer: makes a torch optimizer from parameters; its learning rate is reached after ``warmup_steps``.
     augmult: K, the rows made of each example.
     seed: of augmentation, timesteps and diffusion noise, keyed by example. It reaches neither the privacy noise nor the
@@ -220,9 +221,15 @@ class DPTrainer:
             return size
         fitting = largest_fitting(size, lambda smaller: self.plan_step(smaller).peak <= budget)
         if fitting is None:
-            what = f"memory_budget={budget} is less than what one row of one example is predicted to take"
-            warnings.warn(what, stacklevel=3)
-        return fitting or Size(1, 1)
+            rows = {math.ceil(self.augmult / 2**i) for i in range(self.augmult.bit_length() + 1)}
+            peak, fewest = min((self.plan_step(Size(1, few)).peak, few) for few in rows)
+            fitting = Size(1, fewest)
+            warnings.warn(
+                f"memory_budget={budget} is less than what any physical batch is predicted to take: the smallest needs"
+                f" {peak:,} bytes (rows of one example at a time: {fewest}), and is taken",
+                stacklevel=3,
+            )
+        return fitting
 
     def physical_losses(self, size: Size | None = None) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """What a physical batch computes: ``losses(model, *examples)``, and examples of zeros in its shapes."""
@@ -371,10 +378,16 @@ class DPTrainer:
                 part.load_state_dict(parts[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"the checkpoint in {self.state_dir} is of another model, optimizer or ema_decay ({error}): give those"
-                " it was made with, or another folder with a new budget"
+                f"the checkpoint in {self.state_dir} is of another model, optimizer or ema_decay: give those it was"
+                f" made with, or another folder with a new budget ({_brief(error)})"
             ) from error
 
     def _message(self) -> str:
         lost = f" ({self.lost_steps} charged steps lost to interruptions)" if self.lost_steps else ""
         return f"private training{lost}"
+
+
+def _brief(error: Exception, lines: int = 3) -> str:
+    """The first lines of what torch says, which names every parameter."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(said[:lines]) + (f" and {len(said) - lines} lines more" if len(said) > lines else "")

@@ -155,6 +155,19 @@ def test_several_steps_in_one_block() -> None:
         torch.testing.assert_close(norms, oracle.norms, rtol=1e-5, atol=0)
 
 
+def test_rows_that_would_be_clipped_twice() -> None:
+    """Two losses of the same rows are one sum, not two."""
+    clipper = GhostClipper(nn.Linear(4, 3), max_grad_norm=1.0)
+    x = torch.randn(6, 4)
+    with clipper:
+        clipper.backward(losses(clipper.model, (x,)))
+        with pytest.raises(CaptureError, match="add up all losses of a row"):
+            clipper.backward(3 * losses(clipper.model, (x,)))
+        clipper.backward(losses(clipper.model, (x.clone(),)))  # others, which happen to be alike
+        x.normal_()
+        clipper.backward(losses(clipper.model, (x,)))
+
+
 def test_freezing_between_the_passes() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     clipper = GhostClipper(model, max_grad_norm=1.0)

@@ -113,6 +113,8 @@ def test_forms_that_are_not_run_say_why(monkeypatch) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
     step = (model, lambda model, x: model(x).square().sum(1), (torch.randn(4, 1, 6, 6),))
 
+    monkeypatch.setattr("dpfast.bench.SLOW", 100)
+
     def reasons(**settings) -> dict[str, str | None]:
         return {m.name: m.skipped for m in bench(*step, rounds=1, **settings)}
 

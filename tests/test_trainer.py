@@ -18,7 +18,7 @@ from dpfast.data import ImageSet
 from dpfast.errors import CaptureError, CheckpointError, ConfigError, DataError, PrivacyError
 from dpfast.measure import peak_storages
 from dpfast.performance import Form
-from dpfast.physical import Batch
+from dpfast.physical import Batch, Size
 from dpfast.privacy import read_ledger
 from dpfast.testing import injected_entropy
 
@@ -164,8 +164,11 @@ def test_the_memory_budget_sizes_physical_batches() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1][0] == 1
     assert sizes[-1][1] < K
-    with pytest.warns(UserWarning, match="memory_budget=1 is less than what one row of one example"):
-        assert trainer(performance=Performance(memory_budget=1)).physical_size.rows == 1
+    t = trainer(performance=Performance(memory_budget=1))
+    with pytest.warns(UserWarning, match=r"memory_budget=1 is less than .* the smallest needs [\d,]+ bytes"):
+        smallest = t.physical_size
+    assert smallest.examples == 1
+    assert t.plan_step(smallest).peak == min(t.plan_step(Size(1, rows)).peak for rows in (1, 2, K))
 
 
 @pytest.mark.parametrize("fits", [1, 2, 4, 9])
@@ -686,3 +689,30 @@ def test_square_examples_and_rare_labels() -> None:
     rare = ImageSet(pixels, (torch.arange(400) == 217).long(), ("a", "b", "c"))
     with pytest.raises(CaptureError, match="changing one example changes the loss of another"):
         DPTrainer(network(), rare, plan(dataset_size=400), objective=by_label_counts, optimizer=torch.optim.Adam).fit()
+
+
+def test_losses_divided_by_the_size_of_the_batch_are_refused() -> None:
+    """How many examples a step draws is private: their share would change with each other."""
+
+    def divided(model, pixels, labels, keys):
+        return objective(model, pixels, labels, keys) / len(pixels)
+
+    with pytest.raises(CaptureError, match="depends on how many others are in the batch"):
+        trainer(objective=divided).fit()
+
+
+def test_dropout_is_no_size_of_the_batch() -> None:
+    """As a layer, whose rate is put back; as a call, it is said that nothing was shown."""
+    layer = network()
+    layer.insert(3, nn.Dropout(0.5))
+    trainer(layer, plan=plan(steps=1)).fit()
+    assert layer[3].p == 0.5
+
+    def dropped(model, pixels, labels, keys):
+        rows = pixels.float().repeat_interleave(keys.augmult, 0)
+        for _ in range(2):
+            rows = nn.functional.dropout(rows, 0.2)
+        return nn.functional.cross_entropy(model(rows), labels.repeat_interleave(keys.augmult), reduction="none")
+
+    with pytest.warns(UserWarning, match="losses change with their number, and so do the random numbers"):
+        trainer(objective=dropped, plan=plan(steps=1)).fit()

@@ -1,6 +1,7 @@
 """GhostClipper: per-example clipping for any model in any loop."""
 
 import warnings
+import weakref
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -112,6 +113,9 @@ class GhostClipper:
         self._anchor, self._standing = torch.zeros((), requires_grad=True), Standing()
         self._capture: Capture | None = None
         self._begun: Begun | None = None
+        self._clipped: list[
+            tuple[weakref.ref[Tensor], int]
+        ] = []  # what the model was last given in the block; versions
         self._last: Seen = {}  # the parameters, when the last step began
         self._updates = -1  # how often they have changed since
         self._fixed: Seen = {}  # buffers and frozen parameters, when they were last looked at
@@ -163,6 +167,7 @@ class GhostClipper:
             raise CaptureError("this clipper is already active: leave its `with` block before entering it again")
         model = Inventory.of(self.model)
         refuse(_model_problems(model))
+        self._clipped = []
         self._buffers = seen(model.fixed)
         if self._fixed:
             self._see_fixed(self._buffers)
@@ -224,6 +229,8 @@ class GhostClipper:
                         "losses depend on no trainable parameter: compute them inside `with clipper`, with gradients"
                         f" enabled{_without_grad(tape.used_without_grad)}"
                     )
+                if self._begun is None:
+                    self._see_inputs(model.trainable)
                 self._see_examples(examples)
                 unseen = self._calls.show(len(losses)) if examples else ""
                 clipped = self._clip(losses, examples, example_mask, model.trainable, more=more)
@@ -311,6 +318,18 @@ class GhostClipper:
             self._moves += 1
             if self._moves & (self._moves - 1) == 0:
                 self._forget_shown()
+
+    def _see_inputs(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """That the rows are not those of the last call in the block, whose sum is still there."""
+        inputs = [t for t in self._calls.inputs if t.ndim]
+        before, self._clipped = self._clipped, [(weakref.ref(t), t._version) for t in inputs]
+        same = [(id(of()), version) for of, version in before] == [(id(t), t._version) for t in inputs]
+        kept = any(p.grad is not None and p.grad is self._written.get(id(p), (None,))[0] for p in parameters.values())
+        if inputs and same and kept:
+            raise CaptureError(
+                "the rows of the last clipper.backward in this block went into the model again, and each call clips to"
+                " max_grad_norm by itself: add up all losses of a row, and call it once"
+            )
 
     def _see_examples(self, examples: int) -> None:
         """More examples than ever: there are pairs of places that no probe has seen."""

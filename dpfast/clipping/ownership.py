@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dpfast.clipping.problems import Problem
 from dpfast.clipping.tape import Receive, Site, TapedUse
 
 Signature = int  # the hash of a step's uses with their shapes, what it called, and the modes of the layers
@@ -93,10 +92,10 @@ class Ownership:
 
     def settle(
         self, signature: Signature, evidence: Mapping[Site, Evidence], examples: int, fleeting: Collection[Site]
-    ) -> list[Problem]:
+    ) -> list[Site]:
         """Remember what a step has shown, but for ``fleeting`` uses, whose rows may have other owners in the next step.
 
-        A use left without a possible row dimension is a problem.
+        Gives the uses that are left without a dimension that may hold the rows.
         """
         for site, found in evidence.items():
             found = replace(found, steps=found.steps + (len(found.informative) >= 2))
@@ -107,18 +106,7 @@ class Ownership:
                 self.evidence.pop((signature, site), None)
             elif found.dims and len(self.evidence) < MOST_PATHS:
                 self.evidence[signature, site] = found
-        return [
-            Problem(
-                site.names,
-                f"{site.function}: the gradient of one example's loss reaches rows of other examples (or the result"
-                " has no dimension that holds the rows)",
-                "keep examples apart along one dimension, the rows of each next to each other (the parts of an example"
-                " as [B, parts, ...], flattened inside the model): no statistics, attention or means over the batch;"
-                " call the model once, on all rows; register constant tensors as buffers",
-            )
-            for site, found in evidence.items()
-            if not found.dims
-        ]
+        return [site for site, found in evidence.items() if not found.dims]
 
 
 def groups(examples: int) -> list[list[int]]:

@@ -137,7 +137,8 @@ class Pass:
         uses = self.capture.tape.uses
         self.capture.tape.reshown = self._picked_among_rows or any(uses[site].selected for site in showing.evidence)
         unsteady = [_unsteady(uses[site]) for site in showing.evidence if site not in steady]
-        refuse(unsteady + self.ownership.settle(showing.signature, showing.evidence, self.examples, fleeting))
+        mixed = self.ownership.settle(showing.signature, showing.evidence, self.examples, fleeting)
+        refuse(unsteady + [_mixes(uses[site]) for site in mixed])
 
     @property
     def _picked_among_rows(self) -> bool:
@@ -249,6 +250,8 @@ class Pass:
         possible = possible_dims(use, g, self.examples)
         if dim is None:
             dim = possible[0] if possible else 0
+        if self.examples > 1 and dim not in possible and use.selected:
+            refuse([_picked_unevenly(use)])
         if self.examples > 1 and dim not in possible:
             what = f"{use.site.function}: the output cannot be cut into examples along dimension {dim}"
             cure = "keep the rows of the batch together along one dimension"
@@ -263,6 +266,29 @@ def _unseen(use: TapedUse) -> Problem:
         " reentrant checkpointing), so nothing is known of its rows",
         "checkpoint activations with use_reentrant=False; write implicit layers and custom gradients with operations"
         " that autograd differentiates",
+    )
+
+
+def _mixes(use: TapedUse) -> Problem:
+    if use.selected:
+        return _picked_unevenly(use)
+    return Problem(
+        use.site.names,
+        f"{use.site.function}: the gradient of one example's loss reaches rows of other examples (or the result has no"
+        " dimension that holds the rows)",
+        "keep examples apart along one dimension, the rows of each next to each other (the parts of an example as"
+        " [B, parts, ...], flattened inside the model): no statistics, attention or means over the batch, in the"
+        " model or in the losses; call the model once, on all rows; register constant tensors as buffers",
+    )
+
+
+def _picked_unevenly(use: TapedUse) -> Problem:
+    return Problem(
+        use.site.names,
+        f"{use.site.function}: data has picked its rows, not as many of every example or not next to each other (or"
+        " examples meet in them)",
+        "give it all rows and choose among the results (torch.where, or a product with the gate): how many rows an"
+        " expert gets differs from step to step",
     )
 
 
