@@ -1,6 +1,7 @@
 """How a private step is computed: settings that may change its speed and memory, never its result."""
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 from dpfast.errors import ConfigError
@@ -36,6 +37,6 @@ class Performance:
             raise ConfigError(f"Performance(form={self.form!r}): expected one of {', '.join(get_args(Form))}")
         for name in ("microbatch", "memory_budget"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value >= 1):
+            if value is not None and not (isinstance(value, Real) and float(value) >= 1):
                 unit = " of bytes" if name == "memory_budget" else ""
                 raise ConfigError(f"Performance({name}={value!r}): expected a positive number{unit} or None")

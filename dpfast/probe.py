@@ -1,10 +1,11 @@
 """That an objective keeps examples apart: shown on synthetic examples, before the private ones are used."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from dpfast.clipping.calls import brought_out, no_trace_left
@@ -16,7 +17,7 @@ from dpfast.seeding import RandomState
 
 PROBED_EXAMPLES = 4  # that an objective is shown on
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-SAME_LOSS = 0.02  # losses of batches of two sizes differ by less: another order of sums, in bfloat16
+SAME_LOSS = 0.02  # losses and gradients in batches of two sizes differ by less: another order of sums, in bfloat16
 
 
 def show_objective(
@@ -58,10 +59,9 @@ def show_objective(
         except TypeError as error:
             error.add_note("the objective is called as objective(model, *examples, keys), keys being RowKeys")
             raise
-        with without_dropout(model):
-            given = [batch(x) for x in examples]
-            fewer, all_of_them = losses(*[x[: count // 2] for x in given]), losses(*given)
-            random = state.has_moved()
+        sized = verdict in ("mixed", "spoiled", "unrepeatable") or _is_the_same_among_fewer(
+            losses, [batch(x) for x in examples], model, parameters
+        )
     if verdict == "mixed":
         raise CaptureError(
             "the objective cannot be trained on privately: changing one example changes the loss of another. Use no"
@@ -74,16 +74,14 @@ def show_objective(
             " others so. Keep the rows of the examples in places of their own, or replace such numbers first"
             " (torch.nan_to_num)"
         )
-    finite = fewer.isfinite()
-    alike = bool((fewer - all_of_them[: count // 2])[finite].norm() <= SAME_LOSS * fewer[finite].norm())
-    if not alike and not random and verdict != "unrepeatable":
+    if sized is False:
         raise CaptureError(
             "the objective cannot be trained on privately: the loss of an example depends on how many others are in the"
             " batch, and that is private. Divide by no number of examples or rows (the sum over a batch is divided by"
             " the plan's expected batch size)"
         )
     unshown = "it gives two results for the same examples" if verdict == "unrepeatable" else ""
-    if not alike and random:
+    if sized is None:
         unshown = "their losses change with their number, and so do the random numbers that it draws"
     if unshown:
         warnings.warn(
@@ -91,6 +89,39 @@ def show_objective(
             " keys, dropout that is no layer?)",
             stacklevel=4,
         )
+
+
+def _is_the_same_among_fewer(
+    losses: Callable[..., Tensor], examples: Sequence[Tensor], model: nn.Module, parameters: Iterable[nn.Parameter]
+) -> bool | None:
+    """Whether the first example has the same losses and the same gradient beside fewer others, with the weights as they
+    are and with some that hide nothing. None: not known, as what is drawn at random depends on how many there are.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    few = [x[: len(x) // 2] for x in examples]
+
+    def of_first(given: Sequence[Tensor]) -> tuple[Tensor, Tensor, RandomState]:
+        with torch.enable_grad():
+            own = losses(*given)[0]
+            drawn = RandomState()
+            grads = torch.autograd.grad(own.sum(), trained, allow_unused=True) if own.requires_grad else ()
+        return own.detach(), torch.cat([g.flatten() for g in grads if g is not None] or [own.detach()]), drawn
+
+    for weights in (nullcontext, lambda: brought_out(trained)):
+        with without_dropout(model), weights():
+            (*found, _), (*among_all, drawn) = of_first(few), of_first(examples)
+            losses(*few)
+            random = drawn.has_moved()
+        if not all(map(_alike, found, among_all)):
+            return None if random else False
+    return True
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    finite = one.isfinite()
+    if one.shape != other.shape or not torch.equal(finite, other.isfinite()):
+        return False
+    return bool((one - other)[finite].norm() <= SAME_LOSS * one[finite].norm())
 
 
 @contextmanager

@@ -691,14 +691,34 @@ def test_square_examples_and_rare_labels() -> None:
         DPTrainer(network(), rare, plan(dataset_size=400), objective=by_label_counts, optimizer=torch.optim.Adam).fit()
 
 
-def test_losses_divided_by_the_size_of_the_batch_are_refused() -> None:
-    """How many examples a step draws is private: their share would change with each other."""
+def hidden_in_the_gradient(rows):
+    return rows.detach() + (rows - rows.detach()) / len(rows)
 
-    def divided(model, pixels, labels, keys):
-        return objective(model, pixels, labels, keys) / len(pixels)
+
+DIVIDED = {
+    "losses": lambda rows: rows / len(rows),
+    "beside a constant": lambda rows: rows / len(rows) + 100,
+    "a draw besides": lambda rows: rows / (len(rows) + 0 * torch.rand(1)),
+    "gradient": hidden_in_the_gradient,
+}
+
+
+@pytest.mark.parametrize("divided", DIVIDED.values(), ids=DIVIDED)
+def test_losses_divided_by_the_size_of_the_batch_are_refused(divided) -> None:
+    """How many examples a step draws is private: their share would change with each other."""
+    with pytest.raises(CaptureError, match="depends on how many others are in the batch"):
+        trainer(objective=lambda *given: divided(objective(*given))).fit()
+
+
+def test_outputs_divided_by_the_size_of_the_batch_are_refused() -> None:
+    """A cross entropy hides it near the beginning: its gradient does not."""
+
+    class Divides(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) / len(x)
 
     with pytest.raises(CaptureError, match="depends on how many others are in the batch"):
-        trainer(objective=divided).fit()
+        trainer(Divides(network())).fit()
 
 
 def test_dropout_is_no_size_of_the_batch() -> None:

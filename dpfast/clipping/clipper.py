@@ -240,6 +240,7 @@ class GhostClipper:
                 self._regions.accept()
                 if not more:
                     self._write(clipped.sums, model.trainable)
+                    self._clipped = [(weakref.ref(t), t._version) for t in self._calls.inputs if t.ndim]
         finally:
             capture.restart()
             self._calls.restart()
@@ -320,15 +321,15 @@ class GhostClipper:
                 self._forget_shown()
 
     def _see_inputs(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """That the rows are not those of the last call in the block, whose sum is still there."""
+        """Whether they are those of the last call in the block, whose sum is still there."""
         inputs = [t for t in self._calls.inputs if t.ndim]
-        before, self._clipped = self._clipped, [(weakref.ref(t), t._version) for t in inputs]
-        same = [(id(of()), version) for of, version in before] == [(id(t), t._version) for t in inputs]
-        kept = any(p.grad is not None and p.grad is self._written.get(id(p), (None,))[0] for p in parameters.values())
-        if inputs and same and kept:
-            raise CaptureError(
-                "the rows of the last clipper.backward in this block went into the model again, and each call clips to"
-                " max_grad_norm by itself: add up all losses of a row, and call it once"
+        same = [(id(of()), version) for of, version in self._clipped] == [(id(t), t._version) for t in inputs]
+        if inputs and same and any(p.grad is not None and bool(p.grad.any()) for p in parameters.values()):
+            self._warn_once(
+                "twice",
+                "the very tensors of the last clipper.backward in this block went into the model again. If these are"
+                " the same examples, each call clips them to max_grad_norm by itself, which the privacy accounting does"
+                " not know: add up all losses of a row, and call it once",
             )
 
     def _see_examples(self, examples: int) -> None:
