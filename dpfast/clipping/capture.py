@@ -346,8 +346,7 @@ class Capture(TorchFunctionMode):
             return self._harmless(func, args, kwargs)
         use = replace(use, selected=True) if selected else use
         random_before = None if use.ruled else random_state()
-        given = tensors_in((args, kwargs))
-        if use.backward is not None and not all(t is use.saved[0] or self.tracked(t) for t in given):
+        if use.backward and not all(t is use.saved[0] or self.tracked(t) for t in tensors_in((args, kwargs))):
             use = replace(use, backward=None)  # autograd brings gradients to the others, and sees whether they change
         by_itself = use.backward is not None and self.detach
         with torch.no_grad() if by_itself else nullcontext():
