@@ -4,10 +4,10 @@
 //
 //     dx = scale * (h - mean(h) - x_hat * mean(h * x_hat))
 //
-// whose means follow from the sums that the affine parameters need. Three passes: for the mean; for sums of (x - mean)^2,
-// g and g (x - mean) per channel; for dx. Where positions follow each other a pass is over one row's group, which stays
-// in the first-level cache; else over a row. The mean is rounded to float after the first pass, and what that changes
-// is put right in double.
+// whose means follow from the sums that the affine parameters need. Three passes: for the mean; for sums of
+// (x - mean)^2, g and g (x - mean) per channel; for dx. Where positions follow each other a pass is over one row's
+// group, which stays in the first-level cache; else over a row. The mean is rounded to float after the first pass, and
+// what that changes is put right in double.
 //
 // This file is compiled once for each instruction set, into a namespace of its own (DPFAST_ISA).
 #include <algorithm>

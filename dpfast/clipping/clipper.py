@@ -113,9 +113,7 @@ class GhostClipper:
         self._anchor, self._standing = torch.zeros((), requires_grad=True), Standing()
         self._capture: Capture | None = None
         self._begun: Begun | None = None
-        self._clipped: list[
-            tuple[weakref.ref[Tensor], int]
-        ] = []  # what the model was last given in the block; versions
+        self._clipped: list[tuple[weakref.ref[Tensor], int]] = []  # inputs of the block's last call, and versions
         self._last: Seen = {}  # the parameters, when the last step began
         self._updates = -1  # how often they have changed since
         self._fixed: Seen = {}  # buffers and frozen parameters, when they were last looked at

@@ -250,12 +250,10 @@ class Pass:
         possible = possible_dims(use, g, self.examples)
         if dim is None:
             dim = possible[0] if possible else 0
-        if self.examples > 1 and dim not in possible and use.selected:
-            refuse([_picked_unevenly(use)])
         if self.examples > 1 and dim not in possible:
             what = f"{use.site.function}: the output cannot be cut into examples along dimension {dim}"
             cure = "keep the rows of the batch together along one dimension"
-            refuse([Problem(use.site.names, what, cure)])
+            refuse([_picked_unevenly(use) if use.selected else Problem(use.site.names, what, cure)])
         return Rows(self.examples, dim)
 
 

@@ -77,10 +77,10 @@ def _check(x: Tensor, g: Tensor, weight: Tensor | None, groups: int, examples: i
 
 
 def _is_native(x: Tensor, g: Tensor, weight: Tensor | None, backend: Backend | None) -> bool:
-    if backend is None and (x.dtype != g.dtype or not backward_is_native(x, weight)):
+    if backend is None and x.dtype != g.dtype:
         return False
-    if backend == "native" and weight is not None:
-        choose(backend, weight)
+    if weight is not None and choose(backend, weight) != "native":
+        return False
     return choose(backend, x, g, dtypes=tuple(NATIVE_DTYPES)) == "native"
 
 
