@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpfast.errors import DPFastError
+from dpfast.errors import ConfigError, DPFastError
 
 if TYPE_CHECKING:
     from dpfast.recipes import Recipe
@@ -189,21 +189,37 @@ def account(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, settings: Set = None, debug: Debug = False) -> None:
+def plan(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe by name (digits) or a .toml file; with --device, the paper's UNet.")
+    ] = None,
+    settings: Set = None,
+    device: Annotated[str | None, typer.Option(help="A GPU that need not be here: h200.")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="FLOPs, bytes and time of each kernel.")] = False,
+    debug: Debug = False,
+) -> None:
     """The plan of a recipe: sampling, noise, epsilon by step; the form, time and memory of each weight's gradients.
+
+    Without a recipe: the private step of an 83M UNet beside the ordinary one, predicted for a GPU.
 
     \b
     Examples:
       dpfast plan digits
       dpfast plan digits --set performance.memory_budget=20000000
       dpfast plan digits --set target_epsilon=1 --set private.steps=60
+      dpfast plan --device h200 --kernels
     """
     with reported(debug):
+        if recipe is None:
+            _plan_elsewhere(device, settings, kernels)
+            return
+        if kernels:
+            raise ConfigError("--kernels: the plan of a recipe lists its weights instead; leave out the recipe")
         from dpfast.runs.describe import describe_plan, describe_step
 
         resolved = _load(recipe, settings, None)
         _table(describe_plan(resolved))
-        typer.echo("\n" + describe_step(resolved))
+        typer.echo("\n" + describe_step(resolved, device))
 
 
 @app.command()
@@ -263,6 +279,16 @@ def reported(debug: bool) -> Iterator[None]:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, UserWarning | RuntimeWarning):
         typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
+
+
+def _plan_elsewhere(device: str | None, settings: list[str] | None, kernels: bool) -> None:
+    if device is None or settings:
+        raise ConfigError("expected a recipe, as in: dpfast plan digits; or a GPU alone: dpfast plan --device h200")
+    from dpfast.runs.elsewhere import foretold
+    from dpfast.runs.terminal import TerminalProgress
+
+    for line in foretold(device, TerminalProgress(sys.stderr), kernels=kernels):
+        typer.echo(line)
 
 
 def _load(recipe: str, settings: list[str] | None, name: str | None) -> Recipe:

@@ -17,6 +17,7 @@ def examine(folder: Path) -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((name, _version(name)) for name in PACKAGES),
         ("native module", _native()),
+        ("GPU kernels", _triton()),
         ("device", _device()),
         ("threads", _threads()),
         ("free disk", _disk(folder)),
@@ -35,6 +36,13 @@ def _native() -> str:
 
     reason = why_not_native()
     return "used" if reason is None else f"not used, PyTorch does its work: {reason}"
+
+
+def _triton() -> str:
+    from dpfast.kernels.dispatch import why_not_triton
+
+    reason = why_not_triton()
+    return f"Triton {_version('triton')}" if reason is None else f"not used: {reason}"
 
 
 def _device() -> str:

@@ -239,8 +239,10 @@ class DPTrainer:
         keys = RowKeys(self.seed, torch.arange(size.examples, device=device), 0, self.augmult).part(0, size.rows)
         return lambda model, *examples: self.objective(model, *examples, keys), examples
 
-    def plan_step(self, size: Size | None = None) -> StepPlan:
+    def plan_step(self, size: Size | None = None, *, device: str | None = None) -> StepPlan:
         """What a physical batch will cost in time and memory: predicted without running it, on no private data.
+
+        device: instead of the trainer's, one of ``dpfast.kernels.rates.DEVICES``, which need not be here.
 
         Raises ``CaptureError`` where the objective or the model cannot be planned (``dpfast.clipping.plan_step``).
         """
@@ -253,6 +255,7 @@ class DPTrainer:
             augmult=self.augmult,
             performance=self.performance_of(size.examples),
             part=size.rows < self.augmult,
+            device=device,
         )
 
     def performance_of(self, examples: int) -> Performance:

@@ -1,43 +1,17 @@
-"""What a form costs: seconds and kept bytes, from the FLOPs and bytes of each op and the rates of a device.
+"""What a form costs: seconds and kept bytes, from the FLOPs and bytes of each kernel and the rates of a device.
 
-The rates (``Rates``) are measured once per machine and cached; without a measurement those of ``USUAL`` are taken.
 Predictions choose between forms, so ratios between them matter, not seconds.
 """
 
 import functools
-import json
-import os
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
+from dpfast.kernels.conv.launches import LEAST, chosen, shares
+from dpfast.kernels.rates import Rates
 
 Form = Literal["gram", "direct", "materialise"]
 FORMS: tuple[Form, ...] = get_args(Form)
-
-
-@dataclass(frozen=True)
-class Rates:
-    """product, brain: FLOP/s of per-example weight gradients from float32, from bfloat16; gemm: of batched matrix
-    products; shift: products per second of shifted sums over Grams; store, load: seconds to write, to read a byte;
-    call, op: seconds to call an op of dpfast, of torch.
-    """
-
-    product: float
-    brain: float
-    gemm: float
-    shift: float
-    store: float
-    load: float
-    call: float
-    op: float
-
-
-# Two cores of a Zen 3 server, native kernels.
-USUAL = Rates(product=130e9, brain=130e9, gemm=110e9, shift=4e9, store=2.5e-10, load=8e-11, call=3e-5, op=1e-5)
 
 
 @dataclass(frozen=True)
@@ -45,8 +19,8 @@ class Work:
     """The per-example gradients of one weight: B ``examples`` of M ``rows`` (augmentations times positions), D
     ``inputs``, P ``outputs``.
 
-    pixels: what a Gram multiplies per row instead of D; taps: shifts it is looked at through; held: bytes of a and g,
-    which forms that do not store gradients keep; dense: whether gradients are products (not looked-up rows);
+    pixels: what a Gram multiplies per row, instead of D where it is one of pixels; taps: of the kernel; held: bytes of
+    a and g, which forms that do not store gradients keep; dense: whether gradients are products (not looked-up rows);
     sharing: how many weights have this input, of which one Gram is made; brain: whether a and g are bfloat16.
     """
 
@@ -73,6 +47,17 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A call of an op. seconds: on the CPU with the call itself; on a GPU without, which runs ahead of it."""
+
+    op: str
+    shape: str
+    flops: float
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Cost:
     """seconds: norms and clipped sum together. kept: bytes that stay until the factors are known."""
 
@@ -82,19 +67,77 @@ class Cost:
 
 def predict(work: Work, form: Form, rates: Rates) -> Cost:
     """Of one form."""
-    once = work.products / (rates.brain if work.brain else rates.product)
+    kept = work.gradients if form == "materialise" else work.held
+    return Cost(sum(kernel.seconds for kernel in kernels(work, form, rates)), kept)
+
+
+def kernels(work: Work, form: Form, rates: Rates) -> tuple[Kernel, Kernel]:
+    """What a form calls: one for the norms, one for the clipped sum."""
     if form == "materialise":
-        return Cost(once + work.gradients * (rates.store + rates.load) + 2 * rates.call, work.gradients)
-    through = work.gradients * rates.load  # every gradient passes through the cache, to be measured or added
+        stored = _products(work, rates, stored=True) + work.gradients * rates.store
+        return (
+            _kernel("per_example_grads", work, work.products, work.held + work.gradients, stored, rates),
+            _kernel("clip.clipped_sums", work, work.gradients / 2, work.gradients, work.gradients * rates.load, rates),
+        )
     if form == "direct" and not work.dense:  # looked-up rows are sorted, and added up where they are the same
-        return Cost(2 * (3 * work.held * (rates.store + rates.load) + 10 * rates.op), work.held)
+        seconds = 3 * work.held * (rates.store + rates.load)
+        norms, total = (
+            _kernel(op, work, 0.0, 3 * work.held, seconds, rates, ops=10) for op in ("sq_norms", "clipped_sum")
+        )
+        return norms, total
     if form == "direct":
-        return Cost(2 * (once + through + rates.call), work.held)
+        return _of_products("sq_norms", work, rates), _of_products("clipped_sum", work, rates)
     pairs = float(work.examples * work.rows**2)
-    gram = 2 * pairs * (work.pixels / work.sharing + work.outputs) / rates.gemm + pairs * work.taps / 2 / rates.shift
-    # The sum of a linear layer is one matrix product over all rows.
-    total = once + through if work.taps > 1 else work.products / rates.gemm
-    return Cost(gram + total + 4 * rates.call, work.held)
+    flops = 2 * pairs * (work.pixels / work.sharing + work.outputs)
+    is_of_pixels = work.pixels < work.inputs
+    bytes_ = work.held + (4 * pairs if is_of_pixels else 0.0)
+    shifts = pairs * (work.taps if is_of_pixels else 1) / 2
+    gram = flops / _rate(rates.gemm, rates.gemm_brain, work) + shifts / rates.shift
+    gram = max(gram, bytes_ * rates.load) if rates.is_gpu else gram
+    is_one = work.taps == 1 and not (rates.is_gpu and work.rows >= LEAST)
+    total = _as_one_product(work, rates) if is_one else _of_products("clipped_sum", work, rates)
+    return _kernel("gram_sq_norms", work, flops, bytes_, gram, rates, calls=3), total
+
+
+def _of_products(op: str, work: Work, rates: Rates) -> Kernel:
+    """Gradients that are made and not kept: those of a CPU pass through its cache, to be measured or added."""
+    through = 0.0 if rates.is_gpu else work.gradients * rates.load
+    seconds = _products(work, rates, total=op == "clipped_sum") + through
+    return _kernel(op, work, work.products, work.held, seconds, rates)
+
+
+def _as_one_product(work: Work, rates: Rates) -> Kernel:
+    """The sum of a linear layer, over all rows, in float32."""
+    seconds = work.products / (rates.gemm if rates.is_gpu else _rate(rates.gemm, rates.gemm_brain, work))
+    return _kernel("weighted_sum", work, work.products, work.held, seconds, rates)
+
+
+def _products(work: Work, rates: Rates, *, total: bool = False, stored: bool = False) -> float:
+    """Seconds for all gradients once; ``total``: in a sum over examples; ``stored``: they are kept."""
+    rate = _rate(rates.product, rates.brain, work)
+    if not (rates.is_gpu and work.products):
+        return work.products / rate
+    sizes = (work.examples, 1, 1, work.inputs // work.taps, work.outputs)
+    described = sizes[3] % 8 == sizes[4] % 8 == 0  # steps of sixteen bytes
+    how = {"described": described, "half": work.brain}
+    if stored:
+        _, time = shares(sizes, work.rows, work.rows, work.taps, rates.processors, **how)
+    else:
+        time = chosen(sizes, work.rows, work.taps, rates.processors, total=total, **how).time
+    return max(2.0 * time * rates.processors / rate, work.held * rates.load)
+
+
+def _rate(full: float, brain: float, work: Work) -> float:
+    return brain if work.brain else full
+
+
+def _kernel(
+    op: str, work: Work, flops: float, bytes_: float, seconds: float, rates: Rates, *, calls: int = 1, ops: int = 0
+) -> Kernel:
+    """calls: of dpfast's ops, or of torch's (``ops``), each a few kernels on a GPU."""
+    calling = 3 * max(calls, ops) * rates.gap if rates.is_gpu else ops * rates.op or calls * rates.call
+    shape = f"B={work.examples} M={work.rows} D={work.inputs} P={work.outputs}"
+    return Kernel(op, shape, flops, bytes_, seconds + calling)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,82 +169,3 @@ def price_within(works: tuple[Work, ...], rates: Rates, price: float, budget: in
         middle = (low * high) ** 0.5
         low, high = (low, middle) if kept(middle) <= budget else (middle, high)
     return high
-
-
-# Rates of this machine
-
-
-@functools.cache
-def rates_of(device_type: str) -> Rates:
-    """Measured at first use (a fraction of a second), then read from ``profile_path()``.
-
-    ``DPFAST_PROFILE=usual`` takes ``USUAL`` instead: nothing is measured, nothing is written.
-    """
-    if device_type != "cpu" or os.environ.get("DPFAST_PROFILE") == "usual":
-        return USUAL
-    path = profile_path()
-    try:
-        return Rates(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        pass
-    measured = measure()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(measured)))
-    except OSError:  # a read-only home: measured again next time
-        pass
-    return measured
-
-
-def profile_path() -> Path:
-    """One file for each version of torch, set of kernels and number of threads."""
-    from dpfast.kernels.dispatch import backend, native_module
-
-    kernels = native_module().instruction_set if backend() == "native" else "reference"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dpfast" / f"rates-3-{torch.__version__}-{kernels}-{torch.get_num_threads()}.json"
-
-
-def measure() -> Rates:
-    """On the CPU, from a call of each kind."""
-    from dpfast.kernels import clip, conv
-
-    generator = torch.Generator().manual_seed(0)
-    b, c, size = 8, 64, 16
-    a, g = (torch.randn(b, c, size, size, generator=generator) for _ in range(2))
-    spec = conv.ConvSpec.of(torch.empty(c, c, 3, 3), padding=1)
-    matrices = torch.randn(b, 256, 128, generator=generator)
-    stored = torch.randn(b, 1 << 19, generator=generator)
-    tiny, tiny_leaf = torch.zeros(1, 1), torch.zeros(1, 1, requires_grad=True)
-
-    call = _fastest(lambda: clip.sq_norms(tiny))
-    op = _fastest(lambda: torch.nn.functional.silu(tiny_leaf))
-    product = _fastest(lambda: conv.sq_norms(a, g, spec, b))
-    low_a, low_g = a.bfloat16(), g.bfloat16()
-    brain = _fastest(lambda: conv.sq_norms(low_a, low_g, spec, b))
-    gemm = _fastest(lambda: torch.bmm(matrices, matrices.mT))
-    gram = _fastest(lambda: conv.gram_sq_norms(a, g, spec, b))
-    store = _fastest(lambda: [torch.empty(1 << 20).fill_(1.0) for _ in range(4)])
-    load = _fastest(lambda: clip.clipped_sum(stored, torch.ones(b)))
-    rate, products = 2 * b * 256 * 256 * 128 / gemm, 2 * b * size * size * 9 * c * c
-    shifts = max(gram - 2 * 2 * b * 256 * 256 * c / rate, 0.1 * gram)
-    return Rates(
-        product=products / product,
-        brain=products / brain,
-        gemm=rate,
-        shift=b * 256 * 256 * 9 / 2 / shifts,
-        store=store / (4 << 22),
-        load=load / (4 * stored.numel()),
-        call=call,
-        op=op,
-    )
-
-
-def _fastest(step: Callable[[], object], repeats: int = 5) -> float:
-    step()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

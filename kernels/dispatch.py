@@ -1,25 +1,29 @@
-"""Which implementation of an op runs: the compiled module ``dpfast._native``, or PyTorch (``reference``).
+"""Which implementation of an op runs: ``dpfast._native`` on the CPU, Triton on a GPU, or PyTorch (``reference``).
 
-The native module and the environment are looked at once, at the first op, not at import. ``DPFAST_BACKEND=reference``
-leaves the module aside, ``DPFAST_BACKEND=native`` makes its absence an error, ``auto`` (or nothing) takes it when it is
-there.
+The environment and what is installed are looked at once, at the first op, not at import. ``DPFAST_BACKEND=reference``
+leaves kernels aside, ``native`` or ``triton`` makes the absence of these an error and leaves the other aside, ``auto``
+(or nothing) takes what is there.
 """
 
 import functools
 import importlib
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dpfast.errors import ConfigError, DPFastError
 
-Backend = Literal["native", "reference"]
+Backend = Literal["native", "triton", "reference"]
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype of csrc/dpfast.h
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ABI = 6  # kAbi of csrc/dpfast.h
 _VARIABLE = "DPFAST_BACKEND"
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types with no behaviour of their own: no fake or other subclass
@@ -30,30 +34,58 @@ class KernelError(DPFastError, ValueError):
 
 
 def backend() -> Backend:
-    """The backend that ops choose by themselves, as the environment said when it was first asked for.
+    """What computes on the CPU, as the environment said when it was first asked for.
 
     Raises:
-        ConfigError: ``DPFAST_BACKEND`` is none of native, reference, auto, or native and missing.
+        ConfigError: ``DPFAST_BACKEND`` is none of native, triton, reference, auto, or names what is missing.
     """
-    return _decision()[0]
-
-
-def why_not_native() -> str | None:
-    """Why the native module is not used, in words for a person; None when it is used. Raises as ``backend``."""
-    return _decision()[1]
+    return "native" if "native" in _allowed() else "reference"
 
 
 @functools.cache
-def _decision() -> tuple[Backend, str | None]:
+def _allowed() -> frozenset[Backend]:
+    """The backends that ops choose between by themselves."""
     wanted = os.environ.get(_VARIABLE) or "auto"
-    if wanted not in ("native", "reference", "auto"):
-        raise ConfigError(f"{_VARIABLE}={wanted!r}: expected native, reference or auto")
-    if wanted == "reference":
-        return "reference", f"{_VARIABLE}=reference asks for PyTorch"
-    module, reason = _find_native()
-    if module is None and wanted == "native":
-        raise ConfigError(f"{_VARIABLE}=native, but {reason}")
-    return ("native" if module is not None else "reference"), reason
+    names = get_args(Backend)
+    if wanted not in (*names, "auto"):
+        raise ConfigError(f"{_VARIABLE}={wanted!r}: expected {', '.join(names)} or auto")
+    missing: dict[str, str | None] = {"native": why_not_native(), "triton": why_not_triton(), "reference": None}
+    if wanted != "auto" and missing[wanted]:
+        raise ConfigError(f"{_VARIABLE}={wanted}, but {missing[wanted]}")
+    if not torch.cuda.is_available():
+        missing["triton"] = "its interpreter has to be asked for by name"
+    return frozenset(
+        name for name in names if name in (wanted, "reference") or (wanted == "auto" and not missing[name])
+    )
+
+
+def is_allowed(name: Backend) -> bool:
+    """Whether ops may choose a backend by themselves."""
+    return name in _allowed()
+
+
+def why_not_native() -> str | None:
+    """Why the native module is not used, in words for a person; None when it is used."""
+    if os.environ.get(_VARIABLE) in ("reference", "triton"):
+        return f"{_VARIABLE}={os.environ[_VARIABLE]} asks for something else"
+    return _find_native()[1]
+
+
+@functools.cache
+def why_not_triton() -> str | None:
+    """Why Triton is not used, in words for a person; None when it is used."""
+    if os.environ.get(_VARIABLE) in ("reference", "native"):
+        return f"{_VARIABLE}={os.environ[_VARIABLE]} asks for something else"
+    if not torch.cuda.is_available() and not is_interpreting():
+        return "torch sees no GPU (to try kernels on the CPU, slowly: TRITON_INTERPRET=1)"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def native_module() -> ModuleType:
@@ -68,54 +100,92 @@ def native_module() -> ModuleType:
     return module
 
 
-def choose(requested: Backend | None, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Backend:
-    """The backend for these tensors: ``requested``, or native when the native module can read them all.
+def choose(
+    requested: Backend | None,
+    *tensors: Tensor,
+    native: Collection[torch.dtype] = (),
+    triton: Collection[torch.dtype] = (),
+) -> Backend:
+    """The backend for these tensors: ``requested``, or one that can read them all.
 
-    dtypes: those that the op's native kernel takes.
+    native, triton: the dtypes that the op's kernels take.
     """
     if requested is not None:
-        if requested not in ("native", "reference"):
-            raise KernelError(f"backend={requested!r}: expected 'native', 'reference' or None")
+        if requested not in get_args(Backend):
+            raise KernelError(f"backend={requested!r}: expected 'native', 'triton', 'reference' or None")
         if requested == "native":
             native_module()
-            _check_readable(tensors, dtypes)
+            _check_readable(requested, tensors, native)
+        elif requested == "triton":
+            if reason := why_not_triton():
+                raise KernelError(f"backend 'triton' was asked for, but {reason}")
+            _check_readable(requested, tensors, triton)
         return requested
-    if backend() != "native":
-        return "reference"
-    for t in tensors:
-        if not native_can_read(t, dtypes):
-            return "reference"
-    return "native"
+    for name, dtypes in (("native", native), ("triton", triton)):
+        if dtypes and name in _allowed() and all(can_read(name, t, dtypes) for t in tensors):
+            return name
+    return "reference"
 
 
-def would_be_native(*tensors: Tensor) -> bool:
-    """Whether native code, of an op that takes all native dtypes, would compute with these, if they were not fake."""
-    alike = len({t.dtype for t in tensors}) == 1
-    return alike and all(t.device.type == "cpu" and t.dtype in NATIVE_DTYPES for t in tensors) and backend() == "native"
+@contextmanager
+def planned_for(name: Backend | None) -> Iterator[None]:
+    """Inside, ``expected`` answers for a device where this backend computes; None: for this one."""
+    before = _planned.set(name)
+    try:
+        yield
+    finally:
+        _planned.reset(before)
 
 
-def _check_readable(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
+_planned: ContextVar[Backend | None] = ContextVar("planned", default=None)
+
+
+def expected(*tensors: Tensor, native: Collection[torch.dtype] = (), triton: Collection[torch.dtype] = ()) -> Backend:
+    """What ``choose`` would take for tensors like these, of one dtype: they may be fake."""
+    kernels: dict[Backend, Collection[torch.dtype]] = {"native": native, "triton": triton}
+    planned, found = _planned.get(), {t.dtype for t in tensors}
+    for name, dtypes in kernels.items():
+        is_there = is_allowed(name) and all(_lies_there(name, t) for t in tensors)
+        if (is_there if planned is None else planned == name) and len(found) == 1 and found <= set(dtypes):
+            return name
+    return "reference"
+
+
+@functools.cache
+def implementation(op: str, name: str) -> Any:
+    """The module of the op in a folder ``op``: read when it is first asked for, because of what it needs."""
+    return importlib.import_module(f"{op}.{name}")
+
+
+def _check_readable(name: Backend, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype]) -> None:
+    if not dtypes:
+        raise KernelError(f"backend={name!r}: this op has no {name} kernel. Use backend='reference', or None")
     alike = len({t.dtype for t in tensors}) <= 1
-    if not alike or not all(native_can_read(t, dtypes) for t in tensors):
+    if not alike or not all(can_read(name, t, dtypes) for t in tensors):
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         came = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
+        where = "CPU" if name == "native" else "GPU"
         raise KernelError(
-            f"backend='native': expected plain CPU tensors outside autograd, all {names}; got {came}."
-            " Use torch.no_grad(), or backend='reference'"
+            f"backend={name!r}: expected plain {where} tensors outside autograd, all {names}; got {came}. Use"
+            " torch.no_grad(), or backend='reference'"
         )
 
 
-def native_can_read(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether a tensor is plain memory on the CPU that autograd and transforms need not follow."""
+def can_read(name: Backend, tensor: Tensor, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether a tensor is plain memory where the backend computes, which autograd and transforms need not follow."""
     return (
         tensor.dtype in dtypes
         and type(tensor) in PLAIN
-        and tensor.is_cpu
+        and _lies_there(name, tensor)
         and tensor.layout == torch.strided
         and not tensor.is_neg()
         and not (tensor.requires_grad and torch.is_grad_enabled())
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001 (no public way to ask)
     )
+
+
+def _lies_there(name: Backend, tensor: Tensor) -> bool:
+    return tensor.device.type == ("cpu" if name == "native" else "cuda") or (name == "triton" and is_interpreting())
 
 
 @functools.cache

@@ -39,6 +39,10 @@ def register(
         _SCRATCH[name] = scratch
 
     def on_values(*args: Any) -> Any:
+        first = args[0][0] if type(args[0]) is list else args[0]
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):  # Triton launches on the current one
+                return on_values(*args)
         if not torch.is_grad_enabled():
             return run(*args)
         with torch.no_grad():

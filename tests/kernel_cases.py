@@ -10,8 +10,10 @@ GEOMETRIES = {  # weight shape, space of the input, options
     "3x3": ((6, 4, 3, 3), (8, 7), {"padding": 1}),
     "3x3, two vectors and more": ((13, 40, 3, 3), (5, 6), {"padding": 1}),
     "3x3, one channel more than a vector": ((3, 9, 3, 3), (6, 6), {"padding": 1}),
+    "3x3, whole vectors": ((16, 8, 3, 3), (5, 7), {"padding": 1}),
+    "dilated, whole vectors": ((8, 16, 3, 2), (6, 9), {"padding": (2, 0), "dilation": (2, 3)}),
     "1x1": ((6, 16, 1, 1), (8, 7), {}),
-    "1x1, many positions": ((7, 17, 1, 1), (20, 21), {}),
+    "1x1, many positions": ((7, 17, 1, 1), (17, 16), {}),
     "one channel": ((5, 1, 3, 3), (8, 8), {"padding": 1}),
     "one output": ((1, 24, 3, 3), (8, 8), {"padding": 1}),
     "grouped": ((6, 2, 3, 3), (8, 7), {"groups": 2, "padding": 1}),
@@ -23,7 +25,7 @@ GEOMETRIES = {  # weight shape, space of the input, options
     "same, even": ((6, 12, 4, 2), (8, 7), {"padding": "same"}),
     "one position": ((6, 12, 4, 4), (4, 4), {}),
     "one tap along lines": ((6, 9, 3, 1), (8, 7), {"padding": (1, 0), "dilation": (2, 1)}),
-    "1-d, a long line": ((5, 11, 3), (700,), {"padding": 1}),
+    "1-d, a long line": ((5, 11, 3), (300,), {"padding": 1}),
     "3-d": ((4, 9, 2, 3, 3), (3, 5, 4), {"padding": (0, 1, 1), "stride": (1, 2, 1)}),
     "transposed": ((4, 6, 3, 3), (8, 7), {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}),
     "transposed, wide": ((10, 20, 4, 4), (4, 3), {"stride": 2, "padding": 1, "transposed": True}),
@@ -33,7 +35,9 @@ GEOMETRIES = {  # weight shape, space of the input, options
 }
 NATIVE = dispatch.why_not_native() is None
 needs_native = pytest.mark.skipif(not NATIVE, reason=str(dispatch.why_not_native()))
-BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
+needs_triton = pytest.mark.skipif(dispatch.why_not_triton() is not None, reason=str(dispatch.why_not_triton()))
+LARGE = pytest.mark.large  # for Triton's interpreter
+BACKENDS = [pytest.param("native", marks=needs_native), "reference", pytest.param("triton", marks=needs_triton)]
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -42,6 +46,17 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Where tensors of a test are made: on the GPU for Triton, if there is one."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if params.get("backend") == "triton" and torch.cuda.is_available():
+        with torch.device("cuda"):
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(autouse=True)

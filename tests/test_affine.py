@@ -10,14 +10,12 @@ from dpfast.errors import ConfigError, DPFastError
 from dpfast.kernels import dispatch, linear
 from dpfast.kernels.affine import affine_grads, bias_grads
 from dpfast.kernels.fingerprint import fingerprints
-
-NATIVE = dispatch.why_not_native() is None
-needs_native = pytest.mark.skipif(not NATIVE, reason=str(dispatch.why_not_native()))
-BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
+from kernel_cases import BACKENDS, device, needs_native  # noqa: F401 (device is a fixture)
 
 
 def _randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=_GENERATOR).float()
+    numbers = torch.randn(*shape, dtype=torch.float64, generator=_GENERATOR, device="cpu")
+    return numbers.float().to(torch.get_default_device())
 
 
 _GENERATOR = torch.Generator().manual_seed(5)
@@ -237,14 +235,14 @@ def test_native_refuses_what_it_cannot_read() -> None:
         bias_grads(t, backend="native")
     with pytest.raises(DPFastError, match=r"got torch\.float32 on cpu, torch\.bfloat16 on cpu"):
         linear.sq_norms(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5).bfloat16(), backend="native")
-    with pytest.raises(DPFastError, match="expected 'native', 'reference' or None"):
+    with pytest.raises(DPFastError, match="expected 'native', 'triton', 'reference' or None"):
         affine_grads(t, t, backend="cuda")  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
     """The backend is looked for anew in the test, and after it."""
-    found = (dispatch._decision, dispatch._find_native)
+    found = (dispatch._allowed, dispatch._find_native, dispatch.why_not_triton)
     for each in found:
         each.cache_clear()
     yield
@@ -259,8 +257,8 @@ def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "DPFAST_BACKEND=reference" in str(dispatch.why_not_native())
     monkeypatch.setenv("DPFAST_BACKEND", "natve")
     assert dispatch.backend() == "reference"
-    dispatch._decision.cache_clear()
-    with pytest.raises(ConfigError, match="expected native, reference or auto"):
+    dispatch._allowed.cache_clear()
+    with pytest.raises(ConfigError, match="expected native, triton, reference or auto"):
         dispatch.backend()
 
 
@@ -272,14 +270,15 @@ def test_missing_or_old_native_module_is_explained(module: str, words: str, monk
     t = torch.zeros(2, 1, 3, 4)
     monkeypatch.delenv("DPFAST_BACKEND", raising=False)
     find = dispatch.importlib.import_module
-    monkeypatch.setattr(dispatch.importlib, "import_module", lambda _: find(module))
+    replaced = {"dpfast._native": module}
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: find(replaced.get(name, name)))
     assert dispatch.backend() == "reference"
     assert words in str(dispatch.why_not_native())
     affine_grads(t, t)
     assert len(fingerprints([t, t[:0]])) == 2
     with pytest.raises(DPFastError, match=words):
         affine_grads(t, t, backend="native")
-    dispatch._decision.cache_clear()
+    dispatch._allowed.cache_clear()
     monkeypatch.setenv("DPFAST_BACKEND", "native")
     with pytest.raises(ConfigError, match=words):
         dispatch.backend()

@@ -19,7 +19,9 @@ from kernel_cases import (
     GEOMETRIES,
     by_autograd,
     convolution,
+    device,  # noqa: F401 (a fixture)
     needs_native,
+    needs_triton,
     poisoned,  # noqa: F401 (a fixture)
     relative,
     threads,  # noqa: F401 (a fixture)
@@ -29,6 +31,7 @@ VARIED = (
     *(
         "3x3",
         "3x3, two vectors and more",
+        "3x3, whole vectors",
         "1x1",
         "1x1, many positions",
         "strided, dilated, wide",
@@ -36,6 +39,13 @@ VARIED = (
     ),
     *("no padding, rows cut off", "grouped, wide", "transposed, wide", "3-d"),
 )
+
+
+HALVES = [
+    pytest.param("native", torch.bfloat16, marks=needs_native),
+    ("reference", torch.bfloat16),
+    *(pytest.param("triton", dtype, marks=needs_triton) for dtype in (torch.bfloat16, torch.float16)),
+]
 
 
 def assert_all_forms(geometry, a, g, weight, spec, examples, backend) -> None:
@@ -61,7 +71,7 @@ def assert_all_forms(geometry, a, g, weight, spec, examples, backend) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("examples", [1, 3, 5])
+@pytest.mark.parametrize("examples", [2, 1, 5])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_convolution_forms(geometry, backend, examples, monkeypatch) -> None:
@@ -120,14 +130,14 @@ def test_every_number_of_channels(dtype) -> None:
     assert_all_channels(dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), HALVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("geometry", VARIED)
-def test_bfloat16_is_summed_in_float32(geometry, layout, backend) -> None:
-    a, g, spec, weight = convolution(geometry, rows=6, dtype=torch.float32)
-    a, g = relayout(a.bfloat16(), layout), relayout(g.bfloat16(), layout)
-    assert conv.per_example_grads(a, g, spec, 3, backend=backend)[0].dtype == torch.float32
-    assert_all_forms(geometry, a, g, weight, spec, 3, backend)
+def test_half_precision_is_summed_in_float32(geometry, layout, dtype, backend) -> None:
+    a, g, spec, weight = convolution(geometry, rows=4, dtype=torch.float32)
+    a, g = relayout(a.to(dtype), layout), relayout(g.to(dtype), layout)
+    assert conv.per_example_grads(a, g, spec, 2, backend=backend)[0].dtype == torch.float32
+    assert_all_forms(geometry, a, g, weight, spec, 2, backend)
 
 
 @needs_native
@@ -177,7 +187,7 @@ def test_the_sum_is_of_what_is_measured_bit_by_bit(dtype) -> None:
             assert torch.equal(total, grads[i]), geometry
 
 
-SIZES = [(3, 5, 7, 6), (2, 1, 40, 30), (4, 300, 16, 13), (1, 64, 33, 1), (5, 3, 1, 9)]  # B, M, D, P
+SIZES = [(3, 5, 7, 6), (2, 1, 40, 30), (4, 300, 16, 13), (1, 64, 33, 1), (5, 3, 1, 9), (2, 37, 24, 16)]  # B, M, D, P
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -200,7 +210,7 @@ def test_linear_forms(size, layout, dtype, backend) -> None:
     assert relative(grads, exact) <= limit
     assert relative(sq, exact.square().sum((1, 2))) <= 2 * limit  # squares have twice the relative error
     assert relative(linear.sq_norms(a, g, backend=backend), exact.square().sum((1, 2))) <= 2 * limit
-    assert relative(linear.gram_sq_norms(a, g)[0], exact.square().sum((1, 2))) <= 1e-5
+    assert relative(linear.gram_sq_norms(a, g, backend=backend)[0], exact.square().sum((1, 2))) <= 1e-5
     for total in (linear.clipped_sum(a, g, w, backend=backend), linear.weighted_sum(a, g, w)):
         assert relative(total, torch.tensordot(w, exact, 1)) <= limit
 
@@ -236,14 +246,14 @@ def ops():
         "conv_clipped_sum": (n.conv_clipped_sum, (a, g, *spec.arguments, w, None)),
         "linear_per_example_grads": (n.linear_per_example_grads, (x, y, None)),
         "linear_sq_norms": (n.linear_sq_norms, (x, y, None)),
-        "linear_gram_sq_norms": (n.linear_gram_sq_norms, (x, [y, y[..., :2]])),
+        "linear_gram_sq_norms": (n.linear_gram_sq_norms, (x, [y, y[..., :2]], None)),
         "linear_clipped_sum": (n.linear_clipped_sum, (x, y, w, None)),
         "linear_weighted_sum": (n.linear_weighted_sum, (x, y, w)),
-        "embedding_per_example_grads": (n.embedding_per_example_grads, (index, looked_up, 9)),
-        "embedding_sq_norms": (n.embedding_sq_norms, (index, looked_up, 9)),
-        "embedding_gram_sq_norms": (n.embedding_gram_sq_norms, (index, looked_up)),
-        "embedding_clipped_sum": (n.embedding_clipped_sum, (index, looked_up, 9, w)),
-        "embedding_weighted_sum": (n.embedding_weighted_sum, (index, looked_up, 9, w)),
+        "embedding_per_example_grads": (n.embedding_per_example_grads, (index, looked_up, 9, None)),
+        "embedding_sq_norms": (n.embedding_sq_norms, (index, looked_up, 9, None)),
+        "embedding_gram_sq_norms": (n.embedding_gram_sq_norms, (index, looked_up, None)),
+        "embedding_clipped_sum": (n.embedding_clipped_sum, (index, looked_up, 9, w, None)),
+        "embedding_weighted_sum": (n.embedding_weighted_sum, (index, looked_up, 9, w, None)),
         "affine_grads": (n.affine_grads, (b, c, None)),
         "group_norm_grads": (n.group_norm_grads, (*images, 4, 1e-5, 3, None)),
         "group_norm_backward": (n.group_norm_backward, (*images, torch.randn(8), 4, 1e-5, 3, None)),

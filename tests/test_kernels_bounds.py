@@ -1,16 +1,19 @@
 """No squared norm is understated by more than its bound, whatever an example holds."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from dpfast.kernels import clip, conv, embedding, linear
 from dpfast.kernels.conv import ConvSpec
 from dpfast.kernels.conv.reference import linear_view
-from kernel_cases import BACKENDS, GEOMETRIES, by_autograd, convolution, poisoned  # noqa: F401 (poisoned is a fixture)
+from kernel_cases import BACKENDS, GEOMETRIES, LARGE, by_autograd, convolution, device, needs_triton, poisoned  # noqa: F401 (fixtures)
 
 VANISHES = torch.finfo(torch.float32).tiny  # what float32 squares cannot hold
 ROUNDING = torch.finfo(torch.float32).eps / 2
 SQUARES = clip.reference.BLOCK * ROUNDING  # of a norm that comes from sums of squares
+FEW = ("3x3, whole vectors", "strided, dilated")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # Numbers that round alike when they are added to each other: of a, and of g.
 ALIKE = ((0.9069749375383391, 1.0), (0.3604321146365417, 1.2949631387291571), (0.7025, 0.7969), (0.3514, 0.3985))
@@ -80,11 +83,12 @@ def assert_direct(sq, exact, terms, magnitude, names) -> None:
     assert_all(names, (sq.sqrt() - exact.sqrt()).abs() <= error + VANISHES**0.5)
 
 
-def norms_of_sums(clipped_sum, examples: int) -> torch.Tensor:
-    """Squared, of each example's own: with a weight that rounds, others of 0."""
-    weights = torch.eye(examples) / 3
-    own = torch.stack([clipped_sum(w).double().square().sum() for w in weights])
-    return own / weights.double().max().square()
+def norms_of_sums(clipped_sum, *factors) -> torch.Tensor:
+    """Squared, of each example's own: with a weight that rounds, beside another example with 0."""
+    weights = torch.tensor([1.0, 0.0]) / 3
+    pairs = [[i, i - 1] for i in range(len(factors[0]))]
+    sums = [clipped_sum(*(t[pair] for t in factors), weights).double() for pair in pairs]
+    return torch.stack([total.square().sum() for total in sums]) / weights[0].double().square()
 
 
 def assert_of_the_sum(sq, own, names) -> None:
@@ -102,27 +106,35 @@ def assert_covered(measured, own, terms, names) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("terms", "d", "p"), [(64, 48, 40), (4, 16384, 64), (4, 4608, 64)])
+@pytest.mark.parametrize(
+    ("terms", "d", "p"),
+    [(64, 48, 40), (4, 600, 8), *(pytest.param(4, d, 64, marks=LARGE) for d in (16384, 4608))],
+)
 def test_linear(terms, d, p, backend, dtype) -> None:
     names, a, g = stacked(adversaries((terms, d), (terms, p)), dtype)
     exact = torch.einsum("bmp,bmd->bpd", g.double(), a.double()).square().sum((1, 2))
-    gram = linear.gram_sq_norms(a, g)
+    gram = linear.gram_sq_norms(a, g, backend=backend)
     assert_within(gram, exact, names)
-    assert_covered(gram, norms_of_sums(lambda w: linear.weighted_sum(a, g, w), len(a)), terms, names)
-    assert_within(linear.gram_sq_norms(a, g[..., :2], g[..., 2:]), exact, names)  # the same numbers, as of two maps
+    assert_covered(gram, norms_of_sums(linear.weighted_sum, a, g), terms, names)
+    assert_within(
+        linear.gram_sq_norms(a, g[..., :2], g[..., 2:], backend=backend), exact, names
+    )  # the same numbers, as of two maps
     magnitude = (a.double().norm(dim=-1) * g.double().norm(dim=-1)).sum(1)
-    _, stored = linear.per_example_grads(a, g, backend=backend)
+    grads, stored = linear.per_example_grads(a, g, backend=backend)
+    assert_of_the_sum(stored, norms_of_sums(clip.clipped_sum, grads), names)
     measured = linear.sq_norms(a, g, backend=backend)
-    own = norms_of_sums(lambda w: linear.clipped_sum(a, g, w, backend=backend), len(a))
+    own = norms_of_sums(partial(linear.clipped_sum, backend=backend), a, g)
+    assert_of_the_sum(measured, own, names)
     for sq in (stored, measured):
         assert_direct(sq, exact, terms, magnitude, names)
-        assert_of_the_sum(sq, own, names)
         assert (sq >= exact * (1 - 1e-3) - 1e-12 * magnitude.square() - VANISHES).all()
 
 
 @DTYPES
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    "geometry", [*FEW, *(pytest.param(name, marks=LARGE) for name in GEOMETRIES if name not in FEW)]
+)
 def test_convolution(geometry, backend, dtype) -> None:
     like_a, like_g, spec, weight = convolution(geometry, rows=4)
     names, a, g = stacked(images(like_a.shape, like_g.shape), dtype)
@@ -132,12 +144,17 @@ def test_convolution(geometry, backend, dtype) -> None:
     assert_within(gram, exact, names)
     patches, of_g = linear_view(a.double(), g.double(), spec, examples)
     terms, magnitude = patches.shape[2], (patches.norm(dim=-1) * of_g.norm(dim=-1)).sum((1, 2))
-    _, stored = conv.per_example_grads(a, g, spec, examples, backend=backend)
+    grads, stored = conv.per_example_grads(a, g, spec, examples, backend=backend)
+    assert_of_the_sum(stored, norms_of_sums(clip.clipped_sum, grads), names)
     measured = conv.sq_norms(a, g, spec, examples, backend=backend)
-    own = norms_of_sums(lambda w: conv.clipped_sum(a, g, spec, w, backend=backend), examples)
+
+    def clipped_sum(a, g, w) -> torch.Tensor:
+        return conv.clipped_sum(a.flatten(0, 1), g.flatten(0, 1), spec, w, backend=backend)
+
+    own = norms_of_sums(clipped_sum, *(t.unflatten(0, (examples, -1)) for t in (a, g)))
+    assert_of_the_sum(measured, own, names)
     for sq in (stored, measured):
         assert_direct(sq, exact, terms, magnitude, names)
-        assert_of_the_sum(sq, own, names)
     assert_covered(gram, own, terms, names)
 
 
@@ -146,8 +163,9 @@ def test_convolution(geometry, backend, dtype) -> None:
 @pytest.mark.parametrize(
     ("examples", "channels", "space", "kernel"),
     [
-        *((200, 256, (2, 2), 1), (50, 32, (2, 2), 3)),  # many products in an inner product
-        *((8, 1, (2048,), 1), (8, 1, (40, 40), 1)),  # many inner products in a chain
+        pytest.param(200, 256, (2, 2), 1, marks=LARGE),  # many products in an inner product
+        (50, 32, (2, 2), 3),
+        *(pytest.param(8, 1, space, 1, marks=LARGE) for space in ((2048,), (40, 40))),  # many inner products in a chain
     ],
 )
 def test_convolution_of_numbers_that_round_alike(examples, channels, space, kernel, backend, dtype) -> None:
@@ -169,10 +187,13 @@ LOOKED_UP = {
 }
 
 
+TABLES = [("reference", rows, *size) for rows in LOOKED_UP for size in ((64, 40), (4, 16384))]
+TABLES += [pytest.param("triton", "pairs", 4, 6, marks=needs_triton)]
+
+
 @DTYPES
-@pytest.mark.parametrize(("positions", "features"), [(64, 40), (4, 16384)])
-@pytest.mark.parametrize("rows", LOOKED_UP)
-def test_embedding(rows, positions, features, dtype) -> None:
+@pytest.mark.parametrize(("backend", "rows", "positions", "features"), TABLES)
+def test_embedding(backend, rows, positions, features, dtype) -> None:
     """Rows that are looked up twice, with gradients that cancel."""
     pairs = adversaries((positions, features), (positions, features))
     names, _, g = stacked({**pairs, "one huge position": (pairs["random"][1], pairs["one huge row"][0])}, dtype)
@@ -180,16 +201,24 @@ def test_embedding(rows, positions, features, dtype) -> None:
     g, index = g[:, order], LOOKED_UP[rows](torch.arange(positions))[order].expand(len(names), -1)
     grads = torch.nn.functional.one_hot(index, positions).double().mT @ g.double()
     exact, magnitude = grads.square().sum((1, 2)), g.double().norm(dim=-1).sum(1)
-    gram = embedding.gram_sq_norms(index, g)
+    gram = embedding.gram_sq_norms(index, g, backend=backend)
     assert_within(gram, exact, names)
-    own = norms_of_sums(lambda w: embedding.weighted_sum(index, g, positions, w), len(g))
+    own = norms_of_sums_of_rows(embedding.weighted_sum, index, g, positions, backend)
     assert_covered(gram, own, positions, names)
-    stored = clip.sq_norms(embedding.per_example_grads(index, g, positions))
-    measured = embedding.sq_norms(index, g, positions)
-    own = norms_of_sums(lambda w: embedding.clipped_sum(index, g, positions, w), len(g))
+    stored = clip.sq_norms(embedding.per_example_grads(index, g, positions, backend=backend))
+    measured = embedding.sq_norms(index, g, positions, backend=backend)
+    own = norms_of_sums_of_rows(embedding.clipped_sum, index, g, positions, backend)
     for sq in (stored, measured):
         assert_direct(sq, exact, positions, magnitude, names)
         assert_of_the_sum(sq, own, names)
+
+
+def norms_of_sums_of_rows(form, index, g, rows: int, backend) -> torch.Tensor:
+    """As ``norms_of_sums``, in one call: every example looks up a table of its own."""
+    examples = torch.arange(len(g))
+    apart, weights = index + rows * examples.unsqueeze(1), torch.full((len(g),), 1.0) / 3
+    own = form(apart, g, rows * len(g), weights, backend=backend).double().unflatten(0, (len(g), rows))
+    return own.square().sum((1, 2)) / weights[0].double().square()
 
 
 @DTYPES

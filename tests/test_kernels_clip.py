@@ -5,12 +5,13 @@ import torch
 
 from cases import LAYOUTS, relayout
 from dpfast.kernels import clip
-from kernel_cases import BACKENDS, needs_native, poisoned, relative, threads  # noqa: F401 (fixtures)
+from kernel_cases import BACKENDS, device, needs_native, needs_triton, poisoned, relative, threads  # noqa: F401 (fixtures)
 
 KINDS = [  # what gradients are stored in: parameters in half precision are refused
     pytest.param("native", torch.float32, marks=needs_native),
     ("reference", torch.float32),
     ("reference", torch.float64),
+    pytest.param("triton", torch.float32, marks=needs_triton),
 ]
 SHAPES = [(5,), (3, 1), (4, 7), (3, 1023), (3, 1025), (2, 4097), (3, 6, 5, 4), (2, 3, 4, 2, 3), (3, 2, 1500), (2, 0)]
 in_every_kind = pytest.mark.parametrize(("backend", "dtype"), KINDS)

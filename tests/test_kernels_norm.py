@@ -1,7 +1,5 @@
 """``norm``: the backward pass of a group norm, against torch and float64."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from dpfast.kernels import norm
 from dpfast.kernels.dispatch import KernelError
 from kernel_cases import (
     BACKENDS,
+    device,  # noqa: F401 (a fixture)
     needs_native,
     poisoned,  # noqa: F401 (a fixture)
     relative,
@@ -32,10 +31,11 @@ def test_group_norms(shape, dtype, layout, offset, backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layouts_that_differ(backend) -> None:
-    for of_x, of_g in itertools.permutations(LAYOUTS, 2):
-        x, g = relayout(torch.randn(4, 18, 5, 3), of_x), relayout(torch.randn(4, 18, 5, 3), of_g)
-        assert_group_norms(x, g, 2, backend)
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("of_g", LAYOUTS[::-1])
+def test_layouts_that_differ(of_g, of_x, backend) -> None:
+    x, g = relayout(torch.randn(4, 18, 5, 3), of_x), relayout(torch.randn(4, 18, 5, 3), of_g)
+    assert_group_norms(x, g, 2, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,8 +14,9 @@ from dpfast.bench import bench
 from dpfast.clipping import plan_step
 from dpfast.clipping.accumulate import Accumulation
 from dpfast.errors import CaptureError
-from dpfast.kernels import cost
-from dpfast.kernels.cost import USUAL, Work
+from dpfast.kernels import cost, rates
+from dpfast.kernels.cost import Work
+from dpfast.kernels.rates import USUAL
 from dpfast.measure import peak_storages
 
 WIDE = {"sample_size": 16, "block_out_channels": (16, 32), "norm_num_groups": 8, "attention_head_dim": 8}
@@ -103,9 +104,9 @@ def test_a_plan_as_a_table() -> None:
 def _usual_rates(monkeypatch):
     """Not those of this machine in this minute."""
     monkeypatch.setenv("DPFAST_PROFILE", "usual")
-    cost.rates_of.cache_clear()
+    rates.rates_of.cache_clear()
     yield
-    cost.rates_of.cache_clear()
+    rates.rates_of.cache_clear()
 
 
 @pytest.mark.usefixtures("_usual_rates")
@@ -237,12 +238,12 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("DPFAST_PROFILE", raising=False)
     calls = []
-    monkeypatch.setattr(cost, "measure", lambda: calls.append(1) or dataclasses.replace(USUAL, call=0.5))
+    monkeypatch.setattr(rates, "measure", lambda: calls.append(1) or dataclasses.replace(USUAL, call=0.5))
     for _ in range(2):
-        cost.rates_of.cache_clear()
-        assert cost.rates_of("cpu").call == 0.5
-    cost.profile_path().write_text("{}")  # of another version
-    cost.rates_of.cache_clear()
-    assert cost.rates_of("cpu").call == 0.5
-    cost.rates_of.cache_clear()
+        rates.rates_of.cache_clear()
+        assert rates.rates_of("cpu").call == 0.5
+    rates.profile_path().write_text("{}")  # of another version
+    rates.rates_of.cache_clear()
+    assert rates.rates_of("cpu").call == 0.5
+    rates.rates_of.cache_clear()
     assert len(calls) == 2

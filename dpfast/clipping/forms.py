@@ -3,14 +3,15 @@
 from collections.abc import Hashable, Iterable
 
 from dpfast.kernels import cost
-from dpfast.kernels.cost import Rates, Work
+from dpfast.kernels.cost import Work
+from dpfast.kernels.rates import USUAL, Rates, rates_of
 from dpfast.performance import Performance
 
 # Seconds that a kept byte is worth: what writing one to fresh memory takes on a usual machine. 0 would store every
 # gradient that is stored a little faster than computed twice; so a UNet of 6M parameters (B = 8, K = 1) peaks at 1.00
 # instead of 1.19 times the non-private step, in 1.02 times the time. Not what this machine takes: where the allocator
 # keeps its memory, writing costs a tenth, and memory is worth no less.
-PRICE = cost.USUAL.store
+PRICE = USUAL.store
 MOST_STEPS = 256  # kinds of steps whose works are remembered
 
 
@@ -21,8 +22,10 @@ class Forms:
     and later steps of its kind take those forms that fit the budget in the least predicted time.
     """
 
-    def __init__(self, performance: Performance) -> None:
+    def __init__(self, performance: Performance, rates: Rates | None = None) -> None:
+        """rates: of a device that need not be here; otherwise of the one that a step runs on."""
         self.performance = performance
+        self.rates = rates
         self._known: dict[Hashable, tuple[Work, ...]] = {}
 
     def choose(self, work: Work, device_type: str, kind: Hashable, stored_bytes: int) -> cost.Form:
@@ -30,12 +33,13 @@ class Forms:
         wanted, budget = self.performance.form, self.performance.memory_budget
         if wanted != "auto":
             return "direct" if wanted == "example" else wanted
-        rates = cost.rates_of(device_type)
+        rates = self.rates or rates_of(device_type)
+        price = rates.store if rates.is_gpu else PRICE
         if budget is None:
-            return cost.choose(work, rates, PRICE)
+            return cost.choose(work, rates, price)
         if kind in self._known:
-            return cost.choose(work, rates, cost.price_within(self._known[kind], rates, PRICE, budget))
-        form = cost.choose(work, rates, PRICE)
+            return cost.choose(work, rates, cost.price_within(self._known[kind], rates, price, budget))
+        form = cost.choose(work, rates, price)
         return form if stored_bytes + work.gradients <= budget else _leanest(work, rates)
 
     def learn(self, kind: Hashable, works: Iterable[Work]) -> None:

@@ -2,13 +2,13 @@
 
 The trace runs the step's own code (capture, terms, choice of forms), so the plan shows what the step will do. Peak
 memory is that of live tensor storages, as the allocator would see them; time is a prediction from FLOPs, bytes and the
-device's measured rates (``dpfast.kernels.cost``).
+device's rates (``dpfast.kernels.rates``), which are known of some that need not be here.
 """
 
 import copy
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,8 @@ from dpfast.clipping.trees import tensors_in
 from dpfast.clipping.watch import Inventory
 from dpfast.errors import CaptureError
 from dpfast.kernels import cost
+from dpfast.kernels.dispatch import planned_for
+from dpfast.kernels.rates import Rates, named, rates_of
 from dpfast.kernels.registry import scratch_bytes
 from dpfast.performance import Performance
 
@@ -53,10 +55,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Total:
-    """seconds: predicted; peak: bytes of tensors that a step holds at a time, beyond the model and its inputs."""
+    """working: seconds, predicted; calling: of Python meanwhile, if a GPU works; peak: bytes of tensors that a step
+    holds at a time, beyond the model and its inputs.
+    """
 
-    seconds: float
+    working: float
+    calling: float
     peak: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step, whichever takes longer."""
+        return max(self.working, self.calling)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class StepPlan:
     """One private step of ``examples`` of ``augmult`` rows, and the ordinary step of the same rows; ``str`` is a table.
 
     small: number of the other parameters (biases, affines of norms), whose gradients are stored: ``small_bytes``.
+    kernels: that the private step calls beside torch's own.
     showing: the private step when it has to show that examples stay apart, without the time of probes that repeat.
     """
 
@@ -72,6 +83,7 @@ class StepPlan:
     layers: tuple[Layer, ...]
     small: int
     small_bytes: int
+    kernels: tuple[cost.Kernel, ...]
     private: Total
     showing: Total
     ordinary: Total
@@ -85,7 +97,8 @@ class StepPlan:
         """Predicted time of the private step over that of the ordinary one; with one form for all weights, if given."""
         chosen = sum(layer.costs[layer.form].seconds for layer in self.layers)
         forced = chosen if form is None else sum(layer.costs[form].seconds for layer in self.layers)
-        return (self.private.seconds - chosen + forced) / self.ordinary.seconds
+        private = replace(self.private, working=self.private.working - chosen + forced)
+        return private.seconds / self.ordinary.seconds
 
     def __str__(self) -> str:
         rows = [("weight", "shape", "form", "ms", "MB kept")]
@@ -116,8 +129,9 @@ class Meter(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         """known: tensors that were there before, and do not count."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = self.brain_flops = self.read = self.written = self.calls = 0
+        self.flops = self.brain_flops = self.read = self.written = self.calls = self.launches = 0
         self.alive = self.peak = 0
+        self.of_dpfast: list[tuple[str, str, int]] = []  # ops without a form: shape of the first input, bytes
         self._sizes = {_key(t): 0 for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,9 +151,13 @@ class Meter(TorchDispatchMode):
         elif func.namespace == "dpfast":
             self.peak = max(self.peak, self.alive + scratch_bytes(func, args))
         if counted is None and made and not _has_a_form(func):
-            self.read += sum(t.numel() * t.element_size() for t in tensors_in((args, kwargs)))
-            self.written += sum(t.numel() * t.element_size() for t in made)
+            read, written = (sum(t.nbytes for t in tensors) for tensors in (tensors_in((args, kwargs)), made))
+            self.read += read
+            self.written += written
+            if func.namespace == "dpfast":
+                self.of_dpfast.append((func._opname, "x".join(map(str, args[0].shape)), read + written))
         self.calls += 1
+        self.launches += bool(made)
         return output
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -152,10 +170,19 @@ class Meter(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self.alive -= self._sizes.pop(key)
 
-    def seconds(self, rates: cost.Rates) -> float:
-        """As the device's rates have it."""
-        products = self.flops / rates.product + self.brain_flops / rates.brain
-        return products + self.read * rates.load + self.written * rates.store + self.calls * rates.op
+    def total(self, rates: Rates, norms: float = 0.0, uses: int = 0) -> Total:
+        """As the device's rates have it. norms: seconds of what has a form; uses: of parameters, seen to by Python."""
+        products = self.flops / rates.library + self.brain_flops / rates.library_brain
+        working = norms + products + self.read * rates.load + self.written * rates.store
+        calling = self.calls * rates.op + HANDLING * rates.call * uses
+        if rates.is_gpu:
+            return Total(working + self.launches * rates.gap, calling, self.peak)
+        return Total(working + calling, 0.0, self.peak)
+
+    def kernels(self, rates: Rates) -> tuple[cost.Kernel, ...]:
+        """dpfast's, of ops without a form: they take as long as their bytes."""
+        call = rates.gap if rates.is_gpu else rates.call
+        return tuple(cost.Kernel(op, shape, 0.0, size, size * rates.load + call) for op, shape, size in self.of_dpfast)
 
 
 def _reordered(func: Any, args: tuple[Any, ...]) -> int:
@@ -184,8 +211,11 @@ def plan_step(
     augmult: int = 1,
     performance: Performance | None = None,
     part: bool = False,
+    device: str | None = None,
 ) -> StepPlan:
-    """The plan of ``losses(model, *inputs) -> [B*K]``, on the model's device; nothing is computed.
+    """The plan of ``losses(model, *inputs) -> [B*K]``; nothing is computed.
+
+    device: one of ``dpfast.kernels.rates.DEVICES``, which need not be here; by default the model's.
 
     part: the losses are of some rows of one example, whose other rows other passes bring. A compiled model is planned
     as the eager one, which holds more: fused operations keep less of what is between them.
@@ -200,18 +230,28 @@ def plan_step(
     for p in fake.parameters():
         p.grad = None
     given = tuple(mode.from_tensor(t) for t in inputs)
-    rates = cost.rates_of(next((p.device.type for p in fake.parameters()), "cpu"))
+    rates = named(device) if device else rates_of(next((p.device.type for p in fake.parameters()), "cpu"))
     try:
-        with mode:
+        with mode, planned_for("triton" if device else None):
             ordinary, rows = _ordinary(fake, losses, given)
             alone = performance.form == "example" and rows <= augmult
-            step = partial(_private, fake, losses, given, augmult, performance, part=part, alone=alone)
+            step = partial(
+                _private,
+                fake,
+                losses,
+                given,
+                augmult,
+                Forms(performance, rates if device else None),
+                part=part,
+                alone=alone,
+            )
             private, accumulation = step()
             showing = step(showing=True)[0] if accumulation.examples > 1 else private
     except DataDependentOutputException as error:
         raise CaptureError(
             f"the step cannot be planned: it looks at numbers ({error}), and a plan knows only shapes; use torch.where"
         ) from error
+    of_forms = [cost.kernels(work, form, rates) for _, work, form in accumulation.chosen]
     layers = [
         Layer(
             name,
@@ -222,7 +262,7 @@ def plan_step(
         for name, work, form in accumulation.chosen
     ]
     norms = sum(layer.costs[layer.form].seconds for layer in layers)
-    handling = 0.0 if alone else HANDLING * rates.call * len(accumulation.tape.uses)
+    uses = 0 if alone else len(accumulation.tape.uses)
     factored = {layer.name for layer in layers}
     others = [p for name, p in accumulation.parameters.items() if name not in factored]
     return StepPlan(
@@ -231,9 +271,10 @@ def plan_step(
         tuple(layers),
         len(others),
         sum(accumulation.examples * p.numel() * p.element_size() for p in others),
-        Total(private.seconds(rates) + norms + handling, private.peak),
-        Total(showing.seconds(rates) + norms + handling, showing.peak),
-        Total(ordinary.seconds(rates), ordinary.peak),
+        (*(kernel for pair in of_forms for kernel in pair), *private.kernels(rates)),
+        private.total(rates, norms, uses),
+        showing.total(rates, norms, uses),
+        ordinary.total(rates),
     )
 
 
@@ -257,7 +298,7 @@ def _private(
     losses: Losses,
     inputs: tuple[Tensor, ...],
     augmult: int,
-    performance: Performance,
+    forms: Forms,
     *,
     part: bool,
     alone: bool,
@@ -282,7 +323,7 @@ def _private(
                     capture=capture,
                     parameters=tensors.trainable,
                     ownership=Ownership(),
-                    forms=Forms(performance),
+                    forms=forms,
                     losses=rows,
                     examples=examples,
                     augmult=augmult,

@@ -231,7 +231,7 @@ def _hand_over(key: Tensor, place: int, g: Tensor, saved: list[Tensor]) -> Tenso
 
 
 _OPS = torch.library.Library("dpfast", "FRAGMENT")
-_OPS.define("hand_over(Tensor key, int place, Tensor g, Tensor[] saved) -> Tensor")
+_OPS.define("hand_over(Tensor key, int place, Tensor g, Tensor[] saved) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
 _OPS.impl("hand_over", _hand_over, "CompositeExplicitAutograd")
 torch.library.register_fake("dpfast::hand_over", lambda key, *_: torch.empty_like(key), lib=_OPS)
 

@@ -260,7 +260,7 @@ def _conv_work(
         inputs=inputs,
         outputs=first,
         pixels=channels if has_pixel_gram else inputs,
-        taps=math.prod(kernel) if has_pixel_gram else 1,
+        taps=math.prod(kernel),
         held=held,
         brain=brain,
     )

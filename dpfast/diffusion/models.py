@@ -85,3 +85,17 @@ def build_scheduler(spec: NoiseSpec) -> "DDPMScheduler":
         clip_sample=True,
         clip_sample_range=1.0,
     )
+
+
+# The paper's CIFAR-10 and Camelyon17 shape as diffusers has it: 83.4M parameters, 192 channels at 32x32, two residual
+# blocks at each resolution, attention at 16 and 8.
+ADM_32 = UNetSpec(
+    image_size=32,
+    channels=3,
+    widths=(192, 384, 384, 384),
+    layers_per_block=2,
+    norm_groups=32,
+    attention=(1, 2),
+    mid_attention=True,
+    attention_head_dim=64,
+)

@@ -96,10 +96,13 @@ def describe_plan(recipe: Recipe) -> Rows:
     ]
 
 
-def describe_step(recipe: Recipe) -> str:
-    """One physical batch of the private training: the form of each weight, predicted time and memory."""
+def describe_step(recipe: Recipe, device: str | None = None) -> str:
+    """One physical batch of the private training: the form of each weight, predicted time and memory.
+
+    device: one that need not be here, instead of the recipe's.
+    """
     trainer = _trainer(recipe)
-    return f"{_physical_batch(trainer)}, predicted:\n{trainer.plan_step()}"
+    return f"{_physical_batch(trainer, device)}, predicted:\n{trainer.plan_step(device=device)}"
 
 
 def describe_bench(recipe: Recipe, rounds: int, progress: Progress) -> Iterator[str]:
@@ -131,11 +134,11 @@ def _trainer(recipe: Recipe) -> DPTrainer:
     return build.private_trainer(recipe, recipe.private, model, data, plan, build.private_objective(recipe, data))
 
 
-def _physical_batch(trainer: DPTrainer) -> str:
+def _physical_batch(trainer: DPTrainer, device: str | None = None) -> str:
     size = trainer.physical_size
     passes = " at a time" if size.rows < trainer.augmult else ""
     images = f"{size.examples} image{'s' if size.examples > 1 else ''} of {size.rows} augmentations{passes}"
-    return f"a physical batch on {trainer.performance.device}, {images}"
+    return f"a physical batch on {device or trainer.performance.device}, {images}"
 
 
 def describe_cost(run: Run) -> Rows:

@@ -9,10 +9,10 @@ LayerNorm over [B*K, T, C] as [B, K*T, C, 1]. Strides are free: neither NCHW nor
 Cost: 3 B M C S FLOPs, and one read of a and g by the native backend.
 """
 
+import torch
 from torch import Tensor
 
-from dpfast.kernels.affine import native, reference
-from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, KernelError, choose
+from dpfast.kernels.dispatch import NATIVE_DTYPES, TRITON_DTYPES, Backend, KernelError, choose, implementation
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
@@ -52,7 +52,9 @@ def _check(a: Tensor, g: Tensor) -> None:
 
 
 def _run_affine_grads(a: Tensor, g: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor]:
-    return (native if choose(backend, a, g) == "native" else reference).affine_grads(a, g)
+    chosen = choose(backend, a, g, native=(torch.float32,), triton=TRITON_DTYPES)
+    weight, bias = implementation(__name__, chosen).affine_grads(a, g)
+    return weight, bias
 
 
 def _fake_affine_grads(a: Tensor, g: Tensor, _: Backend | None) -> tuple[Tensor, Tensor]:
@@ -61,8 +63,9 @@ def _fake_affine_grads(a: Tensor, g: Tensor, _: Backend | None) -> tuple[Tensor,
 
 
 def _run_bias_grads(g: Tensor, backend: Backend | None) -> Tensor:
-    is_native = choose(backend, g, dtypes=tuple(NATIVE_DTYPES)) == "native"
-    return (native if is_native else reference).bias_grads(g)
+    chosen = choose(backend, g, native=NATIVE_DTYPES, triton=TRITON_DTYPES)
+    bias: Tensor = implementation(__name__, chosen).bias_grads(g)
+    return bias
 
 
 def _fake_bias_grads(g: Tensor, _: Backend | None) -> Tensor:

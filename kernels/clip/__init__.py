@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.kernels.clip import native, reference
-from dpfast.kernels.dispatch import Backend, choose
+from dpfast.kernels.clip import reference
+from dpfast.kernels.dispatch import Backend, choose, implementation
 from dpfast.kernels.registry import register
 
 __all__ = ["clip_factors", "clipped_sum", "clipped_sums", "sq_norms"]
@@ -50,8 +50,9 @@ def _in_memory_order(grads: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _implementation(backend: Backend | None, *flats: Tensor) -> Any:
-    dense = all(flat.shape[1] < 2 or flat.stride(1) == 1 for flat in flats)
-    return native if choose(backend, *flats) == "native" and dense else reference
+    if not all(flat.shape[1] < 2 or flat.stride(1) == 1 for flat in flats):
+        return reference
+    return implementation(__name__, choose(backend, *flats, native=(torch.float32,), triton=(torch.float32,)))
 
 
 def _fake_clip_factors(sq: Tensor, _: float) -> Tensor:

@@ -11,18 +11,19 @@ A transposed convolution is the same with the roles of input and output gradient
     clipped_sum         2 B M D P FLOPs
 
 Any strides and memory formats; bfloat16 and float16 are summed in float32. On the CPU ``native`` computes float32 and
-bfloat16; the library (oneDNN, cuDNN) computes the rest, one example at a time.
+bfloat16, on a GPU ``triton`` these and float16; the library (oneDNN, cuDNN) computes the rest, one example at a time.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpfast.kernels.chunks import bytes_alive
-from dpfast.kernels.conv import library, native, reference
+from dpfast.kernels.conv import problem, reference
 from dpfast.kernels.conv.spec import ConvSpec
-from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, choose, would_be_native
+from dpfast.kernels.dispatch import NATIVE_DTYPES, TRITON_DTYPES, Backend, choose, expected, implementation
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
@@ -72,16 +73,30 @@ def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor, *, backend: Bac
 
 
 def has_pixel_gram(a: Tensor, spec: ConvSpec) -> bool:
-    """Whether ``gram_sq_norms`` multiplies pixels instead of patches."""
-    return native.takes_gram(spec) and would_be_native(a)
+    """Whether ``gram_sq_norms`` multiplies pixels instead of patches; also for tensors without numbers."""
+    return _pixels(expected(a, **_DTYPES), spec)
+
+
+def _choose(backend: Backend | None, a: Tensor, g: Tensor) -> Backend:
+    return choose(backend, a, g, **_DTYPES) if backend is not None or a.dtype == g.dtype else "reference"
+
+
+def _pixels(chosen: Backend, spec: ConvSpec) -> bool:
+    """Whether a backend multiplies pixels for a Gram."""
+    return chosen != "reference" and bool(_of_grams(chosen).takes_gram(spec))
 
 
 def _implementation(backend: Backend | None, a: Tensor, g: Tensor) -> Any:
-    fits = backend is not None or a.dtype == g.dtype
-    is_native = fits and choose(backend, a, g, dtypes=tuple(NATIVE_DTYPES)) == "native"
-    return native if is_native else library
+    chosen = _choose(backend, a, g)
+    return implementation(__name__, "library" if chosen == "reference" else chosen)
 
 
+def _of_grams(chosen: Backend) -> Any:
+    """What is known of a backend's Grams, whether or not it is installed here."""
+    return problem if chosen == "triton" else implementation(__name__, chosen)
+
+
+_DTYPES: dict[Backend, Collection[torch.dtype]] = {"native": NATIVE_DTYPES, "triton": TRITON_DTYPES}
 _GEOMETRY = (
     "Tensor a, Tensor g, int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, bool transposed,"
     " int[] output_padding"
@@ -118,8 +133,11 @@ def _fake_sq_norms(a: Tensor, g: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
 
 def _run_gram_sq_norms(a: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     spec, (examples, backend) = _split(rest)
-    if native.takes_gram(spec) and _implementation(backend, a, g) is native:
-        return native.gram_sq_norms(a, g, spec, examples)
+    chosen = _choose(backend, a, g)
+    if _pixels(chosen, spec):
+        kernel = implementation(__name__, "triton_gram" if chosen == "triton" else chosen)
+        sq, bound = kernel.gram_sq_norms(a, g, spec, examples)
+        return sq, bound
     sq, bound = reference.gram_sq_norms_in_chunks(a, g, spec, examples)
     return sq.double(), bound.double()
 
@@ -133,19 +151,19 @@ def _fake_gram_sq_norms(a: Tensor, _g: Tensor, *rest: Any) -> tuple[Tensor, Tens
 def _gram_scratch(a: Tensor, g: Tensor, *rest: Any) -> int:
     spec, (examples, _) = _split(rest)
     rows = a.shape[0] // max(1, examples)
-    pixels = has_pixel_gram(a, spec)
-    each = native.gram_bytes(a, g, rows) if pixels else reference.gram_bytes(a, g, spec, rows)
-    return bytes_alive(each, examples)
+    chosen = expected(a, g, **_DTYPES)
+    kernel = _of_grams(chosen).gram_bytes(a, g, rows) if _pixels(chosen, spec) else None
+    return bytes_alive(reference.gram_bytes(a, g, spec, rows) if kernel is None else kernel, examples)
 
 
 def _native_scratch(a: Tensor, g: Tensor, *rest: Any) -> int:
     """Of what sums over rows, for norms (``examples``) or with weights."""
     spec, (last, _) = _split(rest)
-    if not would_be_native(a, g):
+    if expected(a, g, **_DTYPES) != "native":
         return 0
     weighted = isinstance(last, Tensor)
-    problem = native.of_convolution(a, g, spec, len(last) if weighted else last)
-    return problem.scratch_bytes(weighted=weighted)
+    examples = len(last) if weighted else last
+    return int(implementation(__name__, "native").scratch_bytes(a, g, spec, examples, weighted=weighted))
 
 
 def _run_clipped_sum(a: Tensor, g: Tensor, *rest: Any) -> Tensor:

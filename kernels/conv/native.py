@@ -5,13 +5,13 @@ Sums are in float32. Where the processor multiplies bfloat16 (AVX512-BF16), it d
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpfast.kernels.chunks import in_chunks
+from dpfast.kernels.conv.problem import Problem, of_convolution, three
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.dispatch import NATIVE_DTYPES, native_module
 from dpfast.kernels.precision import full_precision, gram, gram_error, vanished
@@ -19,17 +19,22 @@ from dpfast.kernels.precision import full_precision, gram, gram_error, vanished
 
 def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:
     """``G [B, numbers]`` in the order of ``spec``, and ``|G_i|^2 [B]`` of the numbers stored."""
-    return of_convolution(a, g, spec, examples).per_example_grads()
+    return Gradients(of_convolution(a, g, spec, examples)).per_example_grads()
 
 
 def sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Tensor:
     """``|G_i|^2 [B]``, float64; no ``G_i`` is stored."""
-    return of_convolution(a, g, spec, examples).sq_norms()
+    return Gradients(of_convolution(a, g, spec, examples)).sq_norms()
 
 
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor) -> Tensor:
     """``sum_i w_i G_i [numbers]`` of the very ``G_i`` that the others measure; ``w_i = 0`` contributes exactly 0."""
-    return of_convolution(a, g, spec, len(w)).clipped_sum(w)
+    return Gradients(of_convolution(a, g, spec, len(w))).clipped_sum(w)
+
+
+def scratch_bytes(a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, weighted: bool) -> int:
+    """Of the numbers that a call sums in. weighted: of ``clipped_sum``."""
+    return Gradients(of_convolution(a, g, spec, examples)).scratch_bytes(weighted=weighted)
 
 
 def takes_gram(spec: ConvSpec) -> bool:
@@ -60,18 +65,18 @@ def _gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple
     x, y = (g, a) if spec.transposed else (a, g)
     rows = x.shape[0] // max(1, examples)
     geometry = [
-        _three(x.shape[2:], 1),
-        _three(y.shape[2:], 1),
-        _three(spec.kernel, 1),
-        _three(spec.dilation, 1),
-        _three([before for before, _ in spec.padding], 0),
+        three(x.shape[2:], 1),
+        three(y.shape[2:], 1),
+        three(spec.kernel, 1),
+        three(spec.dilation, 1),
+        three([before for before, _ in spec.padding], 0),
     ]
     grams = [_pixel_gram(t, examples, rows) for t in (x, y)]
     sq = x.new_empty(examples, dtype=torch.float64)
     magnitude = torch.empty_like(sq)
     pointers = [t.data_ptr() for t in (*grams, sq, magnitude)]
     native_module().conv_gram(examples, rows, geometry, *pointers, torch.get_num_threads())
-    _, lines, width = _three(y.shape[2:], 1)
+    _, lines, width = three(y.shape[2:], 1)
     error = gram_error(x.shape[1], y.shape[1], torch.float32, steps=lines * (width // 8 + 1))  # dots() in csrc
     of_x, of_y = (t.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() for t in grams)
     lost = math.prod(spec.kernel) * vanished(x.shape[1], y.shape[1], of_x, of_y, torch.float32)
@@ -84,29 +89,15 @@ def _pixel_gram(t: Tensor, examples: int, rows: int) -> Tensor:
     return gram(channels_first.mT)
 
 
-class Problem:
-    """What ``csrc`` is asked for: x, whose patches are taken, y, whose positions are summed over, and the geometry.
+class Gradients:
+    """The weight gradients that a problem asks for."""
 
-    sizes: examples, rows of an example, groups, channels of x and of y in a group. geometry: input, output, kernel,
-    stride, dilation and padding of up to three dimensions. Strides: rows, channels, those dimensions. patches: see
-    ``csrc/dpfast.h``.
-    """
-
-    def __init__(
-        self,
-        x: tuple[Tensor, tuple[int, ...]],
-        y: tuple[Tensor, tuple[int, ...]],
-        sizes: tuple[int, int, int, int, int],
-        geometry: tuple[tuple[int, ...], ...],
-        *,
-        patches: bool = False,
-    ) -> None:
-        (self.x, x_stride), (self.y, y_stride) = x, y
-        self.examples = sizes[0]
-        self.native = _native(sizes, geometry, x_stride, y_stride, NATIVE_DTYPES[self.x.dtype], patches)
-        _, _, groups, c, p = sizes
-        self.numbers = c * groups * p * math.prod(geometry[2])
-        self.empty = 0 in (*sizes, *geometry[0], *geometry[1])
+    def __init__(self, problem: Problem) -> None:
+        self.x, self.y = problem.x, problem.y
+        self.examples, self.numbers, self.empty = problem.sizes[0], problem.numbers, problem.empty
+        dtype = NATIVE_DTYPES[self.x.dtype]
+        patches = problem.by_channel and math.prod(problem.geometry[2]) > 1
+        self.native = _native(problem.sizes, problem.geometry, problem.x_stride, problem.y_stride, dtype, patches)
 
     def per_example_grads(self) -> tuple[Tensor, Tensor]:
         """``[B, numbers]`` in the order of ``csrc``, and their squared norms ``[B]``."""
@@ -155,31 +146,9 @@ def _native(
     *most, padding = geometry
     return native_module().Conv(
         sizes,
-        [*(_three(numbers, 1) for numbers in most), _three(padding, 0)],
-        (*x_stride[:2], *_three(x_stride[2:], 0)),
-        (*y_stride[:2], *_three(y_stride[2:], 0)),
+        [*(three(numbers, 1) for numbers in most), three(padding, 0)],
+        (*x_stride[:2], *three(x_stride[2:], 0)),
+        (*y_stride[:2], *three(y_stride[2:], 0)),
         dtype,
         patches,
     )
-
-
-def of_convolution(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Problem:
-    """A transposed convolution is one with input and output gradient exchanged."""
-    x, y = (g, a) if spec.transposed else (a, g)
-    rows = x.shape[0] // max(1, examples)
-    sizes = (examples, rows, spec.groups, x.shape[1] // spec.groups, y.shape[1] // spec.groups)
-    padding = tuple(before for before, _ in spec.padding)
-    geometry = (x.shape[2:], y.shape[2:], spec.kernel, spec.stride, spec.dilation, padding)
-    patches = spec.by_channel and math.prod(spec.kernel) > 1
-    return Problem((x, x.stride()), (y, y.stride()), sizes, geometry, patches=patches)
-
-
-def of_linear(a: Tensor, g: Tensor) -> Problem:
-    """``a [B, M, D]`` and ``g [B, M, P]``: one tap, M positions along a line, features as channels."""
-    sizes = (a.shape[0], 1, 1, a.shape[2], g.shape[2])
-    strides = [(t.stride(0), t.stride(2), t.stride(1)) for t in (a, g)]
-    return Problem((a, strides[0]), (g, strides[1]), sizes, (a.shape[1:2], a.shape[1:2], (1,), (1,), (1,), (0,)))
-
-
-def _three(numbers: Sequence[int], missing: int) -> tuple[int, ...]:
-    return (*[missing] * (3 - len(numbers)), *numbers)

@@ -36,7 +36,7 @@ def linear_view(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Te
 
 def per_example_grads(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> Tensor:
     """``G [B, *weight_shape]``."""
-    return linear.per_example_grads(*linear_view(a, g, spec, examples)).reshape(examples, *spec.weight_shape)
+    return linear.weight_grads(*linear_view(a, g, spec, examples)).reshape(examples, *spec.weight_shape)
 
 
 def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:

@@ -8,53 +8,143 @@ of example i is ``[V, D]`` with ``G_i[v] = sum over m with index[i,m] = v of g[i
     gram_sq_norms       B M^2 D FLOPs, no table, and a bound on the rounding error
     clipped_sum         of the very G_i that are measured, no table
     weighted_sum        one pass over g, which rounds w g: for what a Gram has measured
+
+On a GPU ``triton`` computes float32, bfloat16 and float16 (all but the Gram), always in the same order of additions.
+PyTorch, which computes the rest, uses atomics there.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpfast.kernels.chunks import bytes_alive
+from dpfast.kernels.dispatch import TRITON_DTYPES, Backend, KernelError, choose, expected, implementation
 from dpfast.kernels.embedding import reference
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
+__all__ = ["clipped_sum", "gram_sq_norms", "per_example_grads", "sq_norms", "weighted_sum"]
 
-def _fake_grads(index: Tensor, g: Tensor, rows: int) -> Tensor:
+
+def per_example_grads(index: Tensor, g: Tensor, rows: int, *, backend: Backend | None = None) -> Tensor:
+    """``G [B, V, D]`` for a table of ``rows`` = V rows."""
+    _check(index, g)
+    return _per_example_grads(index, g, rows, backend)
+
+
+def sq_norms(index: Tensor, g: Tensor, rows: int, *, backend: Backend | None = None) -> Tensor:
+    """``|G_i|^2 [B]``, float64, of the ``G_i`` that ``clipped_sum`` adds up."""
+    _check(index, g)
+    return _sq_norms(index, g, rows, backend)
+
+
+def gram_sq_norms(index: Tensor, g: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """``|G_i|^2 [B]`` without the table, and the bound on its rounding error ``[B]``."""
+    _check(index, g)
+    return _gram_sq_norms(index, g, backend)
+
+
+def clipped_sum(index: Tensor, g: Tensor, rows: int, w: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """``sum_i w_i G_i [V, D]``; an example with ``w_i = 0`` contributes exactly 0, whatever it holds."""
+    _check(index, g)
+    return _clipped_sum(index, g, rows, w, backend)
+
+
+def weighted_sum(index: Tensor, g: Tensor, rows: int, w: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """The same in one pass over ``g``: rounding may differ from what was measured."""
+    _check(index, g)
+    return _weighted_sum(index, g, rows, w, backend)
+
+
+def _check(index: Tensor, g: Tensor) -> None:
+    problems = []
+    if g.ndim != 3 or index.shape != g.shape[:2]:
+        problems.append("expected index [B, M] and g [B, M, D]")
+    if index.device != g.device:
+        problems.append("expected one device (move one of them)")
+    if problems:
+        came = [f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in (("index", index), ("g", g))]
+        raise KernelError(f"embedding: {'; '.join(problems)}; got {' and '.join(came)}")
+
+
+def _implementation(g: Tensor, backend: Backend | None) -> Any:
+    return implementation(__name__, choose(backend, g, triton=TRITON_DTYPES))
+
+
+def _run_per_example_grads(index: Tensor, g: Tensor, rows: int, backend: Backend | None) -> Tensor:
+    grads: Tensor = _implementation(g, backend).per_example_grads(index, g, rows)
+    return grads
+
+
+def _fake_per_example_grads(index: Tensor, g: Tensor, rows: int, _: Backend | None) -> Tensor:
     return g.new_empty((index.shape[0], rows, g.shape[-1]), dtype=accumulation_dtype(g))
 
 
-def _fake_sq_norms(index: Tensor, g: Tensor, _rows: int) -> Tensor:
+def _run_sq_norms(index: Tensor, g: Tensor, rows: int, backend: Backend | None) -> Tensor:
+    sq: Tensor = _implementation(g, backend).sq_norms(index, g, rows)
+    return sq
+
+
+def _fake_sq_norms(index: Tensor, g: Tensor, _rows: int, _: Backend | None) -> Tensor:
     return g.new_empty(index.shape[0], dtype=torch.float64)
 
 
-def _fake_gram(index: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _run_gram_sq_norms(index: Tensor, g: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor]:
+    sq, bound = _implementation(g, backend).gram_sq_norms(index, g)
+    return sq, bound
+
+
+def _fake_gram_sq_norms(index: Tensor, g: Tensor, _: Backend | None) -> tuple[Tensor, Tensor]:
     sq = g.new_empty(index.shape[0], dtype=torch.float64)
     return sq, torch.empty_like(sq)
 
 
-def _scratch(_index: Tensor, g: Tensor, *_: object) -> int:
-    return bytes_alive(reference.chunk_bytes(g), len(g))
+def _run_clipped_sum(index: Tensor, g: Tensor, rows: int, w: Tensor, backend: Backend | None) -> Tensor:
+    total: Tensor = _implementation(g, backend).clipped_sum(index, g, rows, w)
+    return total
 
 
-def _fake_sum(_index: Tensor, g: Tensor, rows: int, _w: Tensor) -> Tensor:
+def _run_weighted_sum(index: Tensor, g: Tensor, rows: int, w: Tensor, backend: Backend | None) -> Tensor:
+    total: Tensor = _implementation(g, backend).weighted_sum(index, g, rows, w)
+    return total
+
+
+def _fake_sum(_index: Tensor, g: Tensor, rows: int, _w: Tensor, _: Backend | None) -> Tensor:
     return g.new_empty((rows, g.shape[-1]), dtype=accumulation_dtype(g))
 
 
-per_example_grads = register(
-    "embedding_per_example_grads(Tensor index, Tensor g, int rows) -> Tensor", reference.per_example_grads, _fake_grads
+def _scratch(index: Tensor, g: Tensor, _rows: int, *rest: Any) -> int:
+    if expected(g, triton=TRITON_DTYPES) == "triton":  # five numbers of 8 bytes for a look-up, to sort it
+        stored = bytes_alive(4 * index.numel(), g.shape[2]) if isinstance(rest[0], Tensor) else 0
+        return 40 * index.numel() + stored
+    return bytes_alive(reference.chunk_bytes(g), len(g))
+
+
+_per_example_grads = register(
+    "embedding_per_example_grads(Tensor index, Tensor g, int rows, str? backend) -> Tensor",
+    _run_per_example_grads,
+    _fake_per_example_grads,
 )
-sq_norms = register(
-    "embedding_sq_norms(Tensor index, Tensor g, int rows) -> Tensor", reference.sq_norms, _fake_sq_norms, _scratch
+_sq_norms = register(
+    "embedding_sq_norms(Tensor index, Tensor g, int rows, str? backend) -> Tensor",
+    _run_sq_norms,
+    _fake_sq_norms,
+    _scratch,
 )
-gram_sq_norms = register(
-    "embedding_gram_sq_norms(Tensor index, Tensor g) -> (Tensor, Tensor)", reference.gram_sq_norms, _fake_gram
+_gram_sq_norms = register(
+    "embedding_gram_sq_norms(Tensor index, Tensor g, str? backend) -> (Tensor, Tensor)",
+    _run_gram_sq_norms,
+    _fake_gram_sq_norms,
 )
-clipped_sum = register(
-    "embedding_clipped_sum(Tensor index, Tensor g, int rows, Tensor w) -> Tensor",
-    reference.clipped_sum,
+_clipped_sum = register(
+    "embedding_clipped_sum(Tensor index, Tensor g, int rows, Tensor w, str? backend) -> Tensor",
+    _run_clipped_sum,
     _fake_sum,
     _scratch,
 )
-weighted_sum = register(
-    "embedding_weighted_sum(Tensor index, Tensor g, int rows, Tensor w) -> Tensor", reference.weighted_sum, _fake_sum
+_weighted_sum = register(
+    "embedding_weighted_sum(Tensor index, Tensor g, int rows, Tensor w, str? backend) -> Tensor",
+    _run_weighted_sum,
+    _fake_sum,
 )

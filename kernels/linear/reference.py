@@ -7,8 +7,14 @@ from dpfast.kernels.clip.reference import sq_norms as squares
 from dpfast.kernels.precision import accumulation_dtype, full_precision, gram, gram_error, vanished
 
 
+def per_example_grads(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """``G [B, P, D]``, and ``|G_i|^2 [B]`` of the numbers stored."""
+    grads = weight_grads(a, g)
+    return grads, squares(grads.flatten(1))
+
+
 @full_precision()
-def per_example_grads(a: Tensor, g: Tensor) -> Tensor:
+def weight_grads(a: Tensor, g: Tensor) -> Tensor:
     """``G [B, ..., P, D]``."""
     dtype = accumulation_dtype(a, g)
     return g.to(dtype).mT @ a.to(dtype)
@@ -16,7 +22,7 @@ def per_example_grads(a: Tensor, g: Tensor) -> Tensor:
 
 def sq_norms(a: Tensor, g: Tensor) -> Tensor:
     """``|G_i|^2 [B]`` with one G_i alive at a time: a sum of squares, never negative."""
-    norms = [squares(per_example_grads(a_i, g_i).reshape(1, -1)) for a_i, g_i in zip(a, g, strict=True)]
+    norms = [squares(weight_grads(a_i, g_i).reshape(1, -1)) for a_i, g_i in zip(a, g, strict=True)]
     return torch.cat(norms) if norms else a.new_zeros(0, dtype=torch.float64)
 
 
@@ -57,7 +63,7 @@ def clipped_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
     dtype = accumulation_dtype(a, g)
     total = torch.zeros((*g.shape[1:-2], g.shape[-1], a.shape[-1]), dtype=dtype, device=a.device)
     for factor, a_i, g_i in zip(w.to(dtype), a, g, strict=True):
-        total += torch.where(factor > 0, factor * per_example_grads(a_i, g_i), 0)
+        total += torch.where(factor > 0, factor * weight_grads(a_i, g_i), 0)
     return total
 
 

@@ -8,11 +8,21 @@ norm has C groups. The gradient of x needs the same sums, so that the native bac
 and g; the reference normalises first.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dpfast.kernels.dispatch import NATIVE_DTYPES, Backend, KernelError, choose, would_be_native
-from dpfast.kernels.norm import native, reference
+from dpfast.kernels.dispatch import (
+    NATIVE_DTYPES,
+    TRITON_DTYPES,
+    Backend,
+    KernelError,
+    choose,
+    expected,
+    implementation,
+)
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
@@ -52,8 +62,8 @@ def group_norm_backward(
 
 
 def backward_is_native(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether ``group_norm_backward`` is native for gradients like ``x``: the reference is slower than autograd."""
-    return would_be_native(x) and (weight is None or (weight.dtype == torch.float32 and would_be_native(weight)))
+    """Whether ``group_norm_backward`` is a kernel for gradients like ``x``: the reference is slower than autograd."""
+    return expected(x, **_DTYPES) != "reference" and (weight is None or weight.dtype == torch.float32)
 
 
 def _check(x: Tensor, g: Tensor, weight: Tensor | None, groups: int, examples: int) -> None:
@@ -76,26 +86,28 @@ def _check(x: Tensor, g: Tensor, weight: Tensor | None, groups: int, examples: i
         )
 
 
-def _is_native(x: Tensor, g: Tensor, weight: Tensor | None, backend: Backend | None) -> bool:
-    if backend is None and x.dtype != g.dtype:
-        return False
-    if weight is not None and choose(backend, weight) != "native":
-        return False
-    return choose(backend, x, g, dtypes=tuple(NATIVE_DTYPES)) == "native"
+_DTYPES: dict[Backend, Collection[torch.dtype]] = {"native": NATIVE_DTYPES, "triton": TRITON_DTYPES}
+
+
+def _implementation(x: Tensor, g: Tensor, weight: Tensor | None, backend: Backend | None) -> Any:
+    if backend not in (None, "reference") and weight is not None:
+        choose(backend, weight, native=(torch.float32,), triton=(torch.float32,))
+    fits = x.dtype == g.dtype and (weight is None or weight.dtype == torch.float32)
+    return implementation(__name__, choose(backend, x, g, **_DTYPES) if fits or backend is not None else "reference")
 
 
 def _grads(
     x: Tensor, g: Tensor, groups: int, eps: float, examples: int, backend: Backend | None
 ) -> tuple[Tensor, Tensor]:
-    kernel = native if _is_native(x, g, None, backend) else reference
-    return kernel.group_norm_grads(x, g, groups, eps, examples)
+    weight, bias = _implementation(x, g, None, backend).group_norm_grads(x, g, groups, eps, examples)
+    return weight, bias
 
 
 def _backward(
     x: Tensor, g: Tensor, weight: Tensor | None, groups: int, eps: float, examples: int, backend: Backend | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = native if _is_native(x, g, weight, backend) else reference
-    return kernel.group_norm_backward(x, g, weight, groups, eps, examples)
+    dx, *affine = _implementation(x, g, weight, backend).group_norm_backward(x, g, weight, groups, eps, examples)
+    return dx, affine[0], affine[1]
 
 
 def _fake_grads(

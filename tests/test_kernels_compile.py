@@ -1,0 +1,33 @@
+"""Every Triton kernel in every launch configuration compiles for GPUs that need not be here, and fits them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = {80: 166_912, 90: 232_448}  # bytes that a program may have
+SPILLED = 16  # bytes of stack, of a kernel at 255 registers
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_kernel_compiles(capability, dtype) -> None:
+    script = Path(__file__).with_name("compile_kernels.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, script, str(capability), dtype], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) > 20
+    assert [row for row in rows if "failed" in row] == []
+    for row in rows:
+        assert row["local"] == 0, row
+        assert row["stack"] <= SPILLED, row
+        assert row["shared"] <= SHARED[capability], row
+        if capability == 90 and dtype == "bf16" and row["matrix_rows"] >= 64:
+            assert row["wgmma"], row
+            assert row["bulk"] or "by_descriptors" not in row["name"], row
