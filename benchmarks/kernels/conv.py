@@ -1,6 +1,6 @@
 """``conv``: unfolded as Opacus does, vmapped, and the library's weight gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -8,21 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, batches, factors, random, squares
-from benchmarks.kernels.shapes import CONVS, Batch, Conv
+from benchmarks.kernels.shapes import BATCHES, CONVS, Batch, Conv
 from dpfast.kernels import conv
 
 MOST_PAIRS = 1 << 20  # of positions of an example: beyond, no planner would think of a Gram
 
 
-def cases() -> Iterator[Case]:
-    for layer, batch, dtype in batches(CONVS):
+def cases(of: Sequence[Batch] = BATCHES) -> Iterator[Case]:
+    for layer, batch, dtype in batches(CONVS, of):
         yield from _cases(layer, batch, dtype)
 
 
 def _cases(layer: Conv, batch: Batch, dtype: str) -> Iterator[Case]:
     shape = (layer.outputs, layer.inputs, layer.size, layer.size)
     spec = conv.ConvSpec.of(torch.empty(shape), stride=layer.stride, padding=layer.padding)
-    b, w, space = batch.examples, factors(batch.examples), layer.space // layer.stride
+    b, w, space, backend = batch.examples, factors(batch.examples), layer.space // layer.stride, batch.backend
     terms = batch.augmult * layer.positions
     product = 2.0 * b * terms * layer.inputs * layer.size**2 * layer.outputs
     case = partial(
@@ -30,8 +30,11 @@ def _cases(layer: Conv, batch: Batch, dtype: str) -> Iterator[Case]:
         shape=f"{layer.name}, {batch.name}",
         dtype=dtype,
         inputs=lambda: random(
-            (batch.rows, layer.inputs, layer.space, layer.space), (batch.rows, layer.outputs, space, space)
+            (batch.rows, layer.inputs, layer.space, layer.space),
+            (batch.rows, layer.outputs, space, space),
+            channels_last=batch.channels_last,
         ),
+        count=layer.count,
         ordinary=lambda a, g: ordinary(a, g, layer),
     )
     grads = {
@@ -42,19 +45,19 @@ def _cases(layer: Conv, batch: Batch, dtype: str) -> Iterator[Case]:
 
     yield case(
         op="conv.per_example_grads",
-        ours=lambda a, g: conv.per_example_grads(a, g, spec, b),
+        ours=lambda a, g: conv.per_example_grads(a, g, spec, b, backend=backend),
         ways={name: lambda a, g, way=way: with_squares(way(a, g)) for name, way in grads.items()},
         flops=product,
     )
     yield case(
         op="conv.sq_norms",
-        ours=lambda a, g: conv.sq_norms(a, g, spec, b),
+        ours=lambda a, g: conv.sq_norms(a, g, spec, b, backend=backend),
         ways=norms,
         flops=product,
     )
     yield case(
         op="conv.clipped_sum",
-        ours=lambda a, g: conv.clipped_sum(a, g, spec, w),
+        ours=lambda a, g: conv.clipped_sum(a, g, spec, w, backend=backend),
         ways={"scaled rows": lambda a, g: ordinary(a, scaled(g, w), layer)},
         flops=product,
     )
@@ -62,7 +65,7 @@ def _cases(layer: Conv, batch: Batch, dtype: str) -> Iterator[Case]:
         pixels = layer.inputs if layer.stride == 1 else layer.inputs * layer.size**2  # multiplied for a pair
         yield case(
             op="conv.gram_sq_norms",
-            ours=lambda a, g: conv.gram_sq_norms(a, g, spec, b),
+            ours=lambda a, g: conv.gram_sq_norms(a, g, spec, b, backend=backend),
             ways={**norms, "unfold + Gram": lambda a, g: by_gram(a, g, layer, b)},
             flops=1.0 * b * terms * (terms + 1) * (pixels + layer.outputs),
             bounded=True,

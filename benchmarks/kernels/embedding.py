@@ -1,6 +1,6 @@
 """``embedding``: rows added to one table for each example, a one-hot product, and the ordinary backward."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, batches, factors, random, squares
-from benchmarks.kernels.shapes import EMBEDDINGS, Batch, Embedding
+from benchmarks.kernels.shapes import BATCHES, EMBEDDINGS, Batch, Embedding
 from dpfast.kernels import embedding
 
 
-def cases() -> Iterator[Case]:
-    for layer, batch, dtype in batches(EMBEDDINGS):
+def cases(of: Sequence[Batch] = BATCHES) -> Iterator[Case]:
+    for layer, batch, dtype in batches(EMBEDDINGS, of):
         yield from _cases(layer, batch, dtype)
 
 

@@ -1,18 +1,18 @@
 """``linear``: an einsum for all examples, and the matrix product of the ordinary gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, batches, factors, random, squares
-from benchmarks.kernels.shapes import LINEARS, Batch, Linear
+from benchmarks.kernels.shapes import BATCHES, LINEARS, Batch, Linear
 from dpfast.kernels import linear
 
 
-def cases() -> Iterator[Case]:
-    for layer, batch, dtype in batches(LINEARS):
+def cases(of: Sequence[Batch] = BATCHES) -> Iterator[Case]:
+    for layer, batch, dtype in batches(LINEARS, of):
         yield from _cases(layer, batch, dtype)
 
 
@@ -25,19 +25,31 @@ def _cases(layer: Linear, batch: Batch, dtype: str) -> Iterator[Case]:
         dtype=dtype,
         inputs=lambda: random((b, m, layer.inputs), (b, m, layer.outputs)),
         ordinary=ordinary,
+        count=layer.count,
     )
+    backend = batch.backend
     norms = {"einsum": lambda a, g: squares(by_einsum(a, g))}
     sums = {"scaled rows": lambda a, g: ordinary(a, g * w.to(g.dtype).view(-1, 1, 1))}
-    yield case(op="linear.per_example_grads", ours=linear.per_example_grads, ways={"einsum": grads}, flops=product)
-    yield case(op="linear.sq_norms", ours=linear.sq_norms, ways=norms, flops=product)
+    yield case(
+        op="linear.per_example_grads",
+        ours=partial(linear.per_example_grads, backend=backend),
+        ways={"einsum": grads},
+        flops=product,
+    )
+    yield case(op="linear.sq_norms", ours=partial(linear.sq_norms, backend=backend), ways=norms, flops=product)
     yield case(
         op="linear.gram_sq_norms",
-        ours=linear.gram_sq_norms,
+        ours=partial(linear.gram_sq_norms, backend=backend),
         ways={**norms, "Gram": by_gram},
         flops=1.0 * b * m * (m + 1) * (layer.inputs + layer.outputs),
         bounded=True,
     )
-    yield case(op="linear.clipped_sum", ours=lambda a, g: linear.clipped_sum(a, g, w), ways=sums, flops=product)
+    yield case(
+        op="linear.clipped_sum",
+        ours=lambda a, g: linear.clipped_sum(a, g, w, backend=backend),
+        ways=sums,
+        flops=product,
+    )
     yield case(op="linear.weighted_sum", ours=lambda a, g: linear.weighted_sum(a, g, w), ways=sums, flops=product)
 
 
