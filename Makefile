@@ -1,6 +1,7 @@
 # make demo   trains a private diffusion model on handwritten digits and opens the way to its report
 # make test   formatting, lint, types and every test
-# Both create .venv by themselves and need only python3 (3.11 or newer, with venv); a C++ compiler is used when there.
+# make gpu    tests, ops and steps on a GPU, with what is installed there (benchmarks/README.md)
+# The first two create .venv by themselves and need only python3 (3.11 or newer, with venv); a C++ compiler is used when there.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -18,7 +19,15 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csr
 JOBS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test lint format typecheck pytest clean
+# Of a machine with a GPU, which may be offline: nothing is installed. GPU_PYTHON: one that has torch. OUT: a folder for
+# results. ONLY: a part of the names of rows. MINUTES: after which a part begins nothing more. DRY=1: tried on the CPU.
+GPU_PYTHON ?= python3
+GPU_PACKAGE := build/gpu
+GPU_ENV := PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH="$(CURDIR)/$(GPU_PACKAGE):$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+GPU_OPTIONS = $(if $(ONLY),--only '$(ONLY)') $(if $(OUT),--out '$(OUT)') $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DRY),--dry)
+GPU_PARTS := gpu-tests gpu-kernels gpu-launches gpu-step gpu-page
+
+.PHONY: demo test lint format typecheck pytest clean gpu gpu-package $(GPU_PARTS)
 
 demo: $(VENV)/.demo
 	$(BIN)/dpfast demo
@@ -34,6 +43,15 @@ typecheck: $(VENV)/.test
 
 pytest: $(VENV)/.test
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+gpu: gpu-package
+	$(GPU_ENV) $(GPU_PYTHON) -m benchmarks.gpu all $(GPU_OPTIONS)
+
+$(GPU_PARTS): gpu-package
+	$(GPU_ENV) $(GPU_PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(GPU_OPTIONS)
+
+gpu-package:
+	@$(GPU_PYTHON) tools/gpu_package.py $(GPU_PACKAGE)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix-only .

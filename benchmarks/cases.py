@@ -50,6 +50,23 @@ def unet(width: int, size: int) -> nn.Module:
     )
 
 
+def adm_unet() -> nn.Module:
+    """Of the shape of ADM: 83.4M parameters, attention at 16x16, 8x8 and in the middle."""
+    from dpfast.diffusion.models import UNetSpec, build_unet
+
+    spec = UNetSpec(
+        image_size=32,
+        channels=3,
+        widths=(192, 384, 384, 384),
+        layers_per_block=2,
+        norm_groups=32,
+        attention=(1, 2),
+        mid_attention=True,
+        attention_head_dim=64,
+    )
+    return build_unet(spec, seed=0)
+
+
 def digits() -> nn.Module:
     """The network of the digits recipe: 68k parameters, 8x8."""
     from dpfast.diffusion.models import UNetSpec, build_unet
@@ -61,6 +78,7 @@ def digits() -> nn.Module:
 WIDTHS = {f"unet-w{width}": width for width in (32, 64, 128)}
 MODELS = {
     "unet6m": Model("unet6m", partial(unet, 64, 32), 32, 3),
+    "unet83m": Model("unet83m", adm_unet, 32, 3),
     "digits": Model("digits", digits, 8, 1),
     **{name: Model(name, partial(unet, width, 16), 16, 3) for name, width in WIDTHS.items()},
 }

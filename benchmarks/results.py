@@ -1,5 +1,6 @@
 """Results as data: one JSON line per measurement, with where it was made; tables between markers in the README."""
 
+import functools
 import json
 import os
 import platform
@@ -12,28 +13,41 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
 
 
-def append(name: str, row: dict[str, Any]) -> None:
-    """Add ``row`` to ``results/<name>.jsonl``, with versions, processor and commit."""
-    FOLDER.mkdir(exist_ok=True)
-    with open(FOLDER / f"{name}.jsonl", "a") as file:
+def append(name: str, row: dict[str, Any], folder: Path = FOLDER) -> None:
+    """Add ``row`` to ``<folder>/<name>.jsonl``, with versions, processor and commit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.jsonl", "a") as file:
         file.write(json.dumps({**row, **provenance()}) + "\n")
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    path = FOLDER / f"{name}.jsonl"
+def rows(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    path = folder / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def provenance() -> dict[str, Any]:
-    """What a figure depends on besides its settings."""
-    packages = ("dpfast", "torch", "diffusers", "dp-accounting", "opacus")
+    """What a figure depends on besides its settings. ``COMMIT`` names the commit of a copy that git does not know."""
+    packages = ("dpfast", "torch", "triton", "diffusers", "dp-accounting", "opacus")
     changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!*.md")  # they hold the tables
     return {
         "versions": {name: found for name in packages if (found := installed(name))}
         | {"python": platform.python_version()},
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), **gpu()},
+        "commit": (git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "")) + ("+" if changed else ""),
     }
+
+
+@functools.cache
+def gpu() -> dict[str, Any]:
+    """Its name, compute capability, memory, driver and CUDA; nothing where torch sees none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    of = torch.cuda.get_device_properties(0)
+    found = {"name": of.name, "capability": f"{of.major}.{of.minor}", "processors": of.multi_processor_count}
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+    return {"gpu": found | {"memory": of.total_memory, "cuda": torch.version.cuda, "driver": driver}}
 
 
 def installed(package: str) -> str | None:
@@ -55,8 +69,16 @@ def processor() -> str:
 
 
 def git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    return output_of("git", "-C", str(ROOT), *arguments)
+
+
+def output_of(*command: str) -> str:
+    """What it prints; nothing where it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def write_between_markers(file: Path, name: str, text: str) -> None:

@@ -22,7 +22,7 @@ class Case:
     ways: of getting the same result with torch; the first of them in float64 is what is exact. ordinary: the gradient
     of a non-private step, which takes the place of the op there. flops: of products that cannot be avoided; 0 where
     there are none. bounded: the op returns a bound on its error as its last value. count: how many layers of the model
-    have this shape.
+    have this shape. work: sizes of ``dpfast.kernels.cost.Work``, of ops whose time it predicts.
     """
 
     op: str
@@ -35,6 +35,7 @@ class Case:
     flops: float = 0.0
     bounded: bool = False
     count: int = 1
+    work: Mapping[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -63,9 +64,7 @@ def random(*shapes: tuple[int, ...], channels_last: bool = False) -> tuple[Tenso
     """On torch's default device. channels_last: of what has four dimensions."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     found = [torch.randn(shape, generator=generator) for shape in shapes]
-    return tuple(
-        t.contiguous(memory_format=torch.channels_last) if channels_last and t.ndim == 4 else t for t in found
-    )
+    return tuple(t.contiguous(memory_format=torch.channels_last) if channels_last and t.ndim == 4 else t for t in found)
 
 
 def factors(examples: int) -> Tensor:

@@ -25,6 +25,7 @@ def _cases(layer: Conv, batch: Batch, dtype: str) -> Iterator[Case]:
     b, w, space, backend = batch.examples, factors(batch.examples), layer.space // layer.stride, batch.backend
     terms = batch.augmult * layer.positions
     product = 2.0 * b * terms * layer.inputs * layer.size**2 * layer.outputs
+    pixels = layer.inputs if layer.stride == 1 else layer.inputs * layer.size**2  # multiplied for a pair
     case = partial(
         Case,
         shape=f"{layer.name}, {batch.name}",
@@ -35,6 +36,14 @@ def _cases(layer: Conv, batch: Batch, dtype: str) -> Iterator[Case]:
             channels_last=batch.channels_last,
         ),
         count=layer.count,
+        work={
+            "examples": b,
+            "rows": terms,
+            "inputs": layer.inputs * layer.size**2,
+            "outputs": layer.outputs,
+            "pixels": pixels,
+            "taps": layer.size**2,
+        },
         ordinary=lambda a, g: ordinary(a, g, layer),
     )
     grads = {
@@ -62,7 +71,6 @@ def _cases(layer: Conv, batch: Batch, dtype: str) -> Iterator[Case]:
         flops=product,
     )
     if terms**2 <= MOST_PAIRS:
-        pixels = layer.inputs if layer.stride == 1 else layer.inputs * layer.size**2  # multiplied for a pair
         yield case(
             op="conv.gram_sq_norms",
             ours=lambda a, g: conv.gram_sq_norms(a, g, spec, b, backend=backend),

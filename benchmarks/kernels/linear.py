@@ -26,6 +26,7 @@ def _cases(layer: Linear, batch: Batch, dtype: str) -> Iterator[Case]:
         inputs=lambda: random((b, m, layer.inputs), (b, m, layer.outputs)),
         ordinary=ordinary,
         count=layer.count,
+        work={"examples": b, "rows": m, "inputs": layer.inputs, "outputs": layer.outputs, "pixels": layer.inputs},
     )
     backend = batch.backend
     norms = {"einsum": lambda a, g: squares(by_einsum(a, g))}

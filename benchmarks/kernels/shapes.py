@@ -107,8 +107,12 @@ CONVS = {
         Conv(768, 384, 1, 8, count=3),
         Conv(768, 384, 1, 4, count=3),
     ),
-    "unet83m in float32": (Conv(192, 192, 3, 32, count=7), Conv(384, 384, 3, 8, count=8), Conv(768, 384, 1, 16, count=2)),
-    "dry": (Conv(3, 20, 3, 6), Conv(20, 12, 3, 6, stride=2), Conv(20, 12, 1, 6, count=2)),
+    "unet83m in float32": (
+        Conv(192, 192, 3, 32, count=7),
+        Conv(384, 384, 3, 8, count=8),
+        Conv(768, 384, 1, 16, count=2),
+    ),
+    "dry": (Conv(3, 20, 3, 4), Conv(20, 12, 1, 6, count=2)),
 }
 
 

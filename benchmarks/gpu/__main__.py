@@ -1,0 +1,82 @@
+"""See the README of benchmarks/: ``python -m benchmarks.gpu tests|kernels|launches|step|page|all``."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.gpu.jobs import Options, put, supervise, work
+from benchmarks.gpu.machine import why_no_gpu
+
+PARTS = ("tests", "kernels", "launches", "step")
+USUAL = ("tests", "kernels", "step")
+
+
+def main() -> None:
+    given = arguments()
+    out = given.out or (Path(tempfile.mkdtemp(prefix="dpfast-dry-")) if given.dry else results.FOLDER)
+    if given.dry and out.resolve().is_relative_to(results.FOLDER):
+        sys.exit("a dry run keeps nothing in benchmarks/results: give another --out")
+    if given.dry:
+        rehearse(given.part)
+    if given.progress is not None:
+        options = Options(given.part, out, given.only, given.dry, given.until, given.first, given.progress)
+        work(jobs_of(given.part, dry=given.dry), options)
+        return
+    print(f"results: {out}", flush=True)
+    for part in USUAL if given.part == "all" else [given.part] if given.part in PARTS else []:
+        run(Options(part, out, given.only, given.dry, until=time.time() + 60 * given.minutes))
+    if given.part in ("all", "page"):
+        from benchmarks.gpu.page import page
+
+        text = page(out)
+        (out / "gpu.txt").write_text(text + "\n")
+        print(text)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=[*PARTS, "page", "all"], help="all: tests, kernels, step and page")
+    parser.add_argument("--only", default="", help="rows whose names hold this")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, tiny, into a temporary folder")
+    parser.add_argument("--out", type=Path, help="folder of results; benchmarks/results by default")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which a part begins nothing more")
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def rehearse(part: str) -> None:
+    """Ops by Triton's interpreter; steps as on any CPU."""
+    if part in ("tests", "kernels", "launches"):
+        os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def run(options: Options) -> None:
+    print(f"== {options.part}", flush=True)
+    if reason := why_no_gpu(dry=options.dry):
+        put(options, {"name": options.part, "skipped": reason})
+    else:
+        supervise(options)
+
+
+def jobs_of(part: str, *, dry: bool):
+    """Read when it is asked for: what one part needs may be missing."""
+    if part == "tests":
+        from benchmarks.gpu.tests import jobs
+    elif part == "kernels":
+        from benchmarks.gpu.kernels import jobs
+    elif part == "launches":
+        from benchmarks.gpu.launches import jobs
+    else:
+        from benchmarks.gpu.step import jobs
+    return jobs(dry=dry)
+
+
+if __name__ == "__main__":
+    main()
