@@ -25,6 +25,7 @@ def rows(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@functools.cache
 def provenance() -> dict[str, Any]:
     """What a figure depends on besides its settings. ``COMMIT`` names the commit of a copy that git does not know."""
     packages = ("dpfast", "torch", "triton", "diffusers", "dp-accounting", "opacus")

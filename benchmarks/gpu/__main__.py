@@ -1,14 +1,16 @@
 """See the README of benchmarks/: ``python -m benchmarks.gpu tests|kernels|launches|step|page|all``."""
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.gpu.jobs import Options, put, supervise, work
+from benchmarks.gpu.jobs import Job, Options, put, supervise, work
 from benchmarks.gpu.machine import why_no_gpu
 
 PARTS = ("tests", "kernels", "launches", "step")
@@ -24,7 +26,7 @@ def main() -> None:
         rehearse(given.part)
     if given.progress is not None:
         options = Options(given.part, out, given.only, given.dry, given.until, given.first, given.progress)
-        work(jobs_of(given.part, dry=given.dry), options)
+        work(jobs_of(options), options)
         return
     print(f"results: {out}", flush=True)
     for part in USUAL if given.part == "all" else [given.part] if given.part in PARTS else []:
@@ -65,17 +67,9 @@ def run(options: Options) -> None:
         supervise(options)
 
 
-def jobs_of(part: str, *, dry: bool):
-    """Read when it is asked for: what one part needs may be missing."""
-    if part == "tests":
-        from benchmarks.gpu.tests import jobs
-    elif part == "kernels":
-        from benchmarks.gpu.kernels import jobs
-    elif part == "launches":
-        from benchmarks.gpu.launches import jobs
-    else:
-        from benchmarks.gpu.step import jobs
-    return jobs(dry=dry)
+def jobs_of(options: Options) -> Iterator[Job]:
+    """Of one part; what another needs may be missing."""
+    return importlib.import_module(f"benchmarks.gpu.{options.part}").jobs(options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks import results
 Row = dict[str, Any]
 AGAIN = 75  # exit status: the row is written, but this process can do no more
 BEGINNING = 120  # seconds until the first measurement of a process
+OVER = 60  # seconds after which nothing goes on any more
 
 
 class Missing(Exception):
@@ -58,21 +59,20 @@ class Options:
 
 def work(jobs: Iterable[Job], options: Options) -> None:
     """In a process of its own: every job in turn, and a line and a row for each."""
-    left = []
+    left: list[str] = []
     for number, job in enumerate(jobs):
         if number < options.first or options.only not in job.name:
             continue
         if time.time() + job.seconds > options.until:
             left.append(job.name)
             continue
-        note(options, number, job)
+        note(options, {"number": number, "name": job.name, "limit": time.time() + job.limit, "left": left})
         begin = time.perf_counter()
         row = attempt(job)
         put(options, {"name": job.name, **row, "took": round(time.perf_counter() - begin, 2)})
         if "failed" in row and is_dead():
             sys.exit(AGAIN)
-    if left:
-        put(options, {"name": "left out", "left_out": left})
+    note(options, {"limit": time.time() + OVER, "left": left})
 
 
 def attempt(job: Job) -> Row:
@@ -110,18 +110,26 @@ def is_dead() -> bool:
     return False
 
 
-def note(options: Options, number: int, job: Job) -> None:
+def note(options: Options, at: Row) -> None:
+    """Where a process is, for the one that watches it. left: names of what it has left out."""
     if options.progress is not None:
-        at = {"number": number, "name": job.name, "limit": time.time() + job.limit}
         new = options.progress.with_suffix(".new")
-        new.write_text(json.dumps(at))
+        new.write_text(json.dumps({**at, "limit": min(at["limit"], options.until + OVER)}))
         new.replace(options.progress)
 
 
 def put(options: Options, row: Row) -> None:
-    """A row of results, and a line."""
-    results.append(f"gpu-{options.part}", {"part": options.part, "dry": options.dry, **row}, options.out)
-    print(line(row), flush=True)
+    """A row of results, and a line; one for all that is skipped for one reason. run: the same for all rows of one."""
+    about = {"part": options.part, "dry": options.dry, "run": options.until}
+    results.append(f"gpu-{options.part}", {**about, **row}, options.out)
+    reason = options.part, row.get("skipped")
+    if reason not in _SAID:
+        print(line(row), flush=True)
+    if "skipped" in row:
+        _SAID.add(reason)
+
+
+_SAID: set[tuple[str, str | None]] = set()
 
 
 def line(row: Row) -> str:
@@ -139,19 +147,20 @@ def line(row: Row) -> str:
 def supervise(options: Options) -> None:
     """Processes that ``work``, until all is done or the time is over."""
     with tempfile.TemporaryDirectory() as folder:
-        first = 0
-        while True:
+        first, left, status = 0, [], AGAIN
+        while status != 0:
             progress = Path(folder) / f"from-{first}"
-            status = run(Options(**{**vars(options), "first": first, "progress": progress}), progress)
-            if status == 0:
-                return
-            at = json.loads(progress.read_text()) if progress.exists() else None
-            if at is None:
-                put(options, {"name": options.part, "failed": f"ended before its first measurement: {ending(status)}"})
-                return
-            if status != AGAIN:
+            status = run(replace(options, first=first, progress=progress), progress)
+            at = json.loads(progress.read_text()) if progress.exists() else {"left": []}
+            left += at["left"]
+            if status != 0 and "number" not in at:
+                put(options, {"name": options.part, "failed": f"outside of measurements: {ending(status)}"})
+                break
+            if status not in (0, AGAIN):
                 put(options, {"name": at["name"], "failed": ending(status)})
-            first = at["number"] + 1
+            first = at.get("number", first) + 1
+        if left:
+            put(options, {"name": "left out", "left_out": left})
 
 
 def run(options: Options, progress: Path) -> int:

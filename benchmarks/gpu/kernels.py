@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.jobs import Job, Row
+from benchmarks.gpu.jobs import Job, Options, Row
 from benchmarks.gpu.machine import device
 from benchmarks.kernels import affine, clip, conv, linear, norm
 from benchmarks.kernels.case import Case, compare
@@ -34,10 +34,12 @@ ROUNDS = 15
 WRONG = 1e-2  # a relative error that is no rounding: not timed. What errs by more than the gate allows is said.
 
 
-def jobs(*, dry: bool) -> Iterator[Job]:
+def jobs(options: Options) -> Iterator[Job]:
     yield Job("ceilings", ceilings, 5)
-    for case in cases(dry=dry):
-        yield Job(f"{case.op}, {case.shape}, {case.dtype}", partial(measured, case, rounds=2 if dry else ROUNDS), 4)
+    for case in cases(dry=options.dry):
+        yield Job(
+            f"{case.op}, {case.shape}, {case.dtype}", partial(measured, case, rounds=2 if options.dry else ROUNDS), 4
+        )
 
 
 def cases(*, dry: bool) -> list[Case]:

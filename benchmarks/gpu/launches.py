@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.jobs import Job, Missing, Row
+from benchmarks.gpu.jobs import Job, Missing, Options, Row
 from benchmarks.gpu.kernels import available, cases, timed
 from benchmarks.gpu.machine import device
 from benchmarks.kernels.case import Case
@@ -25,16 +25,16 @@ ROUNDS = 7
 SAME = 1e-4  # relative: what a launch gives, to what the chosen one gives
 
 
-def jobs(*, dry: bool) -> Iterator[Job]:
-    found = [case for case in cases(dry=dry) if case.op in OPS]
-    if dry:
+def jobs(options: Options) -> Iterator[Job]:
+    found = [case for case in cases(dry=options.dry) if case.op in OPS]
+    if options.dry:
         found = found[:1]
     else:
         found = [case for case in found if is_chosen(case)]
         found.sort(key=lambda case: case.shape.rsplit(", ", 1)[0] in BY_POINTERS)
     for case in found:
         name = f"{case.op}, {case.shape}, {case.dtype}"
-        yield Job(name, partial(tried, case, rounds=2 if dry else ROUNDS), 30)
+        yield Job(name, partial(tried, case, rounds=2 if options.dry else ROUNDS), 30)
 
 
 def is_chosen(case: Case) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import contestants as c
 from benchmarks.cases import MODELS, Row
-from benchmarks.gpu.jobs import Job, Missing, release
+from benchmarks.gpu.jobs import Job, Missing, Options, release
 from benchmarks.gpu.jobs import Row as Found
 from benchmarks.gpu.machine import device, require
 from benchmarks.step import BASE, COMPILED, CONTESTANTS, TOLERANCE, contestant, error, error_of
@@ -39,7 +39,10 @@ ALL = (1, 16, 4, 128)
 
 @dataclass(frozen=True)
 class Wave:
-    """Contestants at each K, of so many rows. seconds: that one takes, about. float32: without TF32."""
+    """Contestants at each K, of so many rows. seconds: that one takes, about. float32 is without TF32.
+
+    layout: of the model's weights and of images.
+    """
 
     model: str
     rows: int | str
@@ -47,6 +50,10 @@ class Wave:
     contestants: tuple[str, ...]
     seconds: float = 15
     dtype: str = "bfloat16"
+    layout: torch.memory_format = torch.channels_last
+
+    def row(self, augmult: int, rows: int) -> Row:
+        return Row(self.model, rows // augmult, augmult, self.dtype)
 
 
 WAVES = (
@@ -70,6 +77,7 @@ WAVES = (
     Wave("unet83m", MOST, ALL, (PLAN,)),
     Wave("unet83m", MOST, (1,), (GRAPHS,), 90),
     Wave("unet6m", MOST, (1,), (GRAPHS,), 60),
+    Wave("unet83m", MOST, (1,), (COMPILED, PRIVATE_COMPILED), 90, layout=torch.contiguous_format),
 )
 DRY_WAVES = (
     Wave("digits", MOST, (1,), (BASE,)),
@@ -78,13 +86,14 @@ DRY_WAVES = (
 )
 
 
-def jobs(*, dry: bool) -> Iterator[Job]:
+def jobs(options: Options) -> Iterator[Job]:
     warnings.filterwarnings("ignore")
-    bench = Bench((8,) if dry else SIZES)
-    for wave in DRY_WAVES if dry else WAVES:
+    bench = Bench((8,) if options.dry else SIZES)
+    for wave in DRY_WAVES if options.dry else WAVES:
         for augmult in wave.augmults:
             for name in wave.contestants:
-                title = f"{wave.model} {wave.dtype}, {wave.rows} rows, K={augmult}: {name}"
+                layout = "" if wave.layout == torch.channels_last else " contiguous"
+                title = f"{wave.model} {wave.dtype}{layout}, {wave.rows} rows, K={augmult}: {name}"
                 yield Job(title, partial(bench.measured, wave, augmult, name), wave.seconds, limit=240)
 
 
@@ -125,20 +134,19 @@ class Bench:
         self.sizes = sizes
         self.models: dict[str, nn.Module] = {}
         self.rows: dict[str, int] = {}
-        self.bases: dict[tuple[str, int, str, str], Base] = {}
+        self.bases: dict[tuple[Row, str, torch.memory_format], Base] = {}
 
     def model(self, name: str) -> nn.Module:
-        """On the device, in channels_last; contestants take copies."""
+        """On the device; contestants take copies."""
         if name not in self.models:
             require("diffusers")
-            built = MODELS[name].build().train()
-            self.models[name] = built.to(device=device(), memory_format=torch.channels_last)
+            self.models[name] = MODELS[name].build().train().to(device())
         return self.models[name]
 
-    def task(self, row: Row) -> c.Task:
+    def task(self, row: Row, layout: torch.memory_format) -> c.Task:
         images, *others = (x.to(device()) for x in MODELS[row.model].inputs(row.examples * row.augmult))
-        inputs = (images.contiguous(memory_format=torch.channels_last), *others)
-        model, dtype = copy.deepcopy(self.model(row.model)), getattr(torch, row.dtype)
+        model = copy.deepcopy(self.model(row.model)).to(memory_format=layout)
+        inputs, dtype = (images.contiguous(memory_format=layout), *others), getattr(torch, row.dtype)
         return c.Task(model, inputs, row.examples, row.augmult, max_grad_norm=0.1, dtype=dtype)
 
     def most(self, model: str) -> int:
@@ -148,20 +156,21 @@ class Bench:
         return self.rows[model]
 
     def fits(self, model: str, rows: int) -> bool:
+        key = Row(model, rows, 1, "bfloat16"), BASE, torch.channels_last
         try:
-            if self.base(Row(model, rows, 1, "bfloat16"), BASE).peak <= SHARE * torch.cuda.mem_get_info()[1]:
+            if self.base(*key).peak <= SHARE * torch.cuda.mem_get_info()[1]:
                 return True
         except torch.OutOfMemoryError:
             pass
-        self.bases.pop((model, rows, "bfloat16", BASE), None)
+        self.bases.pop(key, None)
         release()
         return False
 
-    def base(self, row: Row, name: str) -> Base:
+    def base(self, row: Row, name: str, layout: torch.memory_format) -> Base:
         """Which knows rows, not examples: the same for every K."""
-        key = row.model, row.examples * row.augmult, row.dtype, name
+        key = replace(row, examples=row.examples * row.augmult, augmult=1), name, layout
         if key not in self.bases:
-            task = self.task(row)
+            task = self.task(row, layout)
             step = CONTESTANTS[name](task)
             for _ in range(2):
                 step()
@@ -172,23 +181,27 @@ class Bench:
         return self.bases[key]
 
     def measured(self, wave: Wave, augmult: int, name: str) -> Found:
-        count = self.most(wave.model) if wave.rows == MOST else int(wave.rows)
-        row = Row(wave.model, count // augmult, augmult, wave.dtype)
+        row = wave.row(augmult, self.most(wave.model) if wave.rows == MOST else int(wave.rows))
         if reason := why_not(name, row):
             raise Missing(reason)
         if "Opacus" in name:
             require("opacus")
         found = {"row": row.name, "model": row.model, "B": row.examples, "K": augmult, "dtype": row.dtype}
+        found |= {"layout": str(wave.layout).removeprefix("torch."), "contestant": name}
         with full_precision() if row.dtype == "float32" else nullcontext():
-            return found | {"contestant": name} | self.outcome(row, name)
+            return found | self.outcome(row, name, wave.layout)
 
-    def outcome(self, row: Row, name: str) -> Found:
+    def outcome(self, row: Row, name: str, layout: torch.memory_format) -> Found:
         if name == PLAN:
-            return planned(self.task(row))
+            return planned(self.task(row, layout))
         base_name = COMPILED if name == PRIVATE_COMPILED else BASE
-        base, own = self.base(row, base_name), self.base(row, name) if name in (BASE, COMPILED) else None
-        task = own.task if own else self.task(row)
-        step = own.step if own else in_graphs(task) if name == GRAPHS else contestant(name, row)(task)
+        base = self.base(row, base_name, layout)
+        if name in (BASE, COMPILED):
+            own = self.base(row, name, layout)
+            task, step = own.task, own.step
+        else:
+            task = self.task(row, layout)
+            step = in_graphs(task) if name == GRAPHS else contestant(name, row)(task)
         first, once, result = warmed_up(step)
         wrong, allowed = judged(task, self.model(row.model), result)
         found: Found = {"base": base_name, "first": first, "error": wrong}

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu.jobs import Job, Missing, Row
+from benchmarks.gpu.jobs import OVER, Job, Missing, Options, Row
 from benchmarks.results import ROOT
 
 # By what a failure says of the others. With the seconds that they take at most: nearly all of it is compiling.
@@ -29,17 +30,18 @@ WORKERS = 12  # processes that compile kernels side by side
 SHOWN = 5  # failures in a row
 
 
-def jobs(*, dry: bool) -> Iterator[Job]:
+def jobs(options: Options) -> Iterator[Job]:
+    dry = options.dry
     for name in DRY if dry else STEPS:
         seconds = STEPS[name]
         if name.startswith("test_"):
-            run = partial(tested, name, DRY[name] if dry else "triton", seconds)
+            run = partial(tested, name, DRY[name] if dry else "triton", seconds, options.until)
         else:
             run = partial(sanitized, name, seconds, dry=dry)
         yield Job(name, run, seconds / 2, limit=seconds + 30)
 
 
-def tested(file: str, selection: str, seconds: float) -> Row:
+def tested(file: str, selection: str, seconds: float, until: float) -> Row:
     if importlib.util.find_spec("pytest") is None:
         raise Missing("pytest is not installed")
     if importlib.util.find_spec("triton") is None:
@@ -55,7 +57,8 @@ def tested(file: str, selection: str, seconds: float) -> Row:
         # cuBLAS is deterministic, as the fixture ``poisoned`` has it, with a workspace of its own alone.
         own = {"REPORTS": str(reports), "PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | own
-        status, output = ended([*command, str(ROOT / f"tests/{file}.py")], env, seconds)
+        left = until + OVER - 10 - time.time()
+        status, output = ended([*command, str(ROOT / f"tests/{file}.py")], env, min(seconds, left))
         return counted(reports.read_text() if reports.exists() else "", status, output)
 
 

@@ -1,0 +1,111 @@
+"""``make gpu`` tried without a GPU: rows of every part come out, and a page; what is missing is skipped and said."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpfast
+
+ROOT = Path(__file__).resolve().parents[1]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """The folder ``benchmarks`` is not installed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def rehearsal(out: Path, *arguments: str, before: Path | None = None) -> str:
+    """What it prints; ``before``: a folder whose modules stand in front of others."""
+    folders = [*([before] if before else []), Path(dpfast.__file__).parents[1], ROOT]
+    own = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))} | own
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--dry", "--out", out]
+    done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows_of(out: Path, part: str) -> dict[str, dict]:
+    rows = map(json.loads, (out / f"gpu-{part}.jsonl").read_text().splitlines())
+    return {row["name"]: row for row in rows}
+
+
+def page_of(out: Path) -> str:
+    from benchmarks.gpu.page import page
+
+    return page(out)
+
+
+def test_tests_are_counted(tmp_path) -> None:
+    rehearsal(tmp_path / "out", "tests", "--only", "test_kernels_norm")
+    row = rows_of(tmp_path / "out", "tests")["test_kernels_norm"]
+    if HAS_TRITON:
+        assert row["tests"] == {"passed": 2, "failed": 0, "skipped": 0}
+        assert "2 passed" in page_of(tmp_path / "out")
+    else:
+        assert row["skipped"] == "triton is not installed"
+
+
+def test_ops_are_gated_and_timed(tmp_path) -> None:
+    rehearsal(tmp_path / "out", "kernels", "--only", "l")
+    rows = rows_of(tmp_path / "out", "kernels")
+    assert rows["ceilings"]["flops"]["bfloat16"] > 0
+    timed = [row for row in rows.values() if "op" in row]
+    assert {row["op"] for row in timed} == {
+        "linear.clipped_sum",
+        "clip.sq_norms",
+        "conv.sq_norms",
+        "norm.group_norm_backward",
+    }
+    assert all(row["error"] < 1e-2 and row["seconds"]["dpfast"] > 0 for row in timed)
+    assert "linear.clipped_sum" in page_of(tmp_path / "out")
+
+
+def test_steps_are_gated_and_timed_without_what_is_missing(tmp_path) -> None:
+    (tmp_path / "opacus.py").write_text("raise ModuleNotFoundError(\"No module named 'opacus'\")")
+    said = rehearsal(tmp_path / "out", "step", "--only", "4 rows, K=1", before=tmp_path)
+    missing = "opacus cannot be imported (No module named 'opacus')"
+    assert said.count(missing) == 1
+    rows = {row["contestant"]: row for row in rows_of(tmp_path / "out", "step").values() if "contestant" in row}
+    assert set(rows) == {"dpfast materialise", "vmap"}
+    assert all(row["time"] > 0 and row["memory"] > 0 and row["error"] < 2e-5 for row in rows.values())
+    page = page_of(tmp_path / "out")
+    assert "dpfast materialise" in page
+    assert f"skipped: {missing}" in page
+
+
+def test_a_process_that_dies_ends_one_row(tmp_path, monkeypatch) -> None:
+    from benchmarks.gpu import jobs
+
+    def run(options: jobs.Options, progress: Path) -> int:
+        """Dies at the second job, and cannot go on after the third."""
+        if options.first < 2:
+            jobs.note(options, {"number": 1, "name": "b", "limit": 0, "left": ["a"]})
+            return -11
+        jobs.note(options, {"number": 2, "name": "c", "limit": 0, "left": []})
+        return jobs.AGAIN if options.first == 2 else 0
+
+    monkeypatch.setattr(jobs, "run", run)
+    jobs.supervise(jobs.Options("step", tmp_path))
+    rows = rows_of(tmp_path, "step")
+    assert rows["b"]["failed"] == "the process ended with SIGSEGV"
+    assert rows["left out"]["left_out"] == ["a"]
+    assert set(rows) == {"b", "left out"}
+
+
+def test_nothing_is_measured_without_a_gpu(tmp_path, monkeypatch, capsys) -> None:
+    from benchmarks.gpu import __main__, machine
+
+    monkeypatch.setattr(machine, "device", lambda: "cpu")
+    monkeypatch.setattr(sys, "argv", ["gpu", "all", "--out", str(tmp_path)])
+    __main__.main()
+    said = capsys.readouterr().out
+    assert said.count("skipped: ") == 6  # three parts, and in the page
+    assert "torch sees no GPU" in said
