@@ -112,6 +112,9 @@ ROWS = (
 )
 
 
+SWEEP_TAG = "sweep"  # of the rows that are drawn
+
+
 def _sweep(*sizes: tuple[int, int]) -> tuple[Row, ...]:
     return tuple(Row("unet-w32", examples, augmult) for examples, augmult in sizes)
 

@@ -10,10 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.style import context
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.cases import SWEEPS, WIDTHS, Row
+from benchmarks.cases import SWEEP_TAG, SWEEPS, WIDTHS, Row
 from dpfast.report.figures import ACCENT, INK, MUTED, plain
 
-TAG = "sweep"  # of the rows that are drawn
 LOOKS = {  # colour, marker, width
     "dpfast": (ACCENT, "o", 2.4),
     "example at a time": ("#c8692b", "s", 1.4),
@@ -37,7 +36,7 @@ STYLE = {"font.family": "sans-serif", "font.size": 10.5, "text.color": INK}
 
 def write(rows: Iterable[dict[str, Any]], folder: Path) -> list[Path]:
     """``step-rows.png`` and ``step-sweep.png``, from the newest result of each contestant in each row."""
-    newest = {(r["row"], r["contestant"]): r for r in rows if r.get("tag") == TAG and "skipped" not in r}
+    newest = {(r["row"], r["contestant"]): r for r in rows if r.get("tag") == SWEEP_TAG and "skipped" not in r}
     if not newest:
         raise SystemExit("No results to draw: run python -m benchmarks.step --sweep")
     figures = {"step-rows": ("rows",), "step-sweep": ("examples", "augmult", "width")}

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from benchmarks import contestants as c
-from benchmarks import plots, results
-from benchmarks.cases import MODELS, ROWS, SWEEPS, Row
+from benchmarks import results
+from benchmarks.cases import MODELS, ROWS, SWEEP_TAG, SWEEPS, Row
 from dpfast import Performance, measure
 from dpfast.bench import why_not as not_run
 from dpfast.clipping.planner import StepPlan
@@ -294,6 +294,8 @@ def main() -> None:
     if options.dry:
         return
     if options.sweep or options.plots:
+        from benchmarks import plots
+
         print(*plots.write(results.rows("step"), results.FOLDER), sep="\n")
     else:
         results.write_between_markers(results.ROOT / "README.md", "step", table(results.rows("step")))
@@ -309,7 +311,7 @@ def run(options: argparse.Namespace) -> None:
     if options.sweep:
         chosen = sweep()
     rounds = options.rounds or (5 if options.sweep else 9)
-    tag = {"tag": plots.TAG} if options.sweep else {}
+    tag = {"tag": SWEEP_TAG} if options.sweep else {}
     for row, names in chosen.items():
         print(row.name, flush=True)
         for outcome in run_row(row, names, rounds, resident=not (options.dry or options.sweep)):

@@ -54,14 +54,14 @@ def test_the_tables_of_ops_are_generated(name, make) -> None:
 
 
 def test_figures_are_drawn(tmp_path) -> None:
-    from benchmarks import plots, step
+    from benchmarks import cases, plots, step
 
     rows = [
-        {"row": row.name, "contestant": name, "tag": plots.TAG, "time": 1.1, "memory": 1.05}
+        {"row": row.name, "contestant": name, "tag": cases.SWEEP_TAG, "time": 1.1, "memory": 1.05}
         for row, names in step.sweep().items()
         for name in names[1:]
     ]
-    skipped = {"row": rows[0]["row"], "contestant": "vmap", "tag": plots.TAG, "skipped": "wrong"}
+    skipped = {"row": rows[0]["row"], "contestant": "vmap", "tag": cases.SWEEP_TAG, "skipped": "wrong"}
     for path in plots.write([*rows, skipped], tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.jobs import Job, Options, Row
+from benchmarks.gpu.jobs import Job, Missing, Options, Row
 from benchmarks.gpu.machine import device
 from benchmarks.kernels import affine, clip, conv, linear, norm
 from benchmarks.kernels.case import Case, compare
@@ -37,9 +37,8 @@ WRONG = 1e-2  # a relative error that is no rounding: not timed. What errs by mo
 def jobs(options: Options) -> Iterator[Job]:
     yield Job("ceilings", ceilings, 5)
     for case in cases(dry=options.dry):
-        yield Job(
-            f"{case.op}, {case.shape}, {case.dtype}", partial(measured, case, rounds=2 if options.dry else ROUNDS), 4
-        )
+        run = partial(measured, case, rounds=2) if options.dry else partial(with_triton, case)
+        yield Job(f"{case.op}, {case.shape}, {case.dtype}", run, 4)
 
 
 def cases(*, dry: bool) -> list[Case]:
@@ -62,6 +61,12 @@ def cases_of(batch: Batch) -> Iterable[Case]:
 def available() -> str | None:
     """Triton, or whatever there is to try the program with."""
     return "triton" if why_not_triton() is None else None
+
+
+def with_triton(case: Case) -> Row:
+    if reason := why_not_triton():
+        raise Missing(reason)
+    return measured(case, rounds=ROUNDS)
 
 
 def measured(case: Case, *, rounds: int) -> Row:

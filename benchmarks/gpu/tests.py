@@ -44,8 +44,7 @@ def jobs(options: Options) -> Iterator[Job]:
 def tested(file: str, selection: str, seconds: float, until: float) -> Row:
     if importlib.util.find_spec("pytest") is None:
         raise Missing("pytest is not installed")
-    if importlib.util.find_spec("triton") is None:
-        raise Missing("triton is not installed")
+    require_triton()
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "--import-mode=importlib"]
     command += ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.reports", "-k", selection]
     workers = min(WORKERS, (os.cpu_count() or 1) - 2)
@@ -60,6 +59,11 @@ def tested(file: str, selection: str, seconds: float, until: float) -> Row:
         left = until + OVER - 10 - time.time()
         status, output = ended([*command, str(ROOT / f"tests/{file}.py")], env, min(seconds, left))
         return counted(reports.read_text() if reports.exists() else "", status, output)
+
+
+def require_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise Missing("triton is not installed")
 
 
 def ended(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | None, list[str]]:
@@ -90,6 +94,7 @@ def counted(reports: str, status: int | None, output: list[str]) -> Row:
 
 def sanitized(tool: str, seconds: float, *, dry: bool) -> Row:
     """Each op once; its memory comes from the driver, not from a cache, so that reading beside it is seen."""
+    require_triton()
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None and not dry:
         raise Missing("compute-sanitizer is neither in PATH nor in /usr/local/cuda/bin")
