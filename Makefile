@@ -1,7 +1,8 @@
 # make demo   trains a private diffusion model on handwritten digits and opens the way to its report
 # make test   formatting, lint, types and every test
 # make gpu    tests, ops and steps on a GPU, with what is installed there (benchmarks/README.md)
-# The first two create .venv by themselves and need only python3 (3.11 or newer, with venv); a C++ compiler is used when there.
+# The first two create .venv by themselves and need only python3 (3.11 or newer, with venv); a C++ compiler is used when
+# there.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
