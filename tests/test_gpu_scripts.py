@@ -68,6 +68,15 @@ def test_ops_are_gated_and_timed(tmp_path) -> None:
     assert "linear.clipped_sum" in page_of(tmp_path / "out")
 
 
+def test_predictions_are_asked_for_what_cost_knows(monkeypatch) -> None:
+    from benchmarks.gpu import kernels
+    from dpfast.kernels import cost
+
+    case = next(case for case in kernels.cases(dry=True) if case.op == "conv.sq_norms")
+    monkeypatch.setattr(cost, "kernel_seconds", lambda op, work: work.products, raising=False)
+    assert kernels.predicted(case) == case.flops > 0
+
+
 def test_steps_are_gated_and_timed_without_what_is_missing(tmp_path) -> None:
     (tmp_path / "opacus.py").write_text("raise ModuleNotFoundError(\"No module named 'opacus'\")")
     said = rehearsal(tmp_path / "out", "step", "--only", "4 rows, K=1", before=tmp_path)

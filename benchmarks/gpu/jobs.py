@@ -176,7 +176,7 @@ def run(options: Options, progress: Path) -> int:
             if time.time() > limit:
                 break
     finally:
-        if child.poll() is None:
+        with suppress(ProcessLookupError):  # the process, and what it may have left running
             os.killpg(child.pid, signal.SIGKILL)
     return child.wait()
 

@@ -22,7 +22,7 @@ LAYERS = ("192→192 3x3 @32", "384→384 3x3 @8", "384→384 3x3 @4", "768→38
 BY_POINTERS = ("192→192 3x3 stride 2 @32", "3→192 3x3 @32")  # sixteen launches to compile for each
 BATCHES = ("B=128 K=1", "B=8 K=16")
 ROUNDS = 7
-SAME = 1e-4  # relative: what a launch gives, to what the chosen one gives
+SAME = 1e-3  # relative: what a launch gives, to what the chosen one gives
 
 
 def jobs(options: Options) -> Iterator[Job]:

@@ -123,7 +123,7 @@ def detailed(op: str, rows: list[Row]) -> Iterator[str]:
     if not rows:
         return
     yield ""
-    yield f"{op}: T{rows[0]['unit']}, of the ceiling, time over that of the ordinary gradient"
+    yield f"{op}: TFLOP/s or TB/s, of the ceiling, time over that of the ordinary gradient; p: predicted over measured"
     by_shape = {row["shape"]: cell(row) for row in rows}
     counts = {row["shape"].rsplit(", ", 1)[0]: row["count"] for row in rows}
     table = [("layer", "", *batches)]
@@ -135,8 +135,9 @@ def detailed(op: str, rows: list[Row]) -> Iterator[str]:
 
 def cell(row: Row) -> str:
     ratio = f" {row['ratio']:.2f}" if row["ratio"] else ""
-    predicted = f" (predicted {row['predicted'] / row['seconds']['dpfast']:.2f})" if row["predicted"] else ""
-    return f"{row['rate'] / 1e12:.3g} {100 * row['rate'] / row['ceiling']:.0f}%{ratio}{predicted}"
+    predicted = f" p{row['predicted'] / row['seconds']['dpfast']:.2f}" if row["predicted"] else ""
+    unit = "TB/s" if row["unit"] == "B/s" else ""
+    return f"{row['rate'] / 1e12:.3g}{unit} {100 * row['rate'] / row['ceiling']:.0f}%{ratio}{predicted}"
 
 
 def launches(rows: list[Row]) -> Iterator[str]:

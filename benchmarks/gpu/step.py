@@ -30,7 +30,7 @@ MOST = "most"  # rows whose non-private step leaves most of the memory to what m
 SIZES, SHARE = (512, 256, 128, 64), 0.35
 FEW, PASS = 8, 32  # examples whose norms are gated; rows of a pass in float32
 SPENT, ROUNDS = 12.0, 15  # seconds of a contestant's rounds, and the most of them
-LONG = 10.0  # seconds of a step that is taken once
+LONG = 5.0  # seconds of a step that is not taken more often than need be
 FORMS = ("dpfast direct", "dpfast materialise", "dpfast gram")
 PEERS = ("vmap", "Opacus hooks", "Opacus ghost")
 GRAM_K = 4  # beyond, an example's Gram of all its positions fits nowhere
@@ -59,7 +59,7 @@ class Wave:
 WAVES = (
     Wave("unet83m", MOST, (1,), (BASE,), 25),
     Wave("unet83m", MOST, ALL, ("dpfast",), 30),
-    Wave("unet83m", MOST, (128, 16, 4), ("example at a time",), 20),
+    Wave("unet83m", MOST, (128, 16), ("example at a time",), 20),
     Wave("unet6m", MOST, (1,), (BASE,)),
     Wave("unet6m", MOST, ALL, ("dpfast",), 20),
     Wave("unet83m", MOST, (1,), (COMPILED, PRIVATE_COMPILED), 90),
@@ -67,7 +67,7 @@ WAVES = (
     Wave("unet83m", 64, (1, 4), ("dpfast", "vmap"), 20),
     Wave("unet83m", MOST, (1, 16), FORMS, 20),
     Wave("unet83m", MOST, (16, 4, 128), (PRIVATE_COMPILED,), 90),
-    Wave("unet83m", MOST, (1,), ("example at a time",), 60),
+    Wave("unet83m", MOST, (4, 1), ("example at a time",), 60),
     Wave("unet6m", MOST, (1,), (COMPILED, PRIVATE_COMPILED), 60),
     Wave("unet6m", MOST, (1, 4), ("dpfast", *PEERS), 20, "float32"),
     Wave("unet6m", MOST, (128, 16, 4, 1), ("example at a time", *PEERS), 20),
@@ -229,8 +229,8 @@ def warmed_up(step: c.Step) -> tuple[float, float, c.Clipped | None]:
 
 
 def beside(base: Base, step: c.Step, once: float, task: c.Task) -> Found:
-    """Time and memory relative to a non-private step; of a long step, by one more."""
-    rounds = 1 if once > LONG else max(2, min(ROUNDS, int(SPENT / (once + base.seconds))))
+    """Time and memory relative to a non-private step."""
+    rounds = max(1, min(ROUNDS, int(SPENT / (once + base.seconds))))
     seconds = measure.interleaved({"base": base.step, "": step}, rounds=rounds, warmup=int(once < 1))
     task.forget()
     peak = base.peak if step is base.step else measure.peak_storages(step)

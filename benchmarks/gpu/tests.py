@@ -18,12 +18,12 @@ from benchmarks.results import ROOT
 # By what a failure says of the others. With the seconds that they take at most: nearly all of it is compiling.
 STEPS = {
     "test_kernels": 240,
-    "memcheck": 60,
+    "memcheck": 120,
     "test_kernels_norm": 80,
     "test_kernels_clip": 40,
     "test_affine": 60,
     "test_kernels_bounds": 80,
-    "racecheck": 90,
+    "racecheck": 120,
 }
 DRY = {"test_kernels_clip": "triton and several", "memcheck": "", "test_kernels_norm": "triton and nothing"}
 WORKERS = 12  # processes that compile kernels side by side
@@ -69,7 +69,9 @@ def require_triton() -> None:
 def ended(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | None, list[str]]:
     """Its exit status (None: stopped because it took too long), and its output by lines."""
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=seconds)
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, errors="replace", check=False, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         return None, []
     return done.returncode, (done.stdout + done.stderr).strip().splitlines()
@@ -77,7 +79,10 @@ def ended(command: list[str], env: dict[str, str], seconds: float) -> tuple[int 
 
 def counted(reports: str, status: int | None, output: list[str]) -> Row:
     rows = [json.loads(text) for text in reports.splitlines() if text.endswith("}")]
-    outcomes = {what: [row for row in rows if row["outcome"] == what] for what in ("passed", "failed", "skipped")}
+    first = {row["test"]: row for row in reversed(rows)}  # xdist, too, reports the test with which a worker ended
+    outcomes = {
+        what: [row for row in first.values() if row["outcome"] == what] for what in ("passed", "failed", "skipped")
+    }
     if not rows or status not in (None, 0, 1):
         return {"failed": f"pytest ended with status {status}: {' '.join(output[-1:])[:200]}"}
     numbers = {what: len(found) for what, found in outcomes.items()}
