@@ -51,20 +51,10 @@ def unet(width: int, size: int) -> nn.Module:
 
 
 def adm_unet() -> nn.Module:
-    """Of the shape of ADM: 83.4M parameters, attention at 16x16, 8x8 and in the middle."""
-    from dpfast.diffusion.models import UNetSpec, build_unet
+    """The paper's: 83.4M parameters."""
+    from dpfast.diffusion.models import ADM_32, build_unet
 
-    spec = UNetSpec(
-        image_size=32,
-        channels=3,
-        widths=(192, 384, 384, 384),
-        layers_per_block=2,
-        norm_groups=32,
-        attention=(1, 2),
-        mid_attention=True,
-        attention_head_dim=64,
-    )
-    return build_unet(spec, seed=0)
+    return build_unet(ADM_32, seed=0)
 
 
 def digits() -> nn.Module:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpfast.kernels import affine, clip, conv, linear, norm
+from dpfast.kernels import affine, clip, conv, embedding, linear, norm
 
 
 def main() -> None:
@@ -28,12 +28,17 @@ def ops(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         a = torch.randn(6, channels, 7, 5).to(dtype).contiguous(memory_format=layout)
         g = torch.randn(6, outputs, -(-7 // stride), -(-5 // stride)).to(dtype).contiguous(memory_format=layout)
         found |= {f"{name}, stride {stride}": op for name, op in of_images(a, g, spec, w).items()}
+    index = torch.randint(0, 9, (2, 70))
     a, g, stored = torch.randn(2, 70, 33).to(dtype), torch.randn(2, 70, 17).to(dtype), torch.randn(2, 5001)
     return found | {
         "linear.per_example_grads": partial(linear.per_example_grads, a, g, backend="triton"),
         "linear.sq_norms": partial(linear.sq_norms, a, g, backend="triton"),
         "linear.gram_sq_norms": partial(linear.gram_sq_norms, a, g, backend="triton"),
         "linear.clipped_sum": partial(linear.clipped_sum, a, g, w, backend="triton"),
+        "embedding.per_example_grads": partial(embedding.per_example_grads, index, g, 9, backend="triton"),
+        "embedding.sq_norms": partial(embedding.sq_norms, index, g, 9, backend="triton"),
+        "embedding.clipped_sum": partial(embedding.clipped_sum, index, g, 9, w, backend="triton"),
+        "embedding.weighted_sum": partial(embedding.weighted_sum, index, g, 9, w, backend="triton"),
         "clip.sq_norms": partial(clip.sq_norms, stored, backend="triton"),
         "clip.clipped_sum": partial(clip.clipped_sum, stored, w, backend="triton"),
     }

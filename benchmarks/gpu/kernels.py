@@ -19,6 +19,7 @@ from dpfast import measure
 from dpfast.kernels import cost
 from dpfast.kernels.dispatch import why_not_triton
 from dpfast.kernels.precision import full_precision
+from dpfast.kernels.rates import H200
 
 # What decides a step first: (op, examples of a batch), and all others behind.
 ORDER = [
@@ -140,8 +141,9 @@ def ceilings() -> Row:
 
 
 def predicted(case: Case) -> float | None:
-    """Seconds that ``dpfast.kernels.cost`` expects on this device, if it speaks of single ops."""
-    seconds = getattr(cost, "kernel_seconds", None)
-    if seconds is None or case.work is None:
+    """Seconds that ``dpfast.kernels.cost`` expects of products, on an H200."""
+    if case.work is None:
         return None
-    return seconds(case.op, cost.Work(**case.work, brain=case.dtype == "bfloat16"))
+    work = cost.Work(**case.work, brain=case.dtype == "bfloat16")
+    found = {kernel.op: kernel.seconds for form in cost.FORMS for kernel in cost.kernels(work, form, H200)}
+    return found.get(case.op.partition(".")[2])

@@ -1,9 +1,7 @@
 """Every launch of a weight gradient's kernels in turn: whether the one that is chosen is the fastest."""
 
 import importlib
-import importlib.util
 import statistics
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +14,7 @@ from benchmarks.gpu.kernels import available, cases, timed
 from benchmarks.gpu.machine import device
 from benchmarks.kernels.case import Case
 from dpfast import measure
+from dpfast.kernels.conv import launches as conv_launches
 
 OPS = ("conv.sq_norms", "conv.clipped_sum", "linear.sq_norms")
 LAYERS = ("192→192 3x3 @32", "384→384 3x3 @8", "384→384 3x3 @4", "768→384 1x1 @16", "384→384 @256 tokens", "768→384")
@@ -69,9 +68,8 @@ def tried(case: Case, *, rounds: int) -> Row:
 
 def watched(step: measure.Step) -> tuple[tuple[Any, ...], Any, torch.Tensor]:
     """The launches that a step has, the one that is chosen, and the result."""
-    kernels, had, made = importlib.import_module("dpfast.kernels.conv.triton"), [], []
-    name = "chosen" if hasattr(kernels, "chosen") else "launch"
-    every, choose = place().launches, getattr(kernels, name)
+    kernels: Any = importlib.import_module("dpfast.kernels.conv.triton")
+    had, made, every, choose = [], [], conv_launches.launches, kernels.chosen
 
     def launches(**asked: bool) -> tuple[Any, ...]:
         had.append(every(**asked))
@@ -81,36 +79,28 @@ def watched(step: measure.Step) -> tuple[tuple[Any, ...], Any, torch.Tensor]:
         made.append(choose(*args, **asked))
         return made[-1]
 
-    setattr(kernels, name, choosing)
+    kernels.chosen = choosing
     try:
         with these_launches(launches):
             result = step().double()
     finally:
-        setattr(kernels, name, choose)
-    return had[-1], getattr(made[-1], "launch", made[-1]), result
+        kernels.chosen = choose
+    return had[-1], made[-1].launch, result
 
 
 @contextmanager
 def these_launches(launches: Any) -> Iterator[None]:
     """In place of the module's own, forgetting what has been chosen before and inside."""
-    module = place()
-    before = module.launches
-    module.launches = launches
-    forget(module)
+    before = conv_launches.launches
+    conv_launches.launches = launches
+    forget()
     try:
         yield
     finally:
-        module.launches = before
-        forget(module)
+        conv_launches.launches = before
+        forget()
 
 
-def place() -> types.ModuleType:
-    """Where launches are chosen."""
-    own = "dpfast.kernels.conv.launches"
-    return importlib.import_module(own if importlib.util.find_spec(own) else "dpfast.kernels.conv.triton")
-
-
-def forget(module: types.ModuleType) -> None:
-    for found in vars(module).values():
-        if hasattr(found, "cache_clear"):
-            found.cache_clear()
+def forget() -> None:
+    conv_launches.chosen.cache_clear()
+    conv_launches.shares.cache_clear()

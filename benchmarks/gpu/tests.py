@@ -22,6 +22,7 @@ STEPS = {
     "test_kernels_norm": 80,
     "test_kernels_clip": 40,
     "test_affine": 60,
+    "test_kernels_embedding": 40,
     "test_kernels_bounds": 80,
     "racecheck": 120,
 }
