@@ -30,6 +30,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
+def registers(warps: int) -> int:
+    """Of a thread, at most: without being told, the assembler rather keeps a few numbers in memory."""
+    return min(255, 65536 // (32 * warps))
+
+
 def padded(n: int, least: int = 1) -> int:
     """The next power of two."""
     return max(least, 1 << max(0, n - 1).bit_length())

@@ -28,6 +28,7 @@ from dpfast.kernels.clip import triton as clip
 from dpfast.kernels.conv import launches, triton_gram
 from dpfast.kernels.conv import triton as conv
 from dpfast.kernels.embedding import triton as embedding
+from dpfast.kernels.launch import registers
 from dpfast.kernels.linear import triton as linear
 from dpfast.kernels.norm import triton as norm
 from dpfast.kernels.precision import BLOCK
@@ -58,11 +59,11 @@ MODES = {  # what a program does with its tile: STORE, NORM, SUM
 
 
 def conv_variants(dtype: str, *, tma: bool) -> Iterator[Variant]:
-    """Every launch with one mode, and one launch with every mode."""
+    """Every launch in every mode; the first with blocks of other shapes, and with few positions."""
     for mode, (store, measured, total) in MODES.items():
         for described in (True, False) if tma else (False,):
             every = launches.launches(described=described, total=total, half=dtype != "fp32")
-            for launch in every if mode != "norm" else every[:1]:
+            for launch in every:
                 flags = {"STORE": store, "NORM": measured, "SUM": total, "UPCAST": False, "PRECISION": DTYPES[dtype]}
                 make = by_descriptors if described else by_pointers
                 yield from make(f"{mode} {dtype} {launch}", dtype, launch, flags, every=launch == every[0])
@@ -75,8 +76,8 @@ OUT = {"out_i", "out_p", "out_tap"}
 def by_descriptors(
     name: str, dtype: str, launch: launches.Launch, flags: dict[str, Any], *, every: bool
 ) -> Iterator[Variant]:
-    """With blocks of one line, of lines in a row, and of small images (``every``)."""
-    blocks = (1, 2, launch.k // 2), (1, 1, launch.k), (launch.k // 16, 4, 4)
+    """With blocks of lines in a row, of one line, of small images, and of few positions (``every``)."""
+    blocks = (1, 2, launch.k // 2), (1, 1, launch.k), (launch.k // 16, 4, 4), (1, 4, launches.LEAST // 4)
     for block in blocks if every else blocks[:1]:
         shape = ", ".join(map(str, (1, *block)))
         sides = {"x": launch.c, "y": launch.p}
@@ -101,18 +102,19 @@ def by_pointers(
     """A 3x3 convolution of channels_last images."""
     geometry = dict.fromkeys(("D", "OD", "KD", "SD", "SH", "SW", "DD", "DH", "DW", "PH", "PW", "GROUPS"), 1)
     geometry |= {"H": 32, "W": 32, "OH": 32, "OW": 32, "KH": 3, "KW": 3, "PD": 0, "x_c": 1, "y_p": 1, "out_c": 1}
-    sizes = {"P": 2 * launch.p, "C": 2 * launch.c, "BK": launch.k, "BP": launch.p, "BC": launch.c}
     strides = {f"{side}_{dim}" for side in "xy" for dim in "indhw"}
-    yield Variant(
-        f"conv.by_pointers {name}",
-        conv.by_pointers,
-        {"x": f"*{dtype}", "y": f"*{dtype}"} | RESULTS,
-        geometry | sizes | flags,
-        launch.warps,
-        launch.stages,
-        frozenset(strides | OUT),
-        launch.p,
-    )
+    for positions in (launch.k, launches.LEAST) if every else (launch.k,):
+        sizes = {"P": 2 * launch.p, "C": 2 * launch.c, "BK": positions, "BP": launch.p, "BC": launch.c}
+        yield Variant(
+            f"conv.by_pointers {name} {positions}",
+            conv.by_pointers,
+            {"x": f"*{dtype}", "y": f"*{dtype}"} | RESULTS,
+            geometry | sizes | flags,
+            launch.warps,
+            launch.stages,
+            frozenset(strides | OUT),
+            launch.p,
+        )
 
 
 def gram_variants(dtype: str) -> Iterator[Variant]:
@@ -271,6 +273,7 @@ def compiled(number: int, capability: int) -> dict[str, Any]:
     row: dict[str, Any] = {"name": of.name, "capability": capability, "matrix_rows": of.matrix_rows}
     try:
         options = {"num_warps": of.warps, "num_stages": of.stages}
+        options |= {"maxnreg": registers(of.warps)} if of.matrix_rows else {}
         made = triton.compile(source(of), target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:
         return row | {"failed": f"{type(error).__name__}: {error}"[:500]}
@@ -279,10 +282,10 @@ def compiled(number: int, capability: int) -> dict[str, Any]:
         cubin.write_bytes(made.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+    used, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     ptx = made.asm["ptx"]
     return row | {
-        "registers": registers,
+        "registers": used,
         "stack": stack,
         "local": local,
         "shared": made.metadata.shared,

@@ -50,9 +50,18 @@ _DESCRIBED = {
     (False, False): (Launch(64, 64, 1, 2, k=32), Launch(64, 64, k=32, warps=4)),
     (True, False): (Launch(64, 64, k=32), Launch(64, 64, k=32, warps=4)),
 }
+# Larger tiles take fewer positions at a time: what is calculated for each of their places takes registers, too.
 _POINTED = {
-    True: tuple(Launch(p, c, warps=8 if p * c > 4096 else 4) for p in (128, 64, 32, 16) for c in (128, 64, 32, 16)),
-    False: tuple(Launch(p, c, k=32, warps=8 if p * c > 2048 else 4) for p in (64, 32, 16) for c in (64, 32, 16)),
+    True: tuple(
+        Launch(p, c, k=32 if p * c > 8192 else 64, warps=8 if p * c > 4096 else 4)
+        for p in (128, 64, 32, 16)
+        for c in (128, 64, 32, 16)
+    ),
+    False: tuple(
+        Launch(p, c, k=16 if p * c > 2048 else 32, warps=8 if p * c > 2048 else 4)
+        for p in (64, 32, 16)
+        for c in (64, 32, 16)
+    ),
 }
 LOADS = 95  # multiply-adds of a processor, at 540 TFLOP/s, while a number comes from the L2 cache, at 5.7 TB/s
 

@@ -30,7 +30,7 @@ from dpfast.kernels.conv import problem
 from dpfast.kernels.conv.launches import Chosen, Launch, chosen, shares
 from dpfast.kernels.conv.problem import Problem, three
 from dpfast.kernels.conv.spec import ConvSpec
-from dpfast.kernels.launch import UPCAST, blocks, has_descriptors, padded, precision, processors
+from dpfast.kernels.launch import UPCAST, blocks, has_descriptors, padded, precision, processors, registers
 
 
 @triton.jit
@@ -107,12 +107,9 @@ def by_descriptors(
     tiles = _zeros(ROWS * COLUMNS, BP, BC)
     totals = _zeros(ROWS * COLUMNS if SUM else 0, BP, BC)
     for i in range(part * per_program, tl.minimum((part + 1) * per_program, examples)):
-        real_steps = steps
         if SUM:
             tiles = _zeros(ROWS * COLUMNS, BP, BC)
-            weight = tl.load(w + i)
-            real_steps = tl.where(weight > 0, steps, 0)
-        for step in range(real_steps):
+        for step in range(steps):
             n, h, v = step // (down * across) * BN, step // across % down * BH, step % across * BW
             xs = ()
             for jc in tl.static_range(COLUMNS):
@@ -128,7 +125,7 @@ def by_descriptors(
                     new = new + (_product(g, xs[jc], tiles[jp * COLUMNS + jc], UPCAST, PRECISION),)
             tiles = new
         if SUM:
-            totals = _weighted(totals, tiles, weight)
+            totals = _weighted(totals, tiles, tl.load(w + i))
     if SUM:
         tiles = totals
     _finish(tiles, column, last, p, out + part.to(tl.int64) * out_i, parts + program, P, C, CB, out_p, out_tap, out_c,
@@ -169,12 +166,9 @@ def by_pointers(
     first = part.to(tl.int64) * per_program
     for e in range(tl.minimum(per_program, examples - part * per_program)):
         i = first + e
-        end = rows * T
         if SUM:
             tile = tl.zeros((BP, BC), tl.float32)
-            weight = tl.load(w + i)
-            end = tl.where(weight > 0, end, 0)
-        for start in range(0, end, BK):
+        for start in range(0, rows * T, BK):
             at = start + tl.arange(0, BK)[:, None]
             n, t = (at // T).to(tl.int64), at % T
             od, oh, ow = t // (OH * OW), t // OW % OH, t % OW
@@ -185,7 +179,7 @@ def by_pointers(
             g = tl.load(y + i * y_i + n * y_n + od * y_d + oh * y_h + ow * y_w, mask=real & (in_p < P), other=0.0)
             tile = _product(g, a, tile, UPCAST, PRECISION)
         if SUM:
-            (total,) = _weighted((total,), (tile,), weight)
+            (total,) = _weighted((total,), (tile,), tl.load(w + i))
     if SUM:
         tile = total
     place = out + part.to(tl.int64) * out_i + group * P * out_p
@@ -331,6 +325,7 @@ class Gradients:
             PRECISION=precision(self.problem.x.dtype),
             num_warps=launch.warps,
             num_stages=launch.stages,
+            maxnreg=registers(launch.warps),
         )
 
     def _by_descriptors(self, launch: Launch) -> tuple[Any, list[Any], list[int], dict[str, int]]:

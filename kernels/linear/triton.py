@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpfast.kernels.conv.problem import of_linear
 from dpfast.kernels.conv.triton import Gradients, channels_last, stored
-from dpfast.kernels.launch import UPCAST, blocks, gram_bound, gram_lost, precision
+from dpfast.kernels.launch import UPCAST, blocks, gram_bound, gram_lost, precision, registers
 from dpfast.kernels.precision import BLOCK
 
 AT_ONCE = 4  # maps of one input that a launch takes
@@ -35,7 +35,7 @@ class GramLaunch:
     stages: int = 3
 
 
-HALF, FLOAT = GramLaunch(), GramLaunch(k=32, warps=8)
+HALF, FLOAT = GramLaunch(), GramLaunch(k=16, warps=8)
 
 
 def launch_of(dtype: torch.dtype) -> GramLaunch:
@@ -165,6 +165,7 @@ def constants(launch: GramLaunch, dtype: torch.dtype) -> dict[str, Any]:
         "PRECISION": precision(dtype),
         "num_warps": launch.warps,
         "num_stages": launch.stages,
+        "maxnreg": registers(launch.warps),
     }
 
 
