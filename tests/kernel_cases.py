@@ -26,6 +26,7 @@ GEOMETRIES = {  # weight shape, space of the input, options
     "one position": ((6, 12, 4, 4), (4, 4), {}),
     "one tap along lines": ((6, 9, 3, 1), (8, 7), {"padding": (1, 0), "dilation": (2, 1)}),
     "1-d, a long line": ((5, 11, 3), (300,), {"padding": 1}),
+    "1-d, whole vectors": ((16, 8, 3), (9,), {"padding": 1}),
     "3-d": ((4, 9, 2, 3, 3), (3, 5, 4), {"padding": (0, 1, 1), "stride": (1, 2, 1)}),
     "transposed": ((4, 6, 3, 3), (8, 7), {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}),
     "transposed, wide": ((10, 20, 4, 4), (4, 3), {"stride": 2, "padding": 1, "transposed": True}),

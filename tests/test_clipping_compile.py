@@ -5,6 +5,7 @@ import functools
 import gc
 import logging
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -238,6 +239,15 @@ def test_inductor_and_a_unet_that_it_gets_wrong_by_itself(spy, monkeypatch) -> N
     for _ in range(2):
         check(step(clipper, lambda: losses(compiled, inputs)), model, inputs)
     assert (spy.compiled, spy.runs) == (1, 1)
+
+
+def test_weights_in_channels_last_stay_eager() -> None:
+    """On the CPU: torch 2.13 gives a gradient that is 17% off."""
+    model, inputs = net().to(memory_format=torch.channels_last), net_inputs(4)
+    compiled, clipper = torch.compile(model), clipper_of(model)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="weights are channels_last: conv2d with") if _ == 0 else nullcontext():
+            check(step(clipper, lambda: losses(compiled, inputs)), model, inputs)
 
 
 def test_a_function_and_other_sizes(spy) -> None:

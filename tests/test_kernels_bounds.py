@@ -13,7 +13,7 @@ from kernel_cases import BACKENDS, GEOMETRIES, LARGE, by_autograd, convolution, 
 VANISHES = torch.finfo(torch.float32).tiny  # what float32 squares cannot hold
 ROUNDING = torch.finfo(torch.float32).eps / 2
 SQUARES = clip.reference.BLOCK * ROUNDING  # of a norm that comes from sums of squares
-FEW = ("3x3, whole vectors", "strided, dilated")
+FEW = ("1-d, whole vectors", "no padding, rows cut off")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # Numbers that round alike when they are added to each other: of a, and of g.
 ALIKE = ((0.9069749375383391, 1.0), (0.3604321146365417, 1.2949631387291571), (0.7025, 0.7969), (0.3514, 0.3985))

@@ -63,7 +63,7 @@ def clipped_sums(flats: Sequence[Tensor], w: Tensor) -> list[Tensor]:
             rows.append((programs, flat.data_ptr(), flat.shape[1], flat.stride(0), out.data_ptr()))
             programs += blocks(flat.shape[1], NUMBERS)
     if rows:
-        table = torch.tensor(rows, dtype=torch.int64).to(w.device)
+        table = torch.tensor(rows, dtype=torch.int64).to(w.device, non_blocking=True)  # nobody waits for the GPU
         steps = padded(len(rows)).bit_length()
         weights = w.float().contiguous()
         weighted_sums[(programs,)](table, len(rows), weights, len(w), BLOCK=NUMBERS, STEPS=steps, num_warps=WARPS)

@@ -35,7 +35,10 @@ def pixel_gram(
     first, second = program // tiles % tiles * BM, program % tiles * BM
     if first <= second:
         tile = inner_products(x + i * stride_i, stride_m, 1, M, K, first, second, BM, BK, BLOCK, UPCAST, PRECISION)
-        rows, others = first + tl.arange(0, BM)[:, None], second + tl.arange(0, BM)[None, :]
+        rows, others = (
+            (first + tl.arange(0, BM)[:, None]).to(tl.int64),
+            (second + tl.arange(0, BM)[None, :]).to(tl.int64),
+        )
         inside = (rows < M) & (others < M)
         out += i * M * M
         tl.store(out + rows * M + others, tile, mask=inside)
@@ -75,7 +78,7 @@ def shifted_gram(
             u, is_u = _pixel(rows, wide, H, W, high * wide, dh, dw)
             v, is_v = _pixel(others, wide, H, W, high * wide, dh, dw)
             there = is_u & is_v & (rows < M) & (others < M)
-            of_patches += tl.load(pixels + u * M_x + v, mask=there, other=0.0)
+            of_patches += tl.load(pixels + u.to(tl.int64) * M_x + v, mask=there, other=0.0)
         products = of_y * of_patches
         add_up(products, products, first, second, sq + program, magnitude + program, BM)
 
