@@ -14,6 +14,7 @@ A call with tracked and data arguments is a *use*: it runs with the tracked argu
 computes input gradients as always but no weight gradient, and a ``Tap`` on its output hands (a, g) to the tape.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -33,6 +34,7 @@ from dpfast.clipping.functions import (
     BACK_PROPAGATES,
     FACTORIES,
     INDEXED,
+    LOWERED,
     METADATA,
     NUMBERS,
     ORDERS,
@@ -106,6 +108,7 @@ class Capture(TorchFunctionMode):
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
         self.protected.pop(0, None)  # sparse ones have no place
         self.anchor, self.on_start, self.standing = anchor, on_start, standing or Standing()
+        self.last_cast: tuple[weakref.ref[Tensor], Any, Tensor] | None = None
         self.probe_trace: int | None = None
         self.inside_model = False
         self.on_use: OnUse | None = None  # told of each use that goes to the tape
@@ -340,17 +343,18 @@ class Capture(TorchFunctionMode):
         args, kwargs = own_lists(args), own_lists(kwargs)
         self.start()
         names = _names(tracked)
-        use = self._use_of(func, args, kwargs, names, written)
+        given = self._lowered(func, args, kwargs)
+        use = self._use_of(func, *given, names, written)
         if isinstance(use, Problem):
             self.tape.problems.append(Problem(names, f"{function_name(func)}: {use.what}", use.cure))
             return self._harmless(func, args, kwargs)
         use = replace(use, selected=True) if selected else use
         random_before = None if use.ruled else random_state()
-        if use.backward and not all(t is use.saved[0] or self.tracked(t) for t in tensors_in((args, kwargs))):
+        if use.backward and not all(t is use.saved[0] or self.tracked(t) for t in tensors_in(given)):
             use = replace(use, backward=None)  # autograd brings gradients to the others, and sees whether they change
         by_itself = use.backward is not None and self.detach
         with torch.no_grad() if by_itself else nullcontext():
-            output = self._run(func, args, kwargs)
+            output = self._run(func, *given)
         if random_before is not None and any(t.is_floating_point() for t in tensors_in(output)):
             self._check_fallback(func, names, random_before)
         if output is None:
@@ -373,6 +377,26 @@ class Capture(TorchFunctionMode):
             attach = partial(self._attach, func=func, names=names, targets=targets, in_place=False)
             return type(output)([attach(o, u) for o, u in results])
         return output
+
+    def _lowered(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments with data in the dtype in which autocast computes: one copy serves autograd and the tape."""
+        data = [t for t in tensors_in((args, kwargs)) if not self.tracked(t)] if func in LOWERED else []
+        kind = data[0].device.type if data else "cpu"
+        if not data or not torch.is_autocast_enabled(kind):
+            return args, kwargs
+        dtype = torch.get_autocast_dtype(kind)
+
+        def lowered(t: Tensor) -> Tensor:
+            return t if self.tracked(t) or t.dtype != torch.float32 else self._cast(t, dtype)
+
+        return replace_tensors((args, kwargs), lowered)
+
+    def _cast(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Once for all calls in a row that take it: queries, keys and values have one input."""
+        key = t._version, dtype, torch.is_grad_enabled()
+        if self.last_cast is None or self.last_cast[0]() is not t or self.last_cast[1] != key:
+            self.last_cast = weakref.ref(t), key, t.to(dtype)
+        return self.last_cast[2]
 
     def _use_of(
         self, func: Any, args: Any, kwargs: Any, names: tuple[str, ...], written: list[Tensor]

@@ -71,6 +71,14 @@ PUTS_BACK = frozenset(  # what was selected where it belongs; or what was not, w
     for home, name in ((torch, name), (Tensor, name), (Tensor, name + "_"))
     if hasattr(home, name)
 ) | {Tensor.__setitem__}
+LOWERED = frozenset(  # autocast takes all that they are given to its own dtype
+    {
+        *(getattr(F, f"conv{kind}{dims}d") for kind in ("", "_transpose") for dims in (1, 2, 3)),
+        *(getattr(torch, f"conv{kind}{dims}d") for kind in ("", "_transpose") for dims in (1, 2, 3)),
+        *(F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.einsum),
+        *(torch.mm, Tensor.mm, torch.bmm, Tensor.bmm),
+    }
+)
 BACK_PROPAGATES = frozenset((Tensor.backward, torch.autograd.backward))
 AS_ANOTHER = frozenset(  # read only the shape or dtype of their other arguments
     {

@@ -8,13 +8,16 @@ device's rates (``dpfast.kernels.rates``), which are known of some that need not
 import copy
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -24,7 +27,7 @@ from dpfast.clipping.forms import Forms
 from dpfast.clipping.ownership import Ownership
 from dpfast.clipping.passes import Begun, Pass
 from dpfast.clipping.problems import refuse
-from dpfast.clipping.trees import tensors_in
+from dpfast.clipping.trees import replace_tensors, tensors_in
 from dpfast.clipping.watch import Inventory
 from dpfast.errors import CaptureError
 from dpfast.kernels import cost
@@ -121,6 +124,18 @@ class StepPlan:
         forced = ", ".join(f"{form} {self.ratio(form):.2f}" for form in cost.FORMS)
         lines.append(f"{'ratio':14} {self.ratio():8.3f}   {memory:10.3f}      (time with one form for all: {forced})")
         return "\n".join(lines)
+
+
+class GpuAutocast(TorchFunctionMode):
+    """For a trace on the CPU: what autocast computes in float32 on a GPU, and there in its own dtype."""
+
+    WIDENED = frozenset((F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.WIDENED and torch.is_autocast_enabled("cpu"):
+            args, kwargs = replace_tensors((args, kwargs), lambda t: t.float() if t.is_floating_point() else t)
+        return func(*args, **kwargs)
 
 
 class Meter(TorchDispatchMode):
@@ -232,7 +247,7 @@ def plan_step(
     given = tuple(mode.from_tensor(t) for t in inputs)
     rates = named(device) if device else rates_of(next((p.device.type for p in fake.parameters()), "cpu"))
     try:
-        with mode, planned_for("triton" if device else None):
+        with mode, planned_for("triton" if device else None), GpuAutocast() if device else nullcontext():
             ordinary, rows = _ordinary(fake, losses, given)
             alone = performance.form == "example" and rows <= augmult
             step = partial(

@@ -90,10 +90,15 @@ _DTYPES: dict[Backend, Collection[torch.dtype]] = {"native": NATIVE_DTYPES, "tri
 
 
 def _implementation(x: Tensor, g: Tensor, weight: Tensor | None, backend: Backend | None) -> Any:
-    if backend not in (None, "reference") and weight is not None:
-        choose(backend, weight, native=(torch.float32,), triton=(torch.float32,))
-    fits = x.dtype == g.dtype and (weight is None or weight.dtype == torch.float32)
-    return implementation(__name__, choose(backend, x, g, **_DTYPES) if fits or backend is not None else "reference")
+    """Native kernels read x and g of one dtype, Triton's of any: on a GPU autocast computes norms in float32."""
+    if weight is not None:
+        chosen = choose(backend, weight, native=(torch.float32,), triton=(torch.float32,))
+        if chosen == "reference":
+            return implementation(__name__, chosen)
+    if x.dtype == g.dtype or backend == "native":
+        return implementation(__name__, choose(backend, x, g, **_DTYPES))
+    found = {choose(backend, t, triton=TRITON_DTYPES) for t in (x, g)}
+    return implementation(__name__, "triton" if found == {"triton"} else "reference")
 
 
 def _grads(

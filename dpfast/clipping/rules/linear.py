@@ -38,7 +38,8 @@ def linear(is_tracked: IsTracked, input: Tensor, weight: Tensor, bias: Tensor | 
         return present(
             is_tracked,
             [
-                (weight, lambda: LinearTerm(_matrix_rows(saved[0], rows), g)),
+                # In the dtype of g, as in ``convolution``.
+                (weight, lambda: LinearTerm(_matrix_rows(saved[0].to(g.dtype), rows), g)),
                 (bias, lambda: Stored(bias_grads(g.unsqueeze(3)))),
             ],
         )
@@ -117,7 +118,7 @@ def _product(data: Tensor, weight: Tensor, of_data: Labels, of_weight: Labels, o
             count = _size(sizes, groups), _size(sizes, features)
             return x.reshape(rows.examples, _size(sizes, over_rows) // rows.examples, *count)
 
-        a, b = factor(saved[0], of_data, inputs), factor(g, of_result, outputs)
+        a, b = factor(saved[0].to(g.dtype), of_data, inputs), factor(g, of_result, outputs)
         return [(weight, Viewed(_by_group(b, a) if turned else _by_group(a, b), shape, order, final))]
 
     return Use((data,), terms, row_dims)
