@@ -21,7 +21,8 @@ class Work:
 
     pixels: what a Gram multiplies per row, instead of D where it is one of pixels; taps: of the kernel; held: bytes of
     a and g, which forms that do not store gradients keep; dense: whether gradients are products (not looked-up rows);
-    sharing: how many weights have this input, of which one Gram is made; brain: whether a and g are bfloat16.
+    sharing: how many weights have this input, of which one Gram is made; brain: whether a and g are in half precision;
+    groups: of a convolution, between which P is shared out.
     """
 
     examples: int
@@ -34,6 +35,7 @@ class Work:
     dense: bool = True
     sharing: int = 1
     brain: bool = False
+    groups: int = 1
 
     @property
     def products(self) -> float:
@@ -117,8 +119,8 @@ def _products(work: Work, rates: Rates, *, total: bool = False, stored: bool = F
     rate = _rate(rates.product, rates.brain, work)
     if not (rates.is_gpu and work.products):
         return work.products / rate
-    sizes = (work.examples, 1, 1, work.inputs // work.taps, work.outputs)
-    described = sizes[3] % 8 == sizes[4] % 8 == 0  # steps of sixteen bytes
+    sizes = (work.examples, 1, work.groups, work.inputs // work.taps, work.outputs // work.groups)
+    described = work.groups == 1 and sizes[3] % 8 == sizes[4] % 8 == 0  # steps of sixteen bytes
     how = {"described": described, "half": work.brain}
     if stored:
         _, time = shares(sizes, work.rows, work.rows, work.taps, rates.processors, **how)

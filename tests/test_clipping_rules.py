@@ -500,3 +500,41 @@ def test_a_scale_that_changes_after_its_norm_is_an_error() -> None:
     clipper = GhostClipper(Raw(changed, w=(4, 3, 1, 1), b=(4,)), max_grad_norm=1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"), clipper:
         clipper.backward(losses(clipper.model, (torch.randn(2, 3, 5, 5),)))
+
+
+class Twice(nn.Module):
+    """Two calls of one function, of one input; ``saved``: what their results saved of it."""
+
+    def __init__(self, call, shape) -> None:
+        super().__init__()
+        self.call, self.q, self.k = call, nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x):
+        x = 2.0 * x
+        results = self.call(x, self.q), self.call(x, self.k)
+        if torch.is_grad_enabled():
+            saved = [t for result in results for t in result.grad_fn.saved_tensors if t.shape == x.shape]
+            self.saved = {(t.dtype, t.data_ptr()) for t in saved}
+        return sum(results)
+
+
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [
+        (F.conv2d, (3, 6, 3, 3)),
+        (F.linear, (3, 6)),
+        (lambda x, w: torch.einsum("nthd,pd->nthp", x, w), (3, 6)),
+    ],
+    ids=["conv2d", "linear", "einsum"],
+)
+def test_under_autocast_the_tape_keeps_what_the_call_multiplied(call, shape) -> None:
+    """One copy in the dtype of the call, for autograd and the tape, and for all calls in a row that take it."""
+    model, x = Twice(call, shape), torch.randn(4, 6, 6, 6)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    with clipper:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        kept = model.saved
+        clipper.backward(out.float().square().flatten(1).sum(1))
+    assert len(kept) == 1
+    assert {dtype for dtype, _ in kept} == {torch.bfloat16}

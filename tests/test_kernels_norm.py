@@ -10,6 +10,7 @@ from kernel_cases import (
     BACKENDS,
     device,  # noqa: F401 (a fixture)
     needs_native,
+    needs_triton,
     poisoned,  # noqa: F401 (a fixture)
     relative,
     threads,  # noqa: F401 (a fixture)
@@ -36,6 +37,19 @@ def test_group_norms(shape, dtype, layout, offset, backend) -> None:
 def test_layouts_that_differ(of_g, of_x, backend) -> None:
     x, g = relayout(torch.randn(4, 18, 5, 3), of_x), relayout(torch.randn(4, 18, 5, 3), of_g)
     assert_group_norms(x, g, 2, backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton), None])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_gradients_of_another_dtype(low, backend) -> None:
+    """As autocast has it on a GPU: activations in low precision, gradients of norms in float32."""
+    x, g, scales = torch.randn(4, 18, 5, 3).to(low), torch.randn(4, 18, 5, 3), torch.randn(18)
+    dx, *affine = norm.group_norm_backward(x, g, scales, 2, 1e-5, 2, backend=backend)
+    exact, *of_affine = norm.group_norm_backward(x.double(), g.double(), scales.double(), 2, 1e-5, 2)
+    assert dx.dtype == low
+    assert relative(dx, exact) <= torch.finfo(low).eps
+    for ours, right in zip(affine, of_affine, strict=True):
+        assert relative(ours, right) <= 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

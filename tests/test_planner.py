@@ -13,6 +13,7 @@ from dpfast import GhostClipper, Performance
 from dpfast.bench import bench
 from dpfast.clipping import plan_step
 from dpfast.clipping.accumulate import Accumulation
+from dpfast.clipping.planner import Meter, StepPlan
 from dpfast.errors import CaptureError
 from dpfast.kernels import cost, rates
 from dpfast.kernels.cost import Work
@@ -247,3 +248,47 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch) -> None:
     assert rates.rates_of("cpu").call == 0.5
     rates.rates_of.cache_clear()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_flops_of_grouped_convolutions(groups, transposed) -> None:
+    """A backward pass has twice the products of the forward pass."""
+    make = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer, x = make(8, 16, 3, groups=groups), torch.randn(2, 8, 6, 5, requires_grad=True)
+    with Meter([]) as forward:
+        out = layer(x)
+    with Meter([]) as backward:
+        out.sum().backward()
+    assert 2 * forward.flops == backward.flops > 0
+
+
+def test_grouped_and_half_precision_layers_have_rates_of_their_own() -> None:
+    def planned(dtype, groups) -> StepPlan:
+        model = nn.Sequential(nn.Conv2d(8, 64, 3), nn.SiLU(), nn.Conv2d(64, 64, 3, groups=groups))
+
+        def rows(model, x):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                return model(x).float().square().flatten(1).mean(1)
+
+        return plan_step(model, rows, (torch.randn(64, 8, 20, 20),), augmult=8, device="h200")
+
+    whole, parts = planned(torch.bfloat16, 1), planned(torch.bfloat16, 64)
+    assert parts.layers[1].costs["direct"].seconds > whole.layers[1].costs["direct"].seconds / 8  # no tile is full
+    low, wide = (planned(dtype, 1).private.working for dtype in (torch.float16, torch.float32))
+    assert low == pytest.approx(whole.private.working)
+    assert low < wide
+
+
+def test_norms_under_autocast_are_of_float32_on_a_gpu() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 8, 3))
+
+    def rows(model, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float().square().flatten(1).mean(1)
+
+    inputs = (torch.randn(8, 8, 12, 12),)
+    here, there = (plan_step(model, rows, inputs, device=device) for device in (None, "h200"))
+    assert there.ordinary.peak > here.ordinary.peak
+    assert all(layer.costs["direct"].kept == other.costs["direct"].kept for layer, other in
+               zip(here.layers, there.layers, strict=True))  # fmt: skip

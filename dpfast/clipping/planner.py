@@ -157,8 +157,8 @@ class Meter(TorchDispatchMode):
             self._see(t.untyped_storage())
         counted = flop_registry.get(func._overloadpacket)
         if counted is not None:
-            flops = counted(*args, **kwargs, out_val=output)
-            if made and made[0].dtype == torch.bfloat16:
+            flops = _flops(func, counted, args, kwargs, output)
+            if made and made[0].dtype in (torch.bfloat16, torch.float16):
                 self.brain_flops += flops
             else:
                 self.flops += flops
@@ -198,6 +198,15 @@ class Meter(TorchDispatchMode):
         """dpfast's, of ops without a form: they take as long as their bytes."""
         call = rates.gap if rates.is_gpu else rates.call
         return tuple(cost.Kernel(op, shape, 0.0, size, size * rates.load + call) for op, shape, size in self.of_dpfast)
+
+
+def _flops(func: Any, counted: Callable[..., int], args: Any, kwargs: Any, output: Any) -> int:
+    """As torch counts them, but for backward passes of convolutions, which it counts as if there were one group."""
+    if func is not torch.ops.aten.convolution_backward.default:
+        return counted(*args, **kwargs, out_val=output)
+    g, x, weight, *_, (of_input, of_weight, _) = args
+    small = x if args[7] else g  # transposed
+    return 2 * small.numel() * weight[0].numel() * (of_input + of_weight)
 
 
 def _reordered(func: Any, args: tuple[Any, ...]) -> int:

@@ -263,6 +263,7 @@ def _conv_work(
         taps=math.prod(kernel),
         held=held,
         brain=brain,
+        groups=spec.groups,
     )
 
 
@@ -345,7 +346,7 @@ def owned(kept: Any, lent: Collection[int]) -> Any:
 
 
 def _are_brain(*tensors: Tensor) -> bool:
-    return all(t.dtype == torch.bfloat16 for t in tensors)
+    return all(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
 
 
 def _bytes(*tensors: Tensor) -> int:
