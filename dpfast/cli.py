@@ -191,7 +191,8 @@ def account(
 @app.command()
 def plan(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe by name (digits) or a .toml file; with --device, the paper's UNet.")
+        str | None,
+        typer.Argument(help="A recipe by name (digits) or a .toml file; left out, with --device: an 83M UNet."),
     ] = None,
     settings: Set = None,
     device: Annotated[str | None, typer.Option(help="A GPU that need not be here: h200.")] = None,
@@ -215,6 +216,10 @@ def plan(
             return
         if kernels:
             raise ConfigError("--kernels: the plan of a recipe lists its weights instead; leave out the recipe")
+        if device is not None:
+            from dpfast.kernels.rates import named
+
+            named(device)  # before anything is printed
         from dpfast.runs.describe import describe_plan, describe_step
 
         resolved = _load(recipe, settings, None)
@@ -283,7 +288,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 def _plan_elsewhere(device: str | None, settings: list[str] | None, kernels: bool) -> None:
     if device is None or settings:
-        raise ConfigError("expected a recipe, as in: dpfast plan digits; or a GPU alone: dpfast plan --device h200")
+        asked = "--set needs a recipe" if settings else "expected a recipe"
+        raise ConfigError(f"{asked}, as in: dpfast plan digits; or a GPU alone: dpfast plan --device h200")
     from dpfast.runs.elsewhere import foretold
     from dpfast.runs.terminal import TerminalProgress
 

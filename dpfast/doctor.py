@@ -8,6 +8,8 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dpfast.errors import DPFastError
+
 PACKAGES = ("dpfast", "torch", "diffusers", "dp-accounting", "torchmetrics", "scikit-learn", "matplotlib", "numpy")
 
 
@@ -32,17 +34,23 @@ def _version(package: str) -> str:
 
 
 def _native() -> str:
-    from dpfast.kernels.dispatch import why_not_native
+    from dpfast.kernels.dispatch import backend, why_not_native
 
+    try:
+        backend()
+    except DPFastError as error:
+        return f"no op runs: {error}"
     reason = why_not_native()
     return "used" if reason is None else f"not used, PyTorch does its work: {reason}"
 
 
 def _triton() -> str:
-    from dpfast.kernels.dispatch import why_not_triton
+    from dpfast.kernels.dispatch import is_interpreting, why_not_triton
 
     reason = why_not_triton()
-    return f"Triton {_version('triton')}" if reason is None else f"not used: {reason}"
+    if reason is not None:
+        return f"not used: {reason}"
+    return f"Triton {_version('triton')}{', interpreted on the CPU where it is asked for' if is_interpreting() else ''}"
 
 
 def _device() -> str:

@@ -33,6 +33,17 @@ class KernelError(DPFastError, ValueError):
     """An op was called with shapes, dtypes or a backend it cannot compute with."""
 
 
+def expect(op: str, problems: Sequence[str], **given: Tensor) -> None:
+    """Refuse a call, with every problem and what came.
+
+    Raises:
+        KernelError: there are problems.
+    """
+    if problems:
+        came = [f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in given.items()]
+        raise KernelError(f"{op}: {'; '.join(problems)}; got {', '.join(came)}")
+
+
 def backend() -> Backend:
     """What computes on the CPU, as the environment said when it was first asked for.
 
@@ -165,9 +176,11 @@ def _check_readable(name: Backend, tensors: Sequence[Tensor], dtypes: Collection
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         came = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
         where = "CPU" if name == "native" else "GPU"
+        cure = (
+            "Use torch.no_grad(), or backend='reference'" if alike else "Cast one of them, or use backend='reference'"
+        )
         raise KernelError(
-            f"backend={name!r}: expected plain {where} tensors outside autograd, all {names}; got {came}. Use"
-            " torch.no_grad(), or backend='reference'"
+            f"backend={name!r}: expected plain {where} tensors outside autograd, all {names}; got {came}. {cure}"
         )
 
 

@@ -89,7 +89,7 @@ def named(device: str) -> Rates:
         ConfigError: a device without rates.
     """
     if device not in DEVICES:
-        raise ConfigError(f"device={device!r}: rates are known of {', '.join(DEVICES)}; without it, of this machine")
+        raise ConfigError(f"device={device!r}: expected {' or '.join(DEVICES)}, or none for this machine")
     return DEVICES[device]
 
 

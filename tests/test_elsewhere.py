@@ -114,7 +114,7 @@ def test_a_gpu_works_while_python_calls() -> None:
 
 
 def test_a_device_that_nobody_knows() -> None:
-    with pytest.raises(ConfigError, match=r"device='h300': rates are known of h200"):
+    with pytest.raises(ConfigError, match=r"device='h300': expected h200, or none for this machine"):
         named("h300")
 
 
@@ -142,9 +142,10 @@ def test_the_plan_of_every_multiplicity() -> None:
     ("arguments", "words"),
     [
         (["plan"], "expected a recipe"),
-        (["plan", "--device", "h300"], "rates are known of h200"),
+        (["plan", "--device", "h300"], "expected h200, or none"),
         (["plan", "digits", "--kernels"], "leave out the recipe"),
-        (["plan", "--device", "h200", "--set", "private.steps=3"], "expected a recipe"),
+        (["plan", "--device", "h200", "--set", "private.steps=3"], "--set needs a recipe"),
+        (["plan", "digits", "--device", "a100"], "expected h200"),
     ],
 )
 def test_what_cannot_be_planned_says_so(arguments, words) -> None:

@@ -384,3 +384,43 @@ def test_a_weight_of_zero_silences_what_is_not_finite(dtype) -> None:
 def test_the_library_takes_low_precision_and_gives_float32() -> None:
     a, g, spec, _ = convolution("3x3", rows=2, dtype=torch.float32)
     assert library.weight_grad(a.bfloat16(), g.bfloat16(), spec).dtype == torch.float32
+
+
+A, G = torch.zeros(6, 4, 5, 5), torch.zeros(6, 3, 5, 5)
+SPEC = ConvSpec.of(torch.empty(3, 4, 3, 3), padding=1)
+INDEX = torch.zeros(2, 3, dtype=torch.int64)
+WRONG = {
+    "conv: expected a [N, 4, *space] and g [N, 3, *out]": [
+        lambda backend: conv.sq_norms(A, G, SPEC, 4, backend=backend),
+        lambda backend: conv.per_example_grads(A, G[:3], SPEC, 3, backend=backend),
+        lambda backend: conv.gram_sq_norms(G, A, SPEC, 3, backend=backend),
+        lambda backend: conv.clipped_sum(A, G, SPEC, torch.ones(4), backend=backend),
+    ],
+    "linear: expected a [B, M, D], g [B, M, P] and, for sums, w [B]": [
+        lambda backend: linear.sq_norms(torch.zeros(2, 3, 4), torch.zeros(2, 4, 5), backend=backend),
+        lambda backend: linear.per_example_grads(torch.zeros(2, 3, 4), torch.zeros(3, 3, 5), backend=backend),
+        lambda backend: linear.gram_sq_norms(torch.zeros(2, 3, 4), torch.zeros(2, 4, 5), backend=backend),
+        lambda backend: linear.clipped_sum(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.ones(3), backend=backend),
+    ],
+    "clip: expected": [
+        lambda backend: clip.clipped_sum(torch.zeros(2, 3), torch.ones(3), backend=backend),
+        lambda backend: clip.clipped_sums([torch.zeros(2, 3)], torch.ones(3), backend=backend),
+    ],
+    "bias_grads: expected g [B, M, C, S]; got g [2, 3, 4]": [
+        lambda backend: affine.bias_grads(torch.zeros(2, 3, 4), backend=backend),
+    ],
+    "embedding: expected": [
+        lambda _: embedding.sq_norms(INDEX - 1, torch.zeros(2, 3, 4), 5),
+        lambda _: embedding.per_example_grads(INDEX + 5, torch.zeros(2, 3, 4), 5),
+        lambda _: embedding.clipped_sum(INDEX, torch.zeros(2, 3, 4), 5, torch.ones(3)),
+    ],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_shapes_are_refused_before_memory_is_read(message, backend) -> None:
+    for call in WRONG[message]:
+        with pytest.raises(dispatch.KernelError) as error:
+            call(backend)
+        assert message in str(error.value)

@@ -121,7 +121,7 @@ def test_shapes_that_do_not_fit() -> None:
 
 
 def test_devices_that_differ() -> None:
-    with pytest.raises(dispatch.KernelError, match=r"expected one device .* on cpu and g .* on meta"):
+    with pytest.raises(dispatch.KernelError, match=r"expected one device .* on cpu, g .* on meta"):
         embedding.sq_norms(torch.zeros(3, 4, dtype=torch.int64), torch.empty(3, 4, 2, device="meta"), 7)
 
 

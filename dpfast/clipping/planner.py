@@ -120,6 +120,11 @@ class StepPlan:
         showing = f"      ({self.showing.peak / 1e6:,.1f} MB where it shows that examples stay apart)"
         for name, total, note in (("private step", self.private, showing), ("ordinary step", self.ordinary, "")):
             lines.append(f"{name:14} {total.seconds:8.3f} s {total.peak / 1e6:10,.1f} MB{note}")
+        if self.private.calling:
+            works, calls = self.private.working, self.private.calling
+            lines.append(
+                f"{'':14} {works:8.3f} s on the GPU, {calls:.3f} s of Python meanwhile: the step takes the longer"
+            )
         memory = self.private.peak / self.ordinary.peak
         forced = ", ".join(f"{form} {self.ratio(form):.2f}" for form in cost.FORMS)
         lines.append(f"{'ratio':14} {self.ratio():8.3f}   {memory:10.3f}      (time with one form for all: {forced})")

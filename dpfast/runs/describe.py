@@ -102,7 +102,8 @@ def describe_step(recipe: Recipe, device: str | None = None) -> str:
     device: one that need not be here, instead of the recipe's.
     """
     trainer = _trainer(recipe)
-    return f"{_physical_batch(trainer, device)}, predicted:\n{trainer.plan_step(device=device)}"
+    elsewhere = "" if device is None else f" from assumed rates (dpfast plan --device {device} names them)"
+    return f"{_physical_batch(trainer, device)}, predicted{elsewhere}:\n{trainer.plan_step(device=device)}"
 
 
 def describe_bench(recipe: Recipe, rounds: int, progress: Progress) -> Iterator[str]:

@@ -18,11 +18,13 @@ AUGMULTS = (1, 4, 16, 128)
 _STATE = 5  # numbers of four bytes for each parameter: itself, its clipped sum, two moments, its running mean
 _USED = 0.9  # of the memory
 _KERNELS = 25  # kinds of calls that are shown
-_LEGEND = (
-    "private, ordinary: seconds of a step; time, memory: the private step over the ordinary one; GB: at the peak.",
-    "calling: seconds of Python in the private step, hidden where the GPU takes longer, as with so many rows it does.",
-    "gram, direct, materialise: weights whose norms take that form.",
-)
+_LEGEND = """
+ordinary, private: seconds of a step; time, memory: the private step over the ordinary one.
+GB: tensors at the peak of a step that shows that examples stay apart (the first, later ever fewer), beyond the model
+and the optimizer. calling: seconds of Python in the private step, hidden where the GPU takes longer.
+gram, direct, materialise: weights whose norms take that form."""
+_LETTERS = """
+GFLOP, MB, ms: of one call, with B examples of M positions (of all their rows), D inputs and P outputs."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +89,19 @@ def foretold(device: str, progress: Progress, *, kernels: bool) -> Iterator[str]
     )
     yield ""
     yield from _table(compared(plans))
-    yield ""
-    yield from _LEGEND
+    yield _LEGEND
     if kernels:
         for augmult, plan in plans.items():
-            yield f"\nThe private step's kernels at K = {augmult}, beside torch's own; those that take longest:"
+            yield f"\ndpfast's kernels in the private step at K = {augmult} (torch's are not shown), longest first:"
             yield from _table(_listed(plan))
+        yield _LETTERS
 
 
 def _assumed(rates: Rates) -> str:
     return (
         f"{rates.library_brain / 1e12:.0f} TFLOP/s in torch's products and at most {rates.brain / 1e12:.0f} in ours,"
-        f" {1e-12 / rates.load:.1f} TB/s, {1e6 * rates.gap:.1f} us between kernels"
+        f" {1e-12 / rates.load:.1f} TB/s, {1e6 * rates.gap:.1f} us between kernels; of Python, {1e6 * rates.op:.0f} us for"
+        f" a call of torch and {1e6 * rates.call:.0f} us for one of dpfast"
     )
 
 
@@ -121,7 +124,7 @@ def compared(plans: dict[int, StepPlan]) -> Iterator[tuple[str, ...]]:
 
 
 def _listed(plan: StepPlan) -> Iterator[tuple[str, ...]]:
-    yield "calls", "op", "shape", "GFLOP", "MB", "ms", "TFLOP/s", "TB/s"
+    yield "calls", "op", "shape", "GFLOP", "MB", "ms", "TFLOP/s", "TB/s", "ms of all"
     calls = {kernel: plan.kernels.count(kernel) for kernel in dict.fromkeys(plan.kernels)}
     longest = sorted(calls, key=lambda kernel: calls[kernel] * kernel.seconds, reverse=True)
     for kernel in longest[:_KERNELS]:
@@ -134,11 +137,12 @@ def _listed(plan: StepPlan) -> Iterator[tuple[str, ...]]:
             f"{1e3 * kernel.seconds:.3f}",
             f"{kernel.flops / kernel.seconds / 1e12:.0f}",
             f"{kernel.bytes / kernel.seconds / 1e12:.2f}",
+            f"{1e3 * calls[kernel] * kernel.seconds:.2f}",
         )
     rest = longest[_KERNELS:]
     if rest:
         total = sum(calls[kernel] * kernel.seconds for kernel in rest)
-        yield str(sum(calls[kernel] for kernel in rest)), "others", "", "", "", f"{1e3 * total:.3f}", "", ""
+        yield str(sum(calls[kernel] for kernel in rest)), "others", *[""] * 6, f"{1e3 * total:.2f}"
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

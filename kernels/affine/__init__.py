@@ -12,7 +12,7 @@ Cost: 3 B M C S FLOPs, and one read of a and g by the native backend.
 import torch
 from torch import Tensor
 
-from dpfast.kernels.dispatch import NATIVE_DTYPES, TRITON_DTYPES, Backend, KernelError, choose, implementation
+from dpfast.kernels.dispatch import NATIVE_DTYPES, TRITON_DTYPES, Backend, choose, expect, implementation
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
@@ -35,6 +35,7 @@ def affine_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tup
 
 def bias_grads(g: Tensor, *, backend: Backend | None = None) -> Tensor:
     """Gradients of a bias, ``[B, C]``: the sum of ``g [B, M, C, S]`` over rows and positions, float32 at least."""
+    expect("bias_grads", [] if g.ndim == 4 else ["expected g [B, M, C, S]"], g=g)
     return _bias_grads(g, backend)
 
 
@@ -46,9 +47,7 @@ def _check(a: Tensor, g: Tensor) -> None:
         problems.append("expected one floating dtype (cast one of them)")
     if a.device != g.device:
         problems.append("expected one device (move one of them)")
-    if problems:
-        came = [f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in (("a", a), ("g", g))]
-        raise KernelError(f"affine_grads: {'; '.join(problems)}; got {' and '.join(came)}")
+    expect("affine_grads", problems, a=a, g=g)
 
 
 def _run_affine_grads(a: Tensor, g: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels.clip import reference
-from dpfast.kernels.dispatch import Backend, choose, implementation
+from dpfast.kernels.dispatch import Backend, choose, expect, implementation
 from dpfast.kernels.registry import register
 
 __all__ = ["clip_factors", "clipped_sum", "clipped_sums", "sq_norms"]
@@ -32,6 +32,7 @@ def sq_norms(grads: Tensor, *, backend: Backend | None = None) -> Tensor:
 
 def clipped_sum(grads: Tensor, w: Tensor, *, backend: Backend | None = None) -> Tensor:
     """``sum_i w_i G_i``; an example with ``w_i = 0`` contributes exactly 0, whatever its values."""
+    expect("clip", [] if w.shape == grads.shape[:1] else ["expected grads [B, ...] and w [B]"], grads=grads, w=w)
     flat, order = _in_memory_order(grads)
     (total,) = _clipped_sums([flat], w, backend)
     inverse = [order.index(dim) for dim in range(1, grads.ndim)]
@@ -40,6 +41,9 @@ def clipped_sum(grads: Tensor, w: Tensor, *, backend: Backend | None = None) -> 
 
 def clipped_sums(flats: Sequence[Tensor], w: Tensor, *, backend: Backend | None = None) -> list[Tensor]:
     """``sum_i w_i G_i [n]`` of the gradients ``[B, n]`` of several parameters, in one call."""
+    for flat in flats:
+        if flat.ndim != 2 or w.shape != flat.shape[:1]:
+            expect("clip", ["expected gradients [B, n] and w [B]"], gradients=flat, w=w)
     return _clipped_sums(list(flats), w, backend) if flats else []
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from dpfast.kernels.chunks import bytes_alive
 from dpfast.kernels.conv import problem, reference
 from dpfast.kernels.conv.spec import ConvSpec
-from dpfast.kernels.dispatch import NATIVE_DTYPES, TRITON_DTYPES, Backend, choose, expected, implementation
+from dpfast.kernels.dispatch import NATIVE_DTYPES, TRITON_DTYPES, Backend, choose, expect, expected, implementation
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
@@ -50,12 +50,14 @@ def packed_grads(
     a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same as ``[B, numbers]``: ``spec.weights`` makes weights of it."""
+    _check(a, g, spec, examples)
     flat, sq = _per_example_grads(a, g, *spec.arguments, examples, backend)
     return flat, sq
 
 
 def sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None) -> Tensor:
     """``|G_i|^2 [B]``, float64, of the ``G_i`` that ``clipped_sum`` adds up; none is stored."""
+    _check(a, g, spec, examples)
     return _sq_norms(a, g, *spec.arguments, examples, backend)
 
 
@@ -63,11 +65,13 @@ def gram_sq_norms(
     a: Tensor, g: Tensor, spec: ConvSpec, examples: int, *, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
     """``|G_i|^2 [B]`` from Gram matrices of pixels or patches, and the bound on its rounding error ``[B]``."""
+    _check(a, g, spec, examples)
     return _gram_sq_norms(a, g, *spec.arguments, examples, backend)
 
 
 def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor, *, backend: Backend | None = None) -> Tensor:
     """``sum_i w_i G_i``, of the weight's shape; an example with ``w_i = 0`` contributes exactly 0."""
+    _check(a, g, spec, len(w), w)
     flat = _clipped_sum(a, g, *spec.arguments, w, backend)
     return spec.weight(flat)
 
@@ -75,6 +79,22 @@ def clipped_sum(a: Tensor, g: Tensor, spec: ConvSpec, w: Tensor, *, backend: Bac
 def has_pixel_gram(a: Tensor, spec: ConvSpec) -> bool:
     """Whether ``gram_sq_norms`` multiplies pixels instead of patches; also for tensors without numbers."""
     return _pixels(expected(a, **_DTYPES), spec)
+
+
+def _check(a: Tensor, g: Tensor, spec: ConvSpec, examples: int, w: Tensor | None = None) -> None:
+    first, channels, dims = spec.weight_shape[0], spec.weight_shape[1] * spec.groups, 2 + len(spec.kernel)
+    inputs, outputs = (first, channels) if spec.transposed else (channels, first)
+    fits = a.ndim == g.ndim == dims and len(a) == len(g) and a.shape[1] == inputs and g.shape[1] == outputs
+    if fits and len(a) % max(1, examples) == 0 and (w is None or w.ndim == 1):
+        return
+    shape = f"expected a [N, {inputs}, *space] and g [N, {outputs}, *out] for a weight {list(spec.weight_shape)}"
+    expect(
+        "conv",
+        [f"{shape}, and examples ({examples}) or w [B] that divide N"],
+        a=a,
+        g=g,
+        **({"w": w} if w is not None else {}),
+    )
 
 
 def _choose(backend: Backend | None, a: Tensor, g: Tensor) -> Backend:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpfast.kernels.chunks import bytes_alive
-from dpfast.kernels.dispatch import TRITON_DTYPES, Backend, KernelError, choose, expected, implementation
+from dpfast.kernels.dispatch import PLAIN, TRITON_DTYPES, Backend, choose, expect, expected, implementation
 from dpfast.kernels.embedding import reference
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
@@ -29,13 +29,13 @@ __all__ = ["clipped_sum", "gram_sq_norms", "per_example_grads", "sq_norms", "wei
 
 def per_example_grads(index: Tensor, g: Tensor, rows: int, *, backend: Backend | None = None) -> Tensor:
     """``G [B, V, D]`` for a table of ``rows`` = V rows."""
-    _check(index, g)
+    _check(index, g, rows)
     return _per_example_grads(index, g, rows, backend)
 
 
 def sq_norms(index: Tensor, g: Tensor, rows: int, *, backend: Backend | None = None) -> Tensor:
     """``|G_i|^2 [B]``, float64, of the ``G_i`` that ``clipped_sum`` adds up."""
-    _check(index, g)
+    _check(index, g, rows)
     return _sq_norms(index, g, rows, backend)
 
 
@@ -47,25 +47,30 @@ def gram_sq_norms(index: Tensor, g: Tensor, *, backend: Backend | None = None) -
 
 def clipped_sum(index: Tensor, g: Tensor, rows: int, w: Tensor, *, backend: Backend | None = None) -> Tensor:
     """``sum_i w_i G_i [V, D]``; an example with ``w_i = 0`` contributes exactly 0, whatever it holds."""
-    _check(index, g)
+    _check(index, g, rows, w)
     return _clipped_sum(index, g, rows, w, backend)
 
 
 def weighted_sum(index: Tensor, g: Tensor, rows: int, w: Tensor, *, backend: Backend | None = None) -> Tensor:
     """The same in one pass over ``g``: rounding may differ from what was measured."""
-    _check(index, g)
+    _check(index, g, rows, w)
     return _weighted_sum(index, g, rows, w, backend)
 
 
-def _check(index: Tensor, g: Tensor) -> None:
+def _check(index: Tensor, g: Tensor, rows: int | None = None, w: Tensor | None = None) -> None:
+    """On a GPU nobody waits to see whether numbers are in the table: the look-up itself has asserted it."""
     problems = []
     if g.ndim != 3 or index.shape != g.shape[:2]:
         problems.append("expected index [B, M] and g [B, M, D]")
+    elif w is not None and w.shape != index.shape[:1]:
+        problems.append("expected w [B]")
     if index.device != g.device:
         problems.append("expected one device (move one of them)")
-    if problems:
-        came = [f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in (("index", index), ("g", g))]
-        raise KernelError(f"embedding: {'; '.join(problems)}; got {' and '.join(came)}")
+    if rows is not None and type(index) in PLAIN and index.device.type == "cpu" and index.numel():
+        least, most = index.aminmax()
+        if least < 0 or most >= rows:
+            problems.append(f"expected an index of 0 to {rows - 1}")
+    expect("embedding", problems, index=index, g=g, **({} if w is None else {"w": w}))
 
 
 def _implementation(g: Tensor, backend: Backend | None) -> Any:

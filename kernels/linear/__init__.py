@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpfast.kernels.chunks import bytes_alive, in_chunks
 from dpfast.kernels.conv.launches import LEAST
-from dpfast.kernels.dispatch import NATIVE_DTYPES, TRITON_DTYPES, Backend, choose, expected, implementation
+from dpfast.kernels.dispatch import NATIVE_DTYPES, TRITON_DTYPES, Backend, choose, expect, expected, implementation
 from dpfast.kernels.linear import reference
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
@@ -30,11 +30,13 @@ __all__ = ["clipped_sum", "gram_sq_norms", "per_example_grads", "sq_norms", "wei
 
 def per_example_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
     """``G [B, P, D]`` and ``|G_i|^2 [B]`` of the numbers stored."""
+    _check(a, g)
     return _per_example_grads(a, g, backend)
 
 
 def sq_norms(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> Tensor:
     """``|G_i|^2 [B]``, float64, of the ``G_i`` that ``clipped_sum`` adds up; none is stored."""
+    _check(a, g)
     return _sq_norms(a, g, backend)
 
 
@@ -44,17 +46,28 @@ def gram_sq_norms(a: Tensor, *g: Tensor, backend: Backend | None = None) -> tupl
     Several ``g [B, M, P]``, each with its own P, are of linear maps with one input (queries, keys and values): the
     squared norms are of all their gradients together, and the Gram of ``a`` is made once.
     """
+    for each in g:
+        _check(a, each)
     return _gram_sq_norms(a, list(g), backend)
 
 
 def clipped_sum(a: Tensor, g: Tensor, w: Tensor, *, backend: Backend | None = None) -> Tensor:
     """``sum_i w_i G_i [P, D]``; an example with ``w_i = 0`` contributes exactly 0, whatever it holds."""
+    _check(a, g, w)
     return _clipped_sum(a, g, w, backend)
 
 
 def weighted_sum(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
     """The same from one matrix product, where that is faster: rounding may differ from what was measured."""
+    _check(a, g, w)
     return _weighted_sum(a, g, w)
+
+
+def _check(a: Tensor, g: Tensor, w: Tensor | None = None) -> None:
+    if a.ndim > 2 and a.shape[:-1] == g.shape[:-1] and (w is None or w.shape == a.shape[:1]):
+        return
+    given = {"a": a, "g": g} | ({} if w is None else {"w": w})
+    expect("linear", ["expected a [B, M, D], g [B, M, P] and, for sums, w [B]"], **given)
 
 
 def _implementation(backend: Backend | None, a: Tensor, g: Tensor) -> Any:

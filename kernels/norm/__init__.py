@@ -18,8 +18,8 @@ from dpfast.kernels.dispatch import (
     NATIVE_DTYPES,
     TRITON_DTYPES,
     Backend,
-    KernelError,
     choose,
+    expect,
     expected,
     implementation,
 )
@@ -78,12 +78,8 @@ def _check(x: Tensor, g: Tensor, weight: Tensor | None, groups: int, examples: i
         problems.append(f"expected a weight [C] = [{x.shape[1]}]")
     if not all(t.is_floating_point() and t.device == x.device for t in (x, g, weight) if t is not None):
         problems.append("expected floating dtypes, on one device")
-    if problems:
-        given = (("x", x), ("g", g), *([] if weight is None else [("weight", weight)]))
-        came = [f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in given]
-        raise KernelError(
-            f"group norm: {'; '.join(problems)}; got {', '.join(came)}, groups={groups}, examples={examples}"
-        )
+    given = {"x": x, "g": g} | ({} if weight is None else {"weight": weight})
+    expect(f"group norm of {groups} groups and {examples} examples", problems, **given)
 
 
 _DTYPES: dict[Backend, Collection[torch.dtype]] = {"native": NATIVE_DTYPES, "triton": TRITON_DTYPES}
