@@ -100,8 +100,8 @@ def foretold(device: str, progress: Progress, *, kernels: bool) -> Iterator[str]
 def _assumed(rates: Rates) -> str:
     return (
         f"{rates.library_brain / 1e12:.0f} TFLOP/s in torch's products and at most {rates.brain / 1e12:.0f} in ours,"
-        f" {1e-12 / rates.load:.1f} TB/s, {1e6 * rates.gap:.1f} us between kernels; of Python, {1e6 * rates.op:.0f} us for"
-        f" a call of torch and {1e6 * rates.call:.0f} us for one of dpfast"
+        f" {1e-12 / rates.load:.1f} TB/s, {1e6 * rates.gap:.1f} us between kernels;"
+        f" of Python {1e6 * rates.op:.0f} us for a call of torch, {1e6 * rates.call:.0f} us for one of dpfast"
     )
 
 
