@@ -68,13 +68,13 @@ def test_ops_are_gated_and_timed(tmp_path) -> None:
     assert "linear.clipped_sum" in page_of(tmp_path / "out")
 
 
-def test_predictions_are_asked_for_what_cost_knows(monkeypatch) -> None:
+def test_predictions_are_asked_for_what_cost_knows() -> None:
     from benchmarks.gpu import kernels
-    from dpfast.kernels import cost
 
-    case = next(case for case in kernels.cases(dry=True) if case.op == "conv.sq_norms")
-    monkeypatch.setattr(cost, "kernel_seconds", lambda op, work: work.products, raising=False)
-    assert kernels.predicted(case) == case.flops > 0
+    found = {case.op: kernels.predicted(case) for case in kernels.cases(dry=True)}
+    assert found["conv.sq_norms"] > 0
+    assert found["linear.clipped_sum"] > 0
+    assert found["norm.group_norm_backward"] is None
 
 
 def test_steps_are_gated_and_timed_without_what_is_missing(tmp_path) -> None:
