@@ -53,6 +53,45 @@ def test_tests_are_counted(tmp_path) -> None:
         assert row["skipped"] == "triton is not installed"
 
 
+def test_this_checkout_comes_before_what_is_installed(tmp_path) -> None:
+    """An editable installation's finder stands before the path, in the processes of pytest, too."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib.util import spec_from_file_location\n"
+        "class Editable:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        return spec_from_file_location(name, {str(tmp_path / 'other.py')!r}) if name == 'dpfast' else None\n"
+        "sys.meta_path.insert(0, Editable)\n"
+    )
+    (tmp_path / "other.py").write_text("raise SystemExit('another dpfast')")
+    here = package(tmp_path)
+    code = "import benchmarks.gpu.reports, dpfast.kernels, sys; sys.exit(dpfast.__file__)"
+    env = {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, here, ROOT))), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | env, capture_output=True, text=True
+    )
+    assert done.stderr.strip() == str(here / "dpfast/__init__.py")
+
+
+def package(folder: Path) -> Path:
+    """As tools/gpu_package.py makes it, without the native module."""
+    made = folder / "package/dpfast"
+    made.mkdir(parents=True)
+    for source in [*(ROOT / "dpfast").glob("[!_]*"), *(ROOT / "dpfast").glob("_*.py"), ROOT / "kernels"]:
+        (made / source.name).symlink_to(source)
+    return made.parent
+
+
+def test_another_checkout_is_not_measured(monkeypatch) -> None:
+    from benchmarks.gpu import source
+
+    monkeypatch.setattr(source, "ROOT", ROOT / "elsewhere")
+    assert source.foreign() == (
+        f"dpfast comes from {Path(dpfast.__file__).parent}, not from this checkout: uninstall it there, or take another"
+        " GPU_PYTHON"
+    )
+
+
 def test_ops_are_gated_and_timed(tmp_path) -> None:
     rehearsal(tmp_path / "out", "kernels", "--only", "l")
     rows = rows_of(tmp_path / "out", "kernels")

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.gpu.jobs import Job, Options, put, supervise, work
 from benchmarks.gpu.machine import why_no_gpu
+from benchmarks.gpu.source import foreign, source
 
 PARTS = ("tests", "kernels", "launches", "step")
 USUAL = ("tests", "kernels", "step")
@@ -29,7 +29,9 @@ def main() -> None:
         options = Options(given.part, out, given.only, given.dry, given.until, given.first, given.progress)
         work(jobs_of(options), options)
         return
-    print(f"results: {out}; dpfast: {source()}", flush=True)
+    if given.part != "page" and not given.dry and (reason := foreign()):
+        sys.exit(reason)
+    print(f"results: {out}; dpfast: {source() or 'not there'}", flush=True)
     for part in USUAL if given.part == "all" else [given.part] if given.part in PARTS else []:
         run(Options(part, out, given.only, given.dry, until=time.time() + 60 * given.minutes))
     if given.part in ("all", "page"):
@@ -51,12 +53,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def source() -> str:
-    """Where dpfast comes from; it may be installed from another checkout."""
-    spec = importlib.util.find_spec("dpfast")
-    return "not there" if spec is None or spec.origin is None else str(Path(spec.origin).parent)
 
 
 def rehearse(part: str) -> None:
