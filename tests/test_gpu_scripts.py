@@ -21,15 +21,15 @@ def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def rehearsal(out: Path, *arguments: str, before: Path | None = None) -> str:
+def rehearsal(out: Path, *arguments: str, before: Path | None = None, fails: bool = False) -> str:
     """What it prints; ``before``: a folder whose modules stand in front of others."""
     folders = [*([before] if before else []), Path(dpfast.__file__).parents[1], ROOT]
     own = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))} | own
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--dry", "--out", out]
     done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert bool(done.returncode) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def rows_of(out: Path, part: str) -> dict[str, dict]:
@@ -37,14 +37,14 @@ def rows_of(out: Path, part: str) -> dict[str, dict]:
     return {row["name"]: row for row in rows}
 
 
-def page_of(out: Path) -> str:
+def page_of(out: Path) -> str | None:
     from benchmarks.gpu.page import page
 
     return page(out)
 
 
 def test_tests_are_counted(tmp_path) -> None:
-    rehearsal(tmp_path / "out", "tests", "--only", "test_kernels_norm")
+    rehearsal(tmp_path / "out", "tests", "--only", "test_kernels_norm", fails=not HAS_TRITON)
     row = rows_of(tmp_path / "out", "tests")["test_kernels_norm"]
     if HAS_TRITON:
         assert row["tests"] == {"passed": 2, "failed": 0, "skipped": 0}
@@ -149,11 +149,46 @@ def test_a_process_that_dies_ends_one_row(tmp_path, monkeypatch) -> None:
 
 
 def test_nothing_is_measured_without_a_gpu(tmp_path, monkeypatch, capsys) -> None:
-    from benchmarks.gpu import __main__, machine
+    from benchmarks.gpu import machine
 
     monkeypatch.setattr(machine, "device", lambda: "cpu")
-    monkeypatch.setattr(sys, "argv", ["gpu", "all", "--out", str(tmp_path)])
-    __main__.main()
+    monkeypatch.setattr(machine, "sanitizer", lambda: None)
+    why = "torch sees no GPU (DRY=1 tries the programs on the CPU)"
+    assert ended(monkeypatch, "all", "--out", str(tmp_path)) == f"nothing was measured: {why}"
     said = capsys.readouterr().out
-    assert said.count("skipped: ") == 6  # three parts, and in the page
-    assert "torch sees no GPU" in said
+    assert said.count(f"skipped: {why}") == 3
+    assert f"skipped: {machine.NO_SANITIZER}" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_measured_without_torch(tmp_path, monkeypatch) -> None:
+    from benchmarks import results
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    said = ended(monkeypatch, "step", "--dry", "--out", str(tmp_path))
+    assert said.startswith("nothing was measured: torch cannot be imported (")
+    assert list(tmp_path.iterdir()) == []
+    assert results.gpu.__wrapped__() == {}
+
+
+def test_no_page_of_nothing(tmp_path, monkeypatch) -> None:
+    assert (
+        ended(monkeypatch, "page", "--out", str(tmp_path / "nowhere")) == f"no results of a GPU in {tmp_path}/nowhere"
+    )
+
+
+def test_no_row_of_that_name(tmp_path) -> None:
+    said = rehearsal(tmp_path / "out", "step", "--only", "nosuchrow", fails=True)
+    assert said.endswith("no row's name holds 'nosuchrow'\n")
+
+
+def ended(monkeypatch, *arguments: str) -> object:
+    """What a program says in the end, in this process."""
+    from benchmarks.gpu import __main__
+
+    monkeypatch.setattr(__main__, "foreign", lambda: None)
+    monkeypatch.setattr(__main__, "rehearse", lambda part: None)
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    return end.value.code

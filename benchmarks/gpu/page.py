@@ -12,10 +12,11 @@ DETAILED = ("conv.sq_norms", "conv.clipped_sum", "norm.group_norm_backward")
 NOT = ("skipped", "failed", "left_out")
 
 
-def page(folder: Path) -> str:
+def page(folder: Path) -> str | None:
+    """Nothing where there are no rows."""
     found = {part: newest(results.rows(f"gpu-{part}", folder)) for part in PARTS}
     if not any(found.values()):
-        return f"no results of a GPU in {folder}"
+        return None
     lines = [*machine([row for rows in found.values() for row in rows])]
     for part, make in (("tests", tests), ("kernels", kernels), ("launches", launches), ("step", steps)):
         if found[part]:
