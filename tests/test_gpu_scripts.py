@@ -104,7 +104,32 @@ def test_ops_are_gated_and_timed(tmp_path) -> None:
         "norm.group_norm_backward",
     }
     assert all(row["error"] < 1e-2 and row["seconds"]["dpfast"] > 0 for row in timed)
-    assert "linear.clipped_sum" in page_of(tmp_path / "out")
+    page = page_of(tmp_path / "out")
+    assert page.startswith("A DRY RUN")
+    assert "linear.clipped_sum" in page
+    assert "conv.sq_norms, bfloat16: " in page
+
+
+def test_errors_and_ratios_are_said() -> None:
+    from benchmarks.gpu import page
+
+    row = {"error": 3.94e-3, "excess": 1.004}
+    assert not page.is_beyond(row)
+    assert page.is_beyond({"excess": float("nan")})
+    assert page.excess(row | {"excess": 1.5}) == "ERROR 3.94e-03, 1.50 times the limit"
+    assert page.times(3125.95) == "3,126"
+
+
+@pytest.mark.parametrize(
+    ("printed", "line"), [("", "1 calls of ops"), ("========= no error", "1 calls of ops; ========= no error")]
+)
+def test_what_the_sanitizer_found_is_said(monkeypatch, printed, line) -> None:
+    from benchmarks.gpu import tests
+
+    monkeypatch.setattr(tests, "not_installed", lambda *packages: [])
+    monkeypatch.setattr(tests, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(tests, "ended", lambda *given: (0, ["clip.sq_norms once, torch.float32", printed]))
+    assert tests.sanitized("memcheck", 1, dry=False)["line"] == line
 
 
 def test_predictions_are_asked_for_what_cost_knows() -> None:

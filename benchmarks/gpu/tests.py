@@ -112,4 +112,5 @@ def sanitized(tool: str, seconds: float, *, dry: bool) -> Row:
             "output": (errors or output)[:60],
         }
     ops = sum(" once, " in text for text in output)
-    return {"ops": ops, "line": f"{ops} calls of ops{' (on the CPU, without it)' * dry}; {' '.join(errors[-1:])}"}
+    said = f"{ops} calls of ops{' (on the CPU, without it)' * dry}"
+    return {"ops": ops, "line": "; ".join([said, *errors[-1:]])}
