@@ -40,9 +40,11 @@ def provenance() -> dict[str, Any]:
 
 @functools.cache
 def gpu() -> dict[str, Any]:
-    """Its name, compute capability, memory, driver and CUDA; nothing where torch sees none."""
-    import torch
-
+    """Its name, compute capability, memory, driver and CUDA; nothing where there is no torch, or it sees none."""
+    try:
+        import torch
+    except ImportError:
+        return {}
     if not torch.cuda.is_available():
         return {}
     of = torch.cuda.get_device_properties(0)

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 import tempfile
@@ -11,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.gpu.jobs import Job, Options, put, supervise, work
-from benchmarks.gpu.machine import why_no_gpu
+from benchmarks.gpu.jobs import Job, Options, Row, supervise, work
+from benchmarks.gpu.machine import lacking, why_no_gpu
+from benchmarks.gpu.page import NOT, page
+from benchmarks.gpu.source import foreign, source
 
 PARTS = ("tests", "kernels", "launches", "step")
 USUAL = ("tests", "kernels", "step")
@@ -29,15 +30,19 @@ def main() -> None:
         options = Options(given.part, out, given.only, given.dry, given.until, given.first, given.progress)
         work(jobs_of(options), options)
         return
-    print(f"results: {out}; dpfast: {source()}", flush=True)
-    for part in USUAL if given.part == "all" else [given.part] if given.part in PARTS else []:
-        run(Options(part, out, given.only, given.dry, until=time.time() + 60 * given.minutes))
-    if given.part in ("all", "page"):
-        from benchmarks.gpu.page import page
-
-        text = page(out)
+    if given.part != "page" and not given.dry and (reason := foreign()):
+        sys.exit(reason)
+    print(f"results: {out}; dpfast: {source() or 'not there'}", flush=True)
+    parts = USUAL if given.part == "all" else [given.part] if given.part in PARTS else []
+    rows = [row for part in parts for row in run(Options(part, out, given.only, given.dry, ending(given.minutes)))]
+    text = page(out) if given.part in ("all", "page") else None
+    if text is not None:
         (out / "gpu.txt").write_text(text + "\n")
         print(text)
+    if given.part == "page" and text is None:
+        sys.exit(f"no results of a GPU in {out}")
+    if parts and (reason := why_nothing(rows, given.only, dry=given.dry)):
+        sys.exit(reason)
 
 
 def arguments() -> argparse.Namespace:
@@ -53,12 +58,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def source() -> str:
-    """Where dpfast comes from; it may be installed from another checkout."""
-    spec = importlib.util.find_spec("dpfast")
-    return "not there" if spec is None or spec.origin is None else str(Path(spec.origin).parent)
-
-
 def rehearse(part: str) -> None:
     """Ops by Triton's interpreter; steps as on any CPU."""
     if part in ("tests", "kernels", "launches"):
@@ -66,12 +65,31 @@ def rehearse(part: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def run(options: Options) -> None:
+def ending(minutes: float) -> float:
+    """The time at which a part that begins now begins nothing more."""
+    return time.time() + 60 * minutes
+
+
+def run(options: Options) -> list[Row]:
+    """Its rows; without a GPU none, and a line for everything that is missing."""
     print(f"== {options.part}", flush=True)
     if reason := why_no_gpu(dry=options.dry):
-        put(options, {"name": options.part, "skipped": reason})
-    else:
-        supervise(options)
+        for missing in (reason, *lacking(options.part)):
+            print(f"skipped: {missing}", flush=True)
+        return []
+    supervise(options)
+    return [row for row in results.rows(f"gpu-{options.part}", options.out) if row["run"] == options.until]
+
+
+def why_nothing(rows: list[Row], only: str, *, dry: bool) -> str | None:
+    """Why nothing was measured, if nothing was."""
+    if reason := why_no_gpu(dry=dry):
+        return f"nothing was measured: {reason}"
+    if not rows:
+        return f"no row's name holds {only!r}"
+    if all(any(what in row for what in NOT) for row in rows):
+        return "nothing was measured: every row failed, or was skipped or left out"
+    return None
 
 
 def jobs_of(options: Options) -> Iterator[Job]:

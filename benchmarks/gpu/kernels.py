@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.gpu.jobs import Job, Missing, Options, Row
 from benchmarks.gpu.machine import device
+from benchmarks.gpu.page import excess, is_beyond, times
 from benchmarks.kernels import affine, clip, conv, linear, norm
 from benchmarks.kernels.case import Case, compare
 from benchmarks.kernels.shapes import DRY_BATCHES, GPU_BATCHES, Batch
@@ -109,8 +110,8 @@ def timed(steps: dict[str, measure.Step], rounds: int) -> dict[str, list[float]]
 
 
 def line(row: Row) -> str:
-    ratio = f", {row['ratio']:.2f} of the ordinary gradient" if row["ratio"] else ""
-    beyond = f", ERROR {row['error']:.1e}: {row['excess']:.1f} times the limit" if row["excess"] > 1 else ""
+    ratio = f", {times(row['ratio'])} times the ordinary gradient" if row["ratio"] else ""
+    beyond = f", {excess(row)}" if is_beyond(row) else ""
     speed = f"{row['rate'] / 1e12:.3g} T{row['unit']} ({100 * row['rate'] / row['ceiling']:.0f}%)"
     return f"{1e6 * row['seconds']['dpfast']:,.0f} us, {speed}{ratio}{beyond}"
 

@@ -1,9 +1,18 @@
 """Where things run: on a GPU, or, to try the programs, on the CPU."""
 
 import functools
-import importlib
+import importlib.util
+import shutil
 
 from benchmarks.gpu.jobs import Missing
+
+NEEDS = {
+    "tests": ("triton", "pytest"),
+    "kernels": ("triton",),
+    "launches": ("triton",),
+    "step": ("diffusers", "opacus"),
+}
+NO_SANITIZER = "compute-sanitizer is neither in PATH nor in /usr/local/cuda/bin"
 
 
 @functools.cache
@@ -32,3 +41,16 @@ def why_no_gpu(*, dry: bool) -> str | None:
     except Missing as reason:
         return str(reason)
     return None if dry or device() == "cuda" else "torch sees no GPU (DRY=1 tries the programs on the CPU)"
+
+
+def lacking(part: str) -> list[str]:
+    """What else a part misses."""
+    return [*not_installed(*NEEDS[part]), *([NO_SANITIZER] if part == "tests" and sanitizer() is None else [])]
+
+
+def not_installed(*packages: str) -> list[str]:
+    return [f"{name} is not installed" for name in packages if importlib.util.find_spec(name) is None]
+
+
+def sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu.jobs import OVER, Job, Missing, Options, Row
+from benchmarks.gpu.machine import NO_SANITIZER, not_installed, sanitizer
 from benchmarks.results import ROOT
 
 # By what a failure says of the others. With the seconds that they take at most: nearly all of it is compiling.
@@ -43,9 +43,7 @@ def jobs(options: Options) -> Iterator[Job]:
 
 
 def tested(file: str, selection: str, seconds: float, until: float) -> Row:
-    if importlib.util.find_spec("pytest") is None:
-        raise Missing("pytest is not installed")
-    require_triton()
+    need(*not_installed("pytest", "triton"))
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "--import-mode=importlib"]
     command += ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.reports", "-k", selection]
     workers = min(WORKERS, (os.cpu_count() or 1) - 2)
@@ -62,9 +60,9 @@ def tested(file: str, selection: str, seconds: float, until: float) -> Row:
         return counted(reports.read_text() if reports.exists() else "", status, output)
 
 
-def require_triton() -> None:
-    if importlib.util.find_spec("triton") is None:
-        raise Missing("triton is not installed")
+def need(*missing: str) -> None:
+    if missing:
+        raise Missing("; ".join(missing))
 
 
 def ended(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | None, list[str]]:
@@ -100,10 +98,8 @@ def counted(reports: str, status: int | None, output: list[str]) -> Row:
 
 def sanitized(tool: str, seconds: float, *, dry: bool) -> Row:
     """Each op once; its memory comes from the driver, not from a cache, so that reading beside it is seen."""
-    require_triton()
-    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if program is None and not dry:
-        raise Missing("compute-sanitizer is neither in PATH nor in /usr/local/cuda/bin")
+    program = sanitizer()
+    need(*not_installed("triton"), *([] if program or dry else [NO_SANITIZER]))
     under = [] if dry else [str(program), "--tool", tool, "--error-exitcode", "9"]
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     status, output = ended([*under, sys.executable, "-m", "benchmarks.gpu.each_op"], env, seconds)
@@ -116,4 +112,5 @@ def sanitized(tool: str, seconds: float, *, dry: bool) -> Row:
             "output": (errors or output)[:60],
         }
     ops = sum(" once, " in text for text in output)
-    return {"ops": ops, "line": f"{ops} calls of ops{' (on the CPU, without it)' * dry}; {' '.join(errors[-1:])}"}
+    said = f"{ops} calls of ops{' (on the CPU, without it)' * dry}"
+    return {"ops": ops, "line": "; ".join([said, *errors[-1:]])}
