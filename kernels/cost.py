@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dpfast.kernels.conv.launches import LEAST, chosen, shares
+from dpfast.kernels.conv.launches import LEAST, chosen, measuring, shares
 from dpfast.kernels.rates import Rates
 
 Form = Literal["gram", "direct", "materialise"]
@@ -124,8 +124,10 @@ def _products(work: Work, rates: Rates, *, total: bool = False, stored: bool = F
     how = {"described": described, "half": work.brain}
     if stored:
         _, time = shares(sizes, work.rows, work.rows, work.taps, rates.processors, **how)
+    elif total:
+        time = chosen(sizes, work.rows, work.taps, rates.processors, total=True, **how).time
     else:
-        time = chosen(sizes, work.rows, work.taps, rates.processors, total=total, **how).time
+        time = measuring(sizes, work.rows, work.taps, rates.processors, **how).time
     return max(2.0 * time * rates.processors / rate, work.held * rates.load)
 
 

@@ -96,7 +96,7 @@ def why_not_triton() -> str | None:
 
 def is_interpreting() -> bool:
     """Whether Triton's interpreter stands in for a GPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def native_module() -> ModuleType:
@@ -133,7 +133,8 @@ def choose(
             _check_readable(requested, tensors, triton)
         return requested
     for name, dtypes in (("native", native), ("triton", triton)):
-        if dtypes and name in _allowed() and all(can_read(name, t, dtypes) for t in tensors):
+        together = name == "native" or len({t.device for t in tensors}) == 1
+        if dtypes and together and name in _allowed() and all(can_read(name, t, dtypes) for t in tensors):
             return name
     return "reference"
 
@@ -171,7 +172,7 @@ def implementation(op: str, name: str) -> Any:
 def _check_readable(name: Backend, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype]) -> None:
     if not dtypes:
         raise KernelError(f"backend={name!r}: this op has no {name} kernel. Use backend='reference', or None")
-    alike = len({t.dtype for t in tensors}) <= 1
+    alike = len({t.dtype for t in tensors}) <= 1 and len({t.device for t in tensors}) <= 1
     if not alike or not all(can_read(name, t, dtypes) for t in tensors):
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         came = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)

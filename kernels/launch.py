@@ -64,4 +64,5 @@ def gram_lost(d: int, p: int, of_a: Tensor, of_g: Tensor, magnitude: Tensor) -> 
     tiny = torch.finfo(torch.float32).tiny
     sum_a, sum_g = (t.sum(-1, dtype=torch.float64) for t in (of_a, of_g))
     parts = 2 * tiny * magnitude * (math.sqrt(d) * sum_g + math.sqrt(p) * sum_a)
-    return vanished(d, p, of_a, of_g, torch.float32) + parts
+    # What is nowhere looked at may be infinite, and its sum times 0 not a number: a bound is.
+    return (vanished(d, p, of_a, of_g, torch.float32) + parts).nan_to_num(nan=math.inf, posinf=math.inf)

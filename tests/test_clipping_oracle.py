@@ -173,3 +173,17 @@ def test_sequence_first(form: str) -> None:
     exact = per_example(model, transposed, inputs, augmult=2, max_grad_norm=0.2)
     plain = per_example(model, transposed, inputs, augmult=2, max_grad_norm=0.2, dtype=torch.float32)
     assert_as_good_as_torch(clip(model, inputs, form=form, **settings), plain, exact)
+
+
+def test_a_bound_that_is_not_a_number_vouches_for_nothing(monkeypatch) -> None:
+    """Of a Gram: such an example contributes 0."""
+
+    def without_bound(a, *_, **__):
+        return torch.ones(len(a), dtype=torch.float64), torch.tensor([0.0, float("nan")], dtype=torch.float64)
+
+    monkeypatch.setattr("dpfast.kernels.linear.gram_sq_norms", without_bound)
+    model = nn.Linear(3, 2, bias=False)
+    clipper = GhostClipper(model, max_grad_norm=1.0, performance=Performance(form="gram"))
+    with clipper:
+        result = clipper.backward(model(torch.randn(2, 4, 3)).square().flatten(1).sum(1))
+    assert result.clip_factors.tolist() == [1, 0]

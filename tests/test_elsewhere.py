@@ -1,6 +1,7 @@
 """What is predicted for a GPU that is not here."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from dpfast.clipping import plan_step
 from dpfast.diffusion.models import ADM_32, build_unet
 from dpfast.errors import ConfigError
 from dpfast.kernels import cost
-from dpfast.kernels.conv.launches import chosen, launches, shares
+from dpfast.kernels.conv.launches import chosen, launches, measuring, shares
 from dpfast.kernels.cost import Work
 from dpfast.kernels.rates import H200, USUAL, named
 from dpfast.runs import elsewhere
@@ -88,6 +89,22 @@ def test_launches_cover_a_gradient(described, half, total) -> None:
             found.launch.p * found.launch.rows * found.launch.c * found.launch.columns
         )
         assert 1 <= found.each <= (examples if total else 1)
+
+
+@pytest.mark.parametrize("processors", [4, 108, 132])
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("described", [True, False])
+def test_norms_are_of_the_products_that_are_summed(described, half, processors) -> None:
+    """In one order: as many positions at a time, by the same kind of matrix unit."""
+    for examples, positions, channels, outputs, taps in itertools.product(
+        (1, 32, 300), (20, 64, 1000), (3, 48, 192), (3, 70, 128), (1, 9)
+    ):
+        asked = ((examples, 1, 1, channels, outputs), positions, taps, processors)
+        norms = measuring(*asked, described=described, half=half)
+        total = chosen(*asked, described=described, total=True, half=half)
+        assert norms.each == 1
+        assert norms.launch.at_a_time(positions) == total.launch.at_a_time(positions)
+        assert (norms.launch.p >= 64) == (total.launch.p >= 64)
 
 
 def test_examples_are_cut_where_they_are_few() -> None:

@@ -179,6 +179,16 @@ def test_convolution_of_numbers_that_round_alike(examples, channels, space, kern
     assert_within(conv.gram_sq_norms(a, g, spec, examples, backend=backend), exact, range(examples))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_that_nothing_looks_at(backend) -> None:
+    """However large they are, where no gradient comes: a bound is a number."""
+    a, g = torch.randn(2, 4, 5, 5), torch.zeros(2, 3, 2, 2)
+    a[..., 2, :] = a[..., 2] = 1e20  # between the taps
+    spec = ConvSpec.of(torch.empty(3, 4, 2, 2), stride=1, dilation=3)
+    sq, bound = conv.gram_sq_norms(a, g, spec, 2, backend=backend)
+    assert not bound[~sq.isnan()].isnan().any()
+
+
 LOOKED_UP = {
     "one row": lambda position: 0 * position,
     "pairs": lambda position: position // 2,

@@ -119,7 +119,8 @@ class Accumulation:
         if small:
             self._add_norms(small)
         sq, bound = torch.stack(self.sqs).sum(0), torch.stack(self.bounds).sum(0)
-        total = torch.where(bound > GRAM_TRUST * sq, sq.clamp(min=0) + bound, sq)
+        # A bound that is not a number vouches for nothing: such an example contributes 0.
+        total = torch.where(bound <= GRAM_TRUST * sq, sq, sq.clamp(min=0) + bound)
         factors = torch.where(mask, clip_factors(total, max_grad_norm), 0)
         sums = self._sums(factors)
         if small:

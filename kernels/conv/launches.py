@@ -91,21 +91,36 @@ def chosen(
 
     sizes: as of a ``Problem``; positions: over which a gradient is summed up, those of all rows of an example.
     """
-    examples = max(1, sizes[0])
-    shares = [math.ceil(examples / parts) for parts in range(1, min(examples, MOST_PARTS) + 1)] if total else [1]
+    every = launches(described=described, total=total, half=half)
+    return min((_timed(launch, sizes, positions, taps, processors, total) for launch in every), key=lambda of: of.time)
 
-    def of(launch: Launch) -> Chosen:
-        tiles = max(1, launch.tiles(sizes, taps))
-        p, c = launch.p * launch.rows, launch.c * launch.columns
 
-        def rounds(each: int) -> int:
-            return each * math.ceil(math.ceil(examples / each) * tiles / processors)
+@functools.lru_cache(maxsize=4096)
+def measuring(
+    sizes: tuple[int, ...], positions: int, taps: int, processors: int, *, described: bool, half: bool
+) -> Chosen:
+    """Of norms of gradients that are added up later, not stored: products are added up in the very order of the sum.
 
-        each = min(shares, key=rounds)
-        of_step = launch.at_a_time(positions) * max(p * c, LOADS * (p + c))
-        return Chosen(launch, tiles, each, rounds(each) * launch.steps(positions) * of_step)
+    Where gradients cancel, another order is another gradient. Tiles that descriptors fetch are multiplied alike by all
+    launches (64 rows at least, so many positions at a time); else it is the launch of the sum.
+    """
+    if described:
+        return chosen(sizes, positions, taps, processors, described=True, total=False, half=half)
+    launch = chosen(sizes, positions, taps, processors, described=False, total=True, half=half).launch
+    return _timed(launch, sizes, positions, taps, processors, total=False)
 
-    return min(map(of, launches(described=described, total=total, half=half)), key=lambda found: found.time)
+
+def _timed(launch: Launch, sizes: tuple[int, ...], positions: int, taps: int, processors: int, total: bool) -> Chosen:
+    examples, tiles = max(1, sizes[0]), max(1, launch.tiles(sizes, taps))
+    p, c = launch.p * launch.rows, launch.c * launch.columns
+
+    def rounds(each: int) -> int:
+        return each * math.ceil(math.ceil(examples / each) * tiles / processors)
+
+    parts = range(1, min(examples, MOST_PARTS) + 1)
+    each = min((math.ceil(examples / count) for count in parts), key=rounds) if total else 1
+    of_step = launch.at_a_time(positions) * max(p * c, LOADS * (p + c))
+    return Chosen(launch, tiles, each, rounds(each) * launch.steps(positions) * of_step)
 
 
 NUMBER = 2  # multiply-adds of every processor while memory takes or gives a number of four bytes

@@ -17,6 +17,7 @@ are fetched by the tensor memory accelerator, whose bounds are the padding; all 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpfast.kernels.clip import triton as clip
 from dpfast.kernels.conv import problem
-from dpfast.kernels.conv.launches import Chosen, Launch, chosen, shares
+from dpfast.kernels.conv.launches import Chosen, Launch, chosen, measuring, shares
 from dpfast.kernels.conv.problem import Problem, three
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.launch import UPCAST, blocks, has_descriptors, padded, precision, processors, registers
@@ -248,7 +249,7 @@ class Gradients:
     def per_example_grads(self) -> tuple[Tensor, Tensor]:
         """``[B, numbers]``, and their squared norms ``[B]``."""
         out = self._new(self.problem.sizes[0], self.problem.numbers)
-        return out, self._squares(out)
+        return out, self._squares(out, partial(chosen, total=False))
 
     def shares(self, most: int) -> int:
         """Into how many the positions of an example should be cut; they divide ``most``."""
@@ -257,25 +258,25 @@ class Gradients:
 
     def sq_norms(self) -> Tensor:
         """``[B]``, float64."""
-        return self._squares(None)
+        return self._squares(None, measuring)
 
     def clipped_sum(self, w: Tensor) -> Tensor:
         """``[numbers]``."""
         problem, examples = self.problem, self.problem.sizes[0]
         if problem.empty:
             return self._new(problem.numbers).zero_()
-        found = self._launch(total=True)
+        found = self._launch(chosen, total=True)
         out = self._new(blocks(examples, found.each), problem.numbers)
         self._run(found, len(out), w=w.float().contiguous(), out=out)
         return out[0] if len(out) == 1 else out.sum(0)
 
-    def _squares(self, out: Tensor | None) -> Tensor:
+    def _squares(self, out: Tensor | None, choose: Callable[..., Chosen]) -> Tensor:
         problem, examples = self.problem, self.problem.sizes[0]
         if problem.empty:
             if out is not None:
                 out.zero_()
             return problem.x.new_zeros(examples, dtype=torch.float64)
-        found = self._launch(total=False)
+        found = self._launch(choose)
         parts = self._new(examples, found.tiles)
         self._run(found, examples, out=out, parts=parts)
         return parts.sum(1, dtype=torch.float64)
@@ -288,9 +289,9 @@ class Gradients:
     def _new(self, *shape: int) -> Tensor:
         return self.problem.x.new_empty(shape, dtype=torch.float32)
 
-    def _launch(self, *, total: bool) -> Chosen:
+    def _launch(self, choose: Callable[..., Chosen], **of: bool) -> Chosen:
         at_once, how = processors(self.problem.x.device), {"described": self.described, "half": self.half}
-        return chosen(self.problem.sizes, self.positions, self.taps, at_once, total=total, **how)
+        return choose(self.problem.sizes, self.positions, self.taps, at_once, **how, **of)
 
     def _run(
         self,

@@ -50,7 +50,8 @@ def inner_products(
 ):  # fmt: skip
     """Of the rows from ``first`` on with those from ``second`` on: sums over BLOCK features are added up."""
     k = tl.arange(0, BK)[None, :]
-    rows, others = (first + tl.arange(0, BM))[:, None], (second + tl.arange(0, BM))[:, None]
+    rows = (first + tl.arange(0, BM)).to(tl.int64)[:, None]
+    others = (second + tl.arange(0, BM)).to(tl.int64)[:, None]
     left, right = x + rows * stride_m + k * stride_k, x + others * stride_m + k * stride_k
     total = tl.zeros((BM, BM), tl.float32)
     part = tl.zeros((BM, BM), tl.float32)
