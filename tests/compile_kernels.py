@@ -4,6 +4,7 @@ Usage: python compile_kernels.py CAPABILITY (80 or 90) [PART_OF_A_NAME]. What th
 shared memory, and the matrix instructions in PTX.
 """
 
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ DTYPES = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32x3"}
 
 @dataclass(frozen=True)
 class Variant:
-    """types: of arguments that are not numbers; every number is an i32, or i64 if named in ``long``."""
+    """types: of arguments that are not numbers; every number is an i32."""
 
     name: str
     kernel: Any
@@ -48,7 +49,6 @@ class Variant:
     stages: int = 3
     aligned: frozenset[str] = frozenset()  # numbers that 16 divides
     matrix_rows: int = 0  # of its products
-    long: frozenset[str] = field(default_factory=frozenset)
 
 
 MODES = {  # what a program does with its tile: STORE, NORM, SUM
@@ -118,40 +118,46 @@ def by_pointers(
 
 
 def gram_variants(dtype: str) -> Iterator[Variant]:
-    launch = linear.FLOAT if dtype == "fp32" else linear.HALF
+    """Of strides that 16 divides, and of others."""
+    for aligned in (True, False):
+        yield from _gram_variants(dtype, linear.LAUNCHES[dtype != "fp32", aligned], aligned=aligned)
+
+
+def _gram_variants(dtype: str, launch: linear.GramLaunch, *, aligned: bool) -> Iterator[Variant]:
     tile = {"BM": launch.m, "BK": launch.k, "BLOCK": BLOCK, "UPCAST": False, "PRECISION": DTYPES[dtype]}
     out = {"sq": "*fp32", "magnitude": "*fp32"}
     how = (launch.warps, launch.stages)
-    for maps in (1, 3):
+    name = f"{dtype} {'aligned' if aligned else 'unaligned'}"
+    for maps in (1, linear.AT_ONCE):
         strides = ("i32", "i32", "constexpr")
         types = {"a": f"*{dtype}", "a_strides": strides, "gs": (f"*{dtype}",) * maps, "g_strides": (strides,) * maps}
         constants = {("a_strides", 2): 1, **{("g_strides", i, 2): 1 for i in range(maps)}}
         yield Variant(
-            f"linear.gram {dtype} {maps}",
+            f"linear.gram {name} {maps}",
             linear.gram,
             types | out | {"Ps": ("i32",) * maps},
             tile | constants,
             *how,
-            frozenset({"a_strides", "D", "gs", "g_strides", "Ps"}),
+            frozenset({"a_strides", "D", "gs", "g_strides", "Ps"} if aligned else ()),
             launch.m,
         )
-    aligned = frozenset({"stride_i", "stride_m", "K", "P"})
+    divided = frozenset({"stride_i", "stride_m", "K", "P"} if aligned else ())
     yield Variant(
-        f"conv.pixel_gram {dtype}",
+        f"conv.pixel_gram {name}",
         triton_gram.pixel_gram,
         {"x": f"*{dtype}", "out": "*fp32"},
         tile,
         *how,
-        aligned,
+        divided,
         launch.m,
     )
     yield Variant(
-        f"conv.shifted_gram {dtype}",
+        f"conv.shifted_gram {name}",
         triton_gram.shifted_gram,
         {"pixels": "*fp32", "y": f"*{dtype}"} | out,
         tile,
         *how,
-        aligned,
+        divided,
         launch.m,
     )
 
@@ -183,14 +189,10 @@ def memory_variants(dtype: str) -> Iterator[Variant]:
 
 def finish_variants() -> Iterator[Variant]:
     pointers = dict.fromkeys(("found", "gamma", "weight", "bias", "lines"), "*fp32") | {"eps": "fp32"}
-    for scaled, lines in ((True, True), (False, False)):
-        yield Variant(
-            f"norm.finish fp32 {scaled} {lines}",
-            norm.finish,
-            pointers,
-            {"BC": 16, "BG": 16, "SCALED": scaled, "LINES": lines},
-            1,
-        )
+    for per_group, (scaled, lines) in itertools.product((1, 12, 40, 384, 1024), ((True, True), (False, False))):
+        channels, group, warps = norm.of_groups(128, per_group)
+        flags = {"BC": channels, "BG": group, "SCALED": scaled, "LINES": lines}
+        yield Variant(f"norm.finish fp32 {per_group} {scaled} {lines}", norm.finish, pointers, flags, warps)
 
 
 def embedding_variants(dtype: str) -> Iterator[Variant]:

@@ -104,7 +104,7 @@ def _pixels(t: Tensor, examples: int, rows: int) -> Tensor:
 
 def _gram_sq_norms(x: Tensor, y: Tensor, space: torch.Size, out: torch.Size, spec: ConvSpec) -> tuple[Tensor, Tensor]:
     (examples, pixels, c), (_, m, p) = x.shape, y.shape
-    launch = launch_of(x.dtype)
+    launch = launch_of(x, y)
     settings = constants(launch, x.dtype)
     gram = x.new_empty((examples, pixels, pixels), dtype=torch.float32)
     tiles = blocks(m, launch.m) ** 2

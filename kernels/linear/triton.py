@@ -35,12 +35,18 @@ class GramLaunch:
     stages: int = 3
 
 
-HALF, FLOAT = GramLaunch(), GramLaunch(k=16, warps=8)
+LAUNCHES = {  # of half precision or float32, of strides that 16 divides or any: what takes more registers takes less
+    (True, True): GramLaunch(),
+    (True, False): GramLaunch(k=32, warps=8),
+    (False, True): GramLaunch(k=16, warps=8),
+    (False, False): GramLaunch(m=32, k=16),
+}
 
 
-def launch_of(dtype: torch.dtype) -> GramLaunch:
-    """float32 takes three products, and more registers."""
-    return FLOAT if dtype == torch.float32 else HALF
+def launch_of(*tensors: Tensor) -> GramLaunch:
+    """For features that lie next to each other."""
+    aligned = all(t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:-1]) for t in tensors)
+    return LAUNCHES[tensors[0].dtype != torch.float32, aligned and all(t.shape[-1] % 16 == 0 for t in tensors)]
 
 
 @triton.jit
@@ -134,7 +140,7 @@ def gram_sq_norms(a: Tensor, *gs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gram_sq_norms(a: Tensor, gs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     examples, m, d = a.shape
-    launch = launch_of(a.dtype)
+    launch = launch_of(a, *gs)
     tiles = blocks(m, launch.m) ** 2
     sq, magnitude = a.new_empty((2, examples, tiles), dtype=torch.float32)
     if examples * tiles:

@@ -146,10 +146,10 @@ def _run(
     width, length = tile(c, s, dense_channels=x.stride(1) == 1)
     across = blocks(c, width)
     sums[(n * across,)](x, g, *x.stride(), *g.stride(), c, s, found, size, BC=width, BK=length, num_warps=WARPS)
-    narrow = min(width, 16)
+    narrow, group, warps = of_groups(width, c // groups)
     finish[(examples * blocks(c, narrow),)](
         found, size, found if gamma is None else gamma, n // examples, c, s, c // groups, eps, weight, bias, lines,
-        BC=narrow, BG=padded(c // groups), SCALED=gamma is not None, LINES=dx is not None, num_warps=1,
+        BC=narrow, BG=group, SCALED=gamma is not None, LINES=dx is not None, num_warps=warps,
     )  # fmt: skip
     if dx is not None:
         write[(n * across * blocks(s, length),)](
@@ -157,6 +157,13 @@ def _run(
             BC=width, BK=length, num_warps=WARPS,
         )  # fmt: skip
     return weight, bias
+
+
+def of_groups(width: int, per_group: int) -> tuple[int, int, int]:
+    """Channels of a program of ``finish``, of their groups, and warps: some numbers of each thread."""
+    group = padded(per_group)
+    channels = min(width, 16, max(1, 512 // group))
+    return channels, group, max(1, min(8, channels * group // 256))
 
 
 def _flat(t: Tensor) -> Tensor:
