@@ -4,14 +4,16 @@ Predictions choose between forms, so ratios between them matter, not seconds.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dpfast.kernels.conv.launches import LEAST, chosen, measuring, shares
+from dpfast.kernels.conv.launches import LEAST, chosen, measuring, of_tile, shares
 from dpfast.kernels.rates import Rates
 
 Form = Literal["gram", "direct", "materialise"]
 FORMS: tuple[Form, ...] = get_args(Form)
+GRAM_TILE = 64  # rows, on a GPU
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ def kernels(work: Work, form: Form, rates: Rates) -> tuple[Kernel, Kernel]:
     bytes_ = work.held + (4 * pairs if is_of_pixels else 0.0)
     shifts = pairs * (work.taps if is_of_pixels else 1) / 2
     gram = flops / _rate(rates.gemm, rates.gemm_brain, work) + shifts / rates.shift
-    gram = max(gram, bytes_ * rates.load) if rates.is_gpu else gram
+    if rates.is_gpu:  # half of the tiles, by symmetry, each loaded for itself
+        side = math.ceil(work.rows / GRAM_TILE)
+        computed = work.examples * side * (side + 1) / 2 * of_tile(GRAM_TILE, GRAM_TILE, work.brain)
+        products = 2 * computed * (work.pixels / work.sharing + work.outputs)
+        gram = products / _rate(rates.gemm, rates.gemm_brain, work) + shifts / rates.shift
+        gram = max(gram, bytes_ * rates.load)
     is_one = work.taps == 1 and not (rates.is_gpu and work.rows >= LEAST)
     total = _as_one_product(work, rates) if is_one else _of_products("clipped_sum", work, rates)
     return _kernel("gram_sq_norms", work, flops, bytes_, gram, rates, calls=3), total

@@ -424,3 +424,45 @@ def test_wrong_shapes_are_refused_before_memory_is_read(message, backend) -> Non
         with pytest.raises(dispatch.KernelError) as error:
             call(backend)
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("geometry", ["1-d, whole vectors", "no padding, rows cut off"])
+def test_an_example_without_weight_leaves_no_trace(geometry, backend) -> None:
+    """Whatever it holds; and the norms of others do not see it."""
+    a, g, spec, _ = convolution(geometry, rows=6, dtype=torch.float32)
+    clean = conv.per_example_grads(a, g, spec, 3, backend=backend)
+    a[2], g[3] = float("nan"), float("inf")
+    grads, sq = conv.per_example_grads(a, g, spec, 3, backend=backend)
+    measured = conv.sq_norms(a, g, spec, 3, backend=backend)
+    total = conv.clipped_sum(a, g, spec, torch.tensor([0.5, 0.0, 1.0]), backend=backend)
+    torch.testing.assert_close(grads[::2], clean[0][::2])
+    torch.testing.assert_close(total, 0.5 * clean[0][0] + clean[0][2])
+    for found in (sq, measured):
+        torch.testing.assert_close(found[::2], clean[1][::2], rtol=1e-6, atol=0)
+        assert not found[1].isfinite()
+
+
+@pytest.mark.skipif(dispatch.why_not_triton() is not None, reason=str(dispatch.why_not_triton()))
+def test_a_whole_step_by_triton() -> None:
+    """Every op that a clipper calls, in a process where the environment asks for Triton."""
+    program = """
+import torch
+from torch import nn
+from dpfast import GhostClipper, Performance
+def clipped(form):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(), nn.Linear(32, 4))
+    clipper = GhostClipper(model, max_grad_norm=0.1, augmult=2, performance=Performance(form=form))
+    with clipper:
+        clipper.backward(model(torch.randn(4, 4, 4, 4)).square().sum(1))
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+print(*(clipped(form).double().norm().item() for form in ("gram", "direct", "materialise")))
+"""
+    found = []
+    for backend in ("triton", "reference"):
+        env = {**os.environ, "DPFAST_BACKEND": backend}
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found += map(float, done.stdout.split())
+    assert found == pytest.approx([found[-1]] * 6, rel=1e-5)

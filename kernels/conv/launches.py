@@ -63,7 +63,9 @@ _POINTED = {
         for c in (64, 32, 16)
     ),
 }
-LOADS = 95  # multiply-adds of a processor, at 540 TFLOP/s, while a number comes from the L2 cache, at 5.7 TB/s
+# Multiply-adds of a processor while a number comes from the L2 cache, at 5.7 TB/s: in half precision at 540 TFLOP/s, or
+# of float32 at 90.
+LOADS = {True: 95, False: 32}
 
 
 class Chosen(NamedTuple):
@@ -92,7 +94,10 @@ def chosen(
     sizes: as of a ``Problem``; positions: over which a gradient is summed up, those of all rows of an example.
     """
     every = launches(described=described, total=total, half=half)
-    return min((_timed(launch, sizes, positions, taps, processors, total) for launch in every), key=lambda of: of.time)
+    return min(
+        (_timed(launch, sizes, positions, taps, processors, total=total, half=half) for launch in every),
+        key=lambda of: of.time,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,10 +112,17 @@ def measuring(
     if described:
         return chosen(sizes, positions, taps, processors, described=True, total=False, half=half)
     launch = chosen(sizes, positions, taps, processors, described=False, total=True, half=half).launch
-    return _timed(launch, sizes, positions, taps, processors, total=False)
+    return _timed(launch, sizes, positions, taps, processors, total=False, half=half)
 
 
-def _timed(launch: Launch, sizes: tuple[int, ...], positions: int, taps: int, processors: int, total: bool) -> Chosen:
+def of_tile(p: int, c: int, half: bool) -> int:
+    """Multiply-adds in the time that a tile takes for each position: those that it needs, or while it is loaded."""
+    return max(p * c, LOADS[half] * (p + c))
+
+
+def _timed(
+    launch: Launch, sizes: tuple[int, ...], positions: int, taps: int, processors: int, *, total: bool, half: bool
+) -> Chosen:
     examples, tiles = max(1, sizes[0]), max(1, launch.tiles(sizes, taps))
     p, c = launch.p * launch.rows, launch.c * launch.columns
 
@@ -119,11 +131,11 @@ def _timed(launch: Launch, sizes: tuple[int, ...], positions: int, taps: int, pr
 
     parts = range(1, min(examples, MOST_PARTS) + 1)
     each = min((math.ceil(examples / count) for count in parts), key=rounds) if total else 1
-    of_step = launch.at_a_time(positions) * max(p * c, LOADS * (p + c))
+    of_step = launch.at_a_time(positions) * of_tile(p, c, half)
     return Chosen(launch, tiles, each, rounds(each) * launch.steps(positions) * of_step)
 
 
-NUMBER = 2  # multiply-adds of every processor while memory takes or gives a number of four bytes
+NUMBER = {True: 2.0, False: 0.34}  # likewise of every processor, while memory takes or gives a number of four bytes
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,7 +153,7 @@ def shares(
     def time(count: int) -> float:
         cut = (examples * count, *sizes[1:])
         found = chosen(cut, positions // count, taps, processors, described=described, total=False, half=half)
-        through_memory = (2 * count + 1) * numbers * NUMBER if count > 1 else 0
+        through_memory = (2 * count + 1) * numbers * NUMBER[half] if count > 1 else 0
         return found.time + through_memory
 
     return min(((count, time(count)) for count in (1, 2, 4, 8) if most % count == 0), key=lambda share: share[1])
