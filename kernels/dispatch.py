@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -91,6 +92,17 @@ def why_not_triton() -> str | None:
         return "torch sees no GPU (to try kernels on the CPU, slowly: TRITON_INTERPRET=1)"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
+    return None if is_interpreting() else _why_not_this_gpu()
+
+
+def _why_not_this_gpu() -> str | None:
+    if torch.version.hip:
+        return "the kernels are for GPUs of NVIDIA, and torch was built for ROCm"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the GPU's compute capability is {major}.{minor}, and the kernels need 8.0 (Ampere)"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("clang", "gcc", "cc"))):
+        return "Triton needs a C compiler to launch kernels (Debian, Ubuntu: apt install gcc)"
     return None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dpfast.kernels.precision import gram_error, vanished
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
+FETCHED = 160_000  # bytes of shared memory: more than any launch by descriptors takes
 UPCAST = INTERPRETED  # its bfloat16 arithmetic is wrong: numbers become float32 as soon as they are loaded
 
 
@@ -21,8 +22,11 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def has_descriptors(device: torch.device) -> bool:
-    """Whether the tensor memory accelerator is there (Hopper and later)."""
-    return INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether the tensor memory accelerator is there, and memory for the tiles that it fetches (Hopper, Blackwell)."""
+    if INTERPRETED:
+        return True
+    of = torch.cuda.get_device_properties(device)
+    return of.major >= 9 and of.shared_memory_per_block_optin >= FETCHED
 
 
 def precision(dtype: torch.dtype) -> str:

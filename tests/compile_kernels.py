@@ -99,20 +99,24 @@ def by_descriptors(
 def by_pointers(
     name: str, dtype: str, launch: launches.Launch, flags: dict[str, Any], *, every: bool
 ) -> Iterator[Variant]:
-    """A 3x3 convolution of channels_last images."""
+    """A 3x3 convolution of channels_last images, of strides that 16 divides and of others; a linear map."""
     geometry = dict.fromkeys(("D", "OD", "KD", "SD", "SH", "SW", "DD", "DH", "DW", "PH", "PW", "GROUPS"), 1)
     geometry |= {"H": 32, "W": 32, "OH": 32, "OW": 32, "KH": 3, "KW": 3, "PD": 0, "x_c": 1, "y_p": 1, "out_c": 1}
     strides = {f"{side}_{dim}" for side in "xy" for dim in "indhw"}
-    for positions in (launch.k, launches.LEAST) if every else (launch.k,):
+    flat = geometry | dict.fromkeys(("H", "W", "OH", "OW", "KH", "KW"), 1) | {"PH": 0, "PW": 0}
+    kinds = {"": (geometry, strides | OUT), "unaligned": (geometry, set()), "linear": (flat, strides | OUT)}
+    chosen = kinds if flags["STORE"] else ("",)  # what stores does all that norms alone do
+    for kind, positions in [*itertools.product(chosen, [launch.k]), *([("", launches.LEAST)] if every else [])]:
+        shape, aligned = kinds[kind]
         sizes = {"P": 2 * launch.p, "C": 2 * launch.c, "BK": positions, "BP": launch.p, "BC": launch.c}
         yield Variant(
-            f"conv.by_pointers {name} {positions}",
+            f"conv.by_pointers {name} {positions} {kind}",
             conv.by_pointers,
             {"x": f"*{dtype}", "y": f"*{dtype}"} | RESULTS,
-            geometry | sizes | flags,
+            shape | sizes | flags,
             launch.warps,
             launch.stages,
-            frozenset(strides | OUT),
+            frozenset(aligned),
             launch.p,
         )
 

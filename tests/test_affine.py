@@ -264,6 +264,28 @@ def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("_forgotten")
 @pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"capability": (7, 5)}, "compute capability is 7.5"),
+        ({"hip": "6.0"}, "built for ROCm"),
+        ({"compiler": None}, "needs a C compiler"),
+        ({}, None),
+    ],
+)
+def test_gpus_that_triton_is_not_for(found: dict, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRITON_INTERPRET", "DPFAST_BACKEND", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found.get("capability", (8, 0)))
+    monkeypatch.setattr(torch.version, "hip", found.get("hip"))
+    monkeypatch.setattr(dispatch.shutil, "which", lambda _: found.get("compiler", "/usr/bin/cc"))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: "there")
+    reason = dispatch.why_not_triton()
+    assert (reason is None) if words is None else words in str(reason)
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize(
     ("module", "words"), [("dpfast.no_such_module", "not built"), ("dpfast.errors", "version None")]
 )
 def test_missing_or_old_native_module_is_explained(module: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

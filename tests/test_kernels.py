@@ -190,8 +190,16 @@ def test_the_sum_is_of_what_is_measured_bit_by_bit(dtype) -> None:
 SIZES = [(3, 5, 7, 6), (2, 1, 40, 30), (4, 300, 16, 13), (1, 64, 33, 1), (5, 3, 1, 9), (2, 37, 24, 16)]  # B, M, D, P
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *HALVES,
+        ("reference", torch.float16),
+        pytest.param("native", torch.float32, marks=needs_native),
+        ("reference", torch.float32),
+        pytest.param("triton", torch.float32, marks=needs_triton),
+    ],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_linear_forms(size, layout, dtype, backend) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SHARED = {80: 166_912, 90: 232_448}  # bytes that a program may have
+SHARED = {80: 101_376, 90: 101_376}  # bytes that a program may have on every GPU of that architecture and the next
+FETCHED = 160_000  # where there are descriptors (``dpfast.kernels.launch``)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -26,7 +27,7 @@ def test_every_kernel_compiles(capability, dtype) -> None:
     for row in rows:
         assert row["local"] == 0, row
         assert row["stack"] == 0, row
-        assert row["shared"] <= SHARED[capability], row
+        assert row["shared"] <= (FETCHED if "by_descriptors" in row["name"] else SHARED[capability]), row
         if capability == 90 and dtype == "bf16" and row["matrix_rows"] >= 64:
             assert row["wgmma"], row
             assert row["bulk"] or "by_descriptors" not in row["name"], row

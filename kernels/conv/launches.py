@@ -53,12 +53,12 @@ _DESCRIBED = {
 # Larger tiles take fewer positions at a time: what is calculated for each of their places takes registers, too.
 _POINTED = {
     True: tuple(
-        Launch(p, c, k=32 if p * c > 8192 else 64, warps=8 if p * c > 4096 else 4)
+        Launch(p, c, k=16 if p * c > 8192 else 64, warps=8 if p * c > 2048 else 4)
         for p in (128, 64, 32, 16)
         for c in (128, 64, 32, 16)
     ),
     False: tuple(
-        Launch(p, c, k=16 if p * c > 2048 else 32, warps=8 if p * c > 2048 else 4)
+        Launch(p, c, k=16 if p * c > 2048 else 32, warps=8 if p * c > 1024 else 4)
         for p in (64, 32, 16)
         for c in (64, 32, 16)
     ),
