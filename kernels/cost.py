@@ -52,7 +52,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A call of an op. seconds: on the CPU with the call itself; on a GPU without, which runs ahead of it."""
+    """A call of an op. seconds: that its kernels take, on the CPU with the call; a GPU works behind its calls."""
 
     op: str
     shape: str

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -25,8 +26,8 @@ def has_descriptors(device: torch.device) -> bool:
     """Whether the tensor memory accelerator is there, and memory for the tiles that it fetches (Hopper, Blackwell)."""
     if INTERPRETED:
         return True
-    of = torch.cuda.get_device_properties(device)
-    return of.major >= 9 and of.shared_memory_per_block_optin >= FETCHED
+    of: Any = torch.cuda.get_device_properties(device)
+    return bool(of.major >= 9 and of.shared_memory_per_block_optin >= FETCHED)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -23,7 +23,7 @@ def affine_grads(a: Tensor, g: Tensor, *, backend: Backend | None = None) -> tup
     """Gradients ``(weight, bias)`` of every example, each [B, C]; not averaged over rows.
 
     a, g: [B, M, C, S], of one floating dtype and device, any strides.
-    backend: None takes native for float32 on the CPU (values only, no autograd), else the reference.
+    backend: None takes native for float32 on the CPU and Triton on a GPU (no autograd), else the reference.
     Results are float64 for float64 inputs and float32 otherwise; float16 and bfloat16 are summed in float32.
 
     Raises:

@@ -7,7 +7,7 @@ A transposed convolution is the same with the roles of input and output gradient
 
     per_example_grads   2 B M D P FLOPs, writes B D P numbers, the norms in the same pass
     sq_norms            2 B M D P FLOPs, nothing stored
-    gram_sq_norms       2 B M^2 (D + P) FLOPs, with D = Cin for native kernels, and a bound on the rounding error
+    gram_sq_norms       2 B M^2 (D + P) FLOPs, D = Cin where pixels are multiplied; a bound on the rounding error
     clipped_sum         2 B M D P FLOPs
 
 Any strides and memory formats; bfloat16 and float16 are summed in float32. On the CPU ``native`` computes float32 and

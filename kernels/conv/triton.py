@@ -221,7 +221,11 @@ class Side(NamedTuple):
 
     def descriptor(self, block: tuple[int, ...]) -> TensorDescriptor:
         """Of all but the depth."""
-        strides = [stride if size > 1 else STEP for size, stride in self._of_whole()]
+        strides: list[int] = []
+        run = blocks(self.sizes[-1], STEP) * STEP
+        for size, stride in reversed(self._of_whole()):  # of one alone, any stride will do: the usual one
+            strides.insert(0, stride if size > 1 else run)
+            run = strides[0] * size
         return TensorDescriptor(self.t, [*self.sizes[:2], *self.sizes[3:]], [*strides, 1], list(block))
 
     def _of_whole(self) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ from dpfast.kernels.dispatch import (
 from dpfast.kernels.precision import accumulation_dtype
 from dpfast.kernels.registry import register
 
-__all__ = ["backward_is_native", "group_norm_backward", "group_norm_grads"]
+__all__ = ["backward_is_a_kernel", "group_norm_backward", "group_norm_grads"]
 
 
 def group_norm_grads(
@@ -34,7 +34,7 @@ def group_norm_grads(
 ) -> tuple[Tensor, Tensor]:
     """Gradients ``(weight, bias)`` of every example, each [B, C], float32 at least.
 
-    Native for float32 and bfloat16 on the CPU.
+    Native for float32 and bfloat16 on the CPU; by Triton on a GPU, where x and g may be of two dtypes.
 
     Raises:
         KernelError: other shapes, dtypes or devices, or ``backend="native"`` where it cannot be used.
@@ -55,13 +55,13 @@ def group_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of ``x``, of its shape and dtype, and those of ``group_norm_grads``. weight: of the norm, ``[C]``.
 
-    Native for float32 and bfloat16 on the CPU, with a weight of float32. Raises as ``group_norm_grads``.
+    By the same kernels, with a weight of float32. Raises as ``group_norm_grads``.
     """
     _check(x, g, weight, groups, examples)
     return _group_norm_backward(x, g, weight, groups, eps, examples, backend)
 
 
-def backward_is_native(x: Tensor, weight: Tensor | None) -> bool:
+def backward_is_a_kernel(x: Tensor, weight: Tensor | None) -> bool:
     """Whether ``group_norm_backward`` is a kernel for gradients like ``x``: the reference is slower than autograd."""
     return expected(x, **_DTYPES) != "reference" and (weight is None or weight.dtype == torch.float32)
 

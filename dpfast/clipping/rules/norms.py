@@ -15,7 +15,7 @@ from dpfast.clipping.rows import Rows
 from dpfast.clipping.tape import IsTracked, Rule, Terms, Use, present
 from dpfast.clipping.terms import Stored
 from dpfast.kernels.affine import affine_grads
-from dpfast.kernels.norm import backward_is_native, group_norm_backward, group_norm_grads
+from dpfast.kernels.norm import backward_is_a_kernel, group_norm_backward, group_norm_grads
 from dpfast.kernels.precision import accumulation_dtype
 
 
@@ -70,7 +70,7 @@ def _group_norm(
         of_input, *affine = group_norm_backward(saved[0], g, weight, groups, eps, rows.examples)
         return of_input, of_affine(*affine)
 
-    at_once = input.requires_grad and backward_is_native(input, weight)
+    at_once = input.requires_grad and backward_is_a_kernel(input, weight)
     return Use((input,), terms, (0,), backward if at_once else None)
 
 
