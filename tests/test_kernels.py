@@ -434,6 +434,7 @@ def test_wrong_shapes_are_refused_before_memory_is_read(message, backend) -> Non
         assert message in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in matmul")  # the interpreter's, by numpy
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("geometry", ["1-d, whole vectors", "no padding, rows cut off"])
 def test_an_example_without_weight_leaves_no_trace(geometry, backend) -> None:

@@ -179,6 +179,7 @@ def test_convolution_of_numbers_that_round_alike(examples, channels, space, kern
     assert_within(conv.gram_sq_norms(a, g, spec, examples, backend=backend), exact, range(examples))
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in matmul")  # the interpreter's, by numpy
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pixels_that_nothing_looks_at(backend) -> None:
     """However large they are, where no gradient comes: a bound is a number."""
