@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dpfast.kernels.conv.launches import LEAST, chosen, measuring, of_tile, shares
+from dpfast.kernels.linear.launches import GRAMS
 from dpfast.kernels.rates import Rates
 
 Form = Literal["gram", "direct", "materialise"]
 FORMS: tuple[Form, ...] = get_args(Form)
-GRAM_TILE = 64  # rows, on a GPU
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,21 @@ def kernels(work: Work, form: Form, rates: Rates) -> tuple[Kernel, Kernel]:
     is_of_pixels = work.pixels < work.inputs
     bytes_ = work.held + (4 * pairs if is_of_pixels else 0.0)
     shifts = pairs * (work.taps if is_of_pixels else 1) / 2
-    gram = flops / _rate(rates.gemm, rates.gemm_brain, work) + shifts / rates.shift
-    if rates.is_gpu:  # half of the tiles, by symmetry, each loaded for itself
-        side = math.ceil(work.rows / GRAM_TILE)
-        computed = work.examples * side * (side + 1) / 2 * of_tile(GRAM_TILE, GRAM_TILE, work.brain)
-        products = 2 * computed * (work.pixels / work.sharing + work.outputs)
-        gram = products / _rate(rates.gemm, rates.gemm_brain, work) + shifts / rates.shift
+    gram = flops * _computed(work, rates) / _rate(rates.gemm, rates.gemm_brain, work) + shifts / rates.shift
+    if rates.is_gpu:
         gram = max(gram, bytes_ * rates.load)
     is_one = work.taps == 1 and not (rates.is_gpu and work.rows >= LEAST)
     total = _as_one_product(work, rates) if is_one else _of_products("clipped_sum", work, rates)
     return _kernel("gram_sq_norms", work, flops, bytes_, gram, rates, calls=3), total
+
+
+def _computed(work: Work, rates: Rates) -> float:
+    """What a Gram takes of its products' time: on a GPU half of the tiles, by symmetry, each loaded for itself."""
+    if not rates.is_gpu:
+        return 1.0
+    m = GRAMS[work.brain, True].m
+    side = math.ceil(work.rows / m)
+    return side * (side + 1) / 2 * of_tile(m, m, work.brain) / work.rows**2
 
 
 def _of_products(op: str, work: Work, rates: Rates) -> Kernel:
@@ -128,13 +133,13 @@ def _products(work: Work, rates: Rates, *, total: bool = False, stored: bool = F
         return work.products / rate
     sizes = (work.examples, 1, work.groups, work.inputs // work.taps, work.outputs // work.groups)
     described = work.groups == 1 and sizes[3] % 8 == sizes[4] % 8 == 0  # steps of sixteen bytes
-    how = {"described": described, "half": work.brain}
+    asked, how = (sizes, work.rows, work.taps, rates.processors), {"described": described, "half": work.brain}
     if stored:
-        _, time = shares(sizes, work.rows, work.rows, work.taps, rates.processors, **how)
+        _, time = shares(*asked, most=work.rows, **how)
     elif total:
-        time = chosen(sizes, work.rows, work.taps, rates.processors, total=True, **how).time
+        time = chosen(*asked, total=True, **how).time
     else:
-        time = measuring(sizes, work.rows, work.taps, rates.processors, **how).time
+        time = measuring(*asked, **how).time
     return max(2.0 * time * rates.processors / rate, work.held * rates.load)
 
 

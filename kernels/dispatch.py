@@ -145,8 +145,7 @@ def choose(
             _check_readable(requested, tensors, triton)
         return requested
     for name, dtypes in (("native", native), ("triton", triton)):
-        together = name == "native" or len({t.device for t in tensors}) == 1
-        if dtypes and together and name in _allowed() and all(can_read(name, t, dtypes) for t in tensors):
+        if dtypes and name in _allowed() and all(can_read(name, t, dtypes) for t in tensors) and _together(tensors):
             return name
     return "reference"
 
@@ -184,7 +183,7 @@ def implementation(op: str, name: str) -> Any:
 def _check_readable(name: Backend, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype]) -> None:
     if not dtypes:
         raise KernelError(f"backend={name!r}: this op has no {name} kernel. Use backend='reference', or None")
-    alike = len({t.dtype for t in tensors}) <= 1 and len({t.device for t in tensors}) <= 1
+    alike = len({t.dtype for t in tensors}) <= 1 and _together(tensors)
     if not alike or not all(can_read(name, t, dtypes) for t in tensors):
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         came = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
@@ -208,6 +207,10 @@ def can_read(name: Backend, tensor: Tensor, dtypes: Collection[torch.dtype]) -> 
         and not (tensor.requires_grad and torch.is_grad_enabled())
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001 (no public way to ask)
     )
+
+
+def _together(tensors: Sequence[Tensor]) -> bool:
+    return len({t.device for t in tensors}) <= 1
 
 
 def _lies_there(name: Backend, tensor: Tensor) -> bool:

@@ -40,9 +40,9 @@ def registers(warps: int) -> int:
     return min(255, 65536 // (32 * warps))
 
 
-def padded(n: int, least: int = 1) -> int:
+def padded(n: int) -> int:
     """The next power of two."""
-    return max(least, 1 << max(0, n - 1).bit_length())
+    return 1 << max(0, n - 1).bit_length()
 
 
 def blocks(n: int, size: int) -> int:

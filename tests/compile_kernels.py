@@ -31,6 +31,7 @@ from dpfast.kernels.conv import triton as conv
 from dpfast.kernels.embedding import triton as embedding
 from dpfast.kernels.launch import registers
 from dpfast.kernels.linear import triton as linear
+from dpfast.kernels.linear.launches import GRAMS, GramLaunch
 from dpfast.kernels.norm import triton as norm
 from dpfast.kernels.precision import BLOCK
 
@@ -124,10 +125,10 @@ def by_pointers(
 def gram_variants(dtype: str) -> Iterator[Variant]:
     """Of strides that 16 divides, and of others."""
     for aligned in (True, False):
-        yield from _gram_variants(dtype, linear.LAUNCHES[dtype != "fp32", aligned], aligned=aligned)
+        yield from _gram_variants(dtype, GRAMS[dtype != "fp32", aligned], aligned=aligned)
 
 
-def _gram_variants(dtype: str, launch: linear.GramLaunch, *, aligned: bool) -> Iterator[Variant]:
+def _gram_variants(dtype: str, launch: GramLaunch, *, aligned: bool) -> Iterator[Variant]:
     tile = {"BM": launch.m, "BK": launch.k, "BLOCK": BLOCK, "UPCAST": False, "PRECISION": DTYPES[dtype]}
     out = {"sq": "*fp32", "magnitude": "*fp32"}
     how = (launch.warps, launch.stages)

@@ -109,11 +109,14 @@ def test_norms_are_of_the_products_that_are_summed(described, half, processors) 
 
 def test_examples_are_cut_where_they_are_few() -> None:
     few, many = (
-        shares((examples, 1, 1, 192, 192), 65536, 128, 9, 132, described=True, half=True)[0] for examples in (4, 512)
+        shares((examples, 1, 1, 192, 192), 65536, 9, 132, most=128, described=True, half=True)[0]
+        for examples in (4, 512)
     )
     assert few > 1
     assert many == 1
-    assert shares((4, 1, 1, 192, 192), 65536, 3, 9, 132, described=True, half=True)[0] == 1  # nothing that divides 3
+    assert (
+        shares((4, 1, 1, 192, 192), 65536, 9, 132, most=3, described=True, half=True)[0] == 1
+    )  # nothing that divides 3
 
 
 def losses(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.gpu.jobs import Row
+from dpfast.tables import columns
 
 PARTS = ("tests", "kernels", "launches", "step")
 DETAILED = ("conv.sq_norms", "conv.clipped_sum", "norm.group_norm_backward")
@@ -84,7 +85,7 @@ def kernels(rows: list[Row]) -> Iterator[str]:
         groups.setdefault((row["op"], row["dtype"], batch_of(row)), []).append(row)
     table = [("op", "dtype", "batch", "layers", "ms of all", "ordinary", "ratio", "of ceiling", "predicted", "call us")]
     table += [summary(key, of) for key, of in groups.items()]
-    yield from columns(table)
+    yield from columns(table, words=range(len(table[0])))
     yield "ms: of every layer of the model that has such a shape. predicted: over measured. call: of Python."
     for op in DETAILED:
         yield from detailed(op, [row for row in timed if row["op"] == op and row["dtype"] == main_dtype(op)])
@@ -149,7 +150,7 @@ def detailed(op: str, rows: list[Row]) -> Iterator[str]:
     table += [
         (layer, f"x{counts[layer]}", *(by_shape.get(f"{layer}, {batch}", "") for batch in batches)) for layer in layers
     ]
-    yield from columns(table)
+    yield from columns(table, words=range(len(table[0])))
 
 
 def cell(row: Row) -> str:
@@ -182,7 +183,7 @@ def steps(rows: list[Row]) -> Iterator[str]:
             table.append((name, *(f"{row['time']:.3f}, {row['memory']:.3f}" if row else "" for row in of)))
         if plans:
             table.append(("plan of dpfast", *(planned(plans.get(k)) for k in ks)))
-        yield from columns(table)
+        yield from columns(table, words=range(len(table[0])))
         for base in dict.fromkeys(row["base"] for row in measured.values()):
             of = [row for row in measured.values() if row["base"] == base]
             milliseconds = 1e3 * statistics.median(row["base_seconds"] for row in of)
@@ -191,9 +192,3 @@ def steps(rows: list[Row]) -> Iterator[str]:
 
 def planned(row: Row | None) -> str:
     return "" if row is None else f"{row['planned_time']:.3f}, {row['planned_peak'] / row['planned_base_peak']:.3f}"
-
-
-def columns(table: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        yield "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()

@@ -108,7 +108,6 @@ class Capture(TorchFunctionMode):
         self.protected = {storage(t): name for name, t in (*fixed.items(), *parameters.items()) if t.numel()}
         self.protected.pop(0, None)  # sparse ones have no place
         self.anchor, self.on_start, self.standing = anchor, on_start, standing or Standing()
-        self.last_cast: tuple[weakref.ref[Tensor], Any, Tensor] | None = None
         self.probe_trace: int | None = None
         self.inside_model = False
         self.on_use: OnUse | None = None  # told of each use that goes to the tape
@@ -127,6 +126,7 @@ class Capture(TorchFunctionMode):
         self.standing.next_step()
         self.tape = Tape(self.anchor)
         self.started, self.detach = False, True
+        self.last_cast: tuple[weakref.ref[Tensor], Any, Tensor] | None = None
         self.batch = (0, 0)  # rows and examples of what went into the model, once it is known
         self.rewritten: set[str] = set()  # buffers that the step changes, not from data
         self.read_out = False  # whether numbers of the data have gone to Python
@@ -380,9 +380,10 @@ class Capture(TorchFunctionMode):
 
     def _lowered(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments with data in the dtype in which autocast computes: one copy serves autograd and the tape."""
-        data = [t for t in tensors_in((args, kwargs)) if not self.tracked(t)] if func in LOWERED else []
-        kind = data[0].device.type if data else "cpu"
-        if not data or not torch.is_autocast_enabled(kind):
+        if func not in LOWERED or not torch._C._is_any_autocast_enabled():
+            return args, kwargs
+        kind = next(t.device.type for t in tensors_in((args, kwargs)))
+        if not torch.is_autocast_enabled(kind):
             return args, kwargs
         dtype = torch.get_autocast_dtype(kind)
 

@@ -35,6 +35,7 @@ from dpfast.kernels.dispatch import planned_for
 from dpfast.kernels.rates import Rates, named, rates_of
 from dpfast.kernels.registry import scratch_bytes
 from dpfast.performance import Performance
+from dpfast.tables import columns
 
 Losses = Callable[..., Tensor]  # (model, *inputs) -> [B*K]
 
@@ -110,13 +111,7 @@ class StepPlan:
             shape = "x".join(map(str, layer.shape))
             rows.append((layer.name, shape, layer.form, f"{1e3 * of.seconds:.2f}", f"{of.kept / 1e6:.2f}"))
         rows.append((f"{self.small} biases, affines, ...", "", "materialise", "", f"{self.small_bytes / 1e6:.2f}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        lines = list(columns(rows, words=range(3)))
         showing = f"      ({self.showing.peak / 1e6:,.1f} MB where it shows that examples stay apart)"
         for name, total, note in (("private step", self.private, showing), ("ordinary step", self.ordinary, "")):
             lines.append(f"{name:14} {total.seconds:8.3f} s {total.peak / 1e6:10,.1f} MB{note}")

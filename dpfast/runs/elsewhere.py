@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from dpfast.clipping import StepPlan, plan_step
 from dpfast.diffusion.models import ADM_32, build_unet
 from dpfast.kernels.rates import Rates, named
 from dpfast.progress import Progress
+from dpfast.tables import columns
 
 AUGMULTS = (1, 4, 16, 128)
 _STATE = 5  # numbers of four bytes for each parameter: itself, its clipped sum, two moments, its running mean
@@ -88,12 +89,12 @@ def foretold(device: str, progress: Progress, *, kernels: bool) -> Iterator[str]
         f" {rows} rows at a time."
     )
     yield ""
-    yield from _table(compared(plans))
+    yield from columns(compared(plans), words=())
     yield _LEGEND
     if kernels:
         for augmult, plan in plans.items():
             yield f"\ndpfast's kernels in the private step at K = {augmult} (torch's are not shown), longest first:"
-            yield from _table(_listed(plan))
+            yield from columns(_listed(plan), words=(1, 2))
         yield _LETTERS
 
 
@@ -143,13 +144,3 @@ def _listed(plan: StepPlan) -> Iterator[tuple[str, ...]]:
     if rest:
         total = sum(calls[kernel] * kernel.seconds for kernel in rest)
         yield str(sum(calls[kernel] for kernel in rest)), "others", *[""] * 6, f"{1e3 * total:.2f}"
-
-
-def _table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """Words to the left, figures to the right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    is_word = [column[1][:1].isalpha() for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = zip(row, widths, is_word, strict=True)
-        yield "  ".join(cell.ljust(w) if word else cell.rjust(w) for cell, w, word in cells).rstrip()

@@ -140,7 +140,7 @@ NUMBER = {True: 2.0, False: 0.34}  # likewise of every processor, while memory t
 
 @functools.lru_cache(maxsize=4096)
 def shares(
-    sizes: tuple[int, ...], positions: int, most: int, taps: int, processors: int, *, described: bool, half: bool
+    sizes: tuple[int, ...], positions: int, taps: int, processors: int, *, most: int, described: bool, half: bool
 ) -> tuple[int, float]:
     """Into how many an example's positions are cut, each for a program of its own, where there are few examples; and
     multiply-adds of a processor that gradients then take. Shares are stored, and added up: two more passes.

@@ -257,8 +257,7 @@ class Gradients:
 
     def shares(self, most: int) -> int:
         """Into how many the positions of an example should be cut; they divide ``most``."""
-        at_once, how = processors(self.problem.x.device), {"described": self.described, "half": self.half}
-        return shares(self.problem.sizes, self.positions, most, self.taps, at_once, **how)[0]
+        return self._launch(shares, most=most)[0]
 
     def sq_norms(self) -> Tensor:
         """``[B]``, float64."""
@@ -293,9 +292,10 @@ class Gradients:
     def _new(self, *shape: int) -> Tensor:
         return self.problem.x.new_empty(shape, dtype=torch.float32)
 
-    def _launch(self, choose: Callable[..., Chosen], **of: bool) -> Chosen:
-        at_once, how = processors(self.problem.x.device), {"described": self.described, "half": self.half}
-        return choose(self.problem.sizes, self.positions, self.taps, at_once, **how, **of)
+    def _launch(self, choose: Callable[..., Any], **of: int) -> Any:
+        """What one of ``launches`` says of this problem."""
+        asked = self.problem.sizes, self.positions, self.taps, processors(self.problem.x.device)
+        return choose(*asked, described=self.described, half=self.half, **of)
 
     def _run(
         self,

@@ -19,7 +19,16 @@ from dpfast.kernels.conv.problem import gram_bytes, three
 from dpfast.kernels.conv.spec import ConvSpec
 from dpfast.kernels.conv.triton import channels_last
 from dpfast.kernels.launch import blocks, gram_bound, gram_lost
-from dpfast.kernels.linear.triton import add_up, bounded, constants, inner_products, launch_of, lengths
+from dpfast.kernels.linear.triton import (
+    add_up,
+    bounded,
+    constants,
+    inner_products,
+    launch_of,
+    leave_out,
+    lengths,
+    tile_of,
+)
 from dpfast.kernels.linear.triton import gram_sq_norms as of_linear
 
 
@@ -29,16 +38,11 @@ def pixel_gram(
     BM: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out [B, M, M]`` of ``x [B, M, K]``, features next to each other."""
-    tiles = tl.cdiv(M, BM)
-    program = tl.program_id(0)
-    i = (program // (tiles * tiles)).to(tl.int64)
-    first, second = program // tiles % tiles * BM, program % tiles * BM
+    i, first, second = tile_of(M, BM)
     if first <= second:
         tile = inner_products(x + i * stride_i, stride_m, 1, M, K, first, second, BM, BK, BLOCK, UPCAST, PRECISION)
-        rows, others = (
-            (first + tl.arange(0, BM)[:, None]).to(tl.int64),
-            (second + tl.arange(0, BM)[None, :]).to(tl.int64),
-        )
+        rows = (first + tl.arange(0, BM)[:, None]).to(tl.int64)
+        others = (second + tl.arange(0, BM)[None, :]).to(tl.int64)
         inside = (rows < M) & (others < M)
         out += i * M * M
         tl.store(out + rows * M + others, tile, mask=inside)
@@ -60,13 +64,9 @@ def shifted_gram(
     BM: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pixels ``[B, M_x, M_x]``; y ``[B, M, P]``, channels next to each other, M rows of ``high`` times ``wide``."""
-    tiles = tl.cdiv(M, BM)
-    program = tl.program_id(0)
-    i = (program // (tiles * tiles)).to(tl.int64)
-    first, second = program // tiles % tiles * BM, program % tiles * BM
+    i, first, second = tile_of(M, BM)
     if first > second:
-        tl.store(sq + program, 0.0)
-        tl.store(magnitude + program, 0.0)
+        leave_out(sq, magnitude)
     else:
         of_y = inner_products(y + i * stride_i, stride_m, 1, M, P, first, second, BM, BK, BLOCK, UPCAST, PRECISION)
         rows, others = first + tl.arange(0, BM)[:, None], second + tl.arange(0, BM)[None, :]
@@ -79,8 +79,7 @@ def shifted_gram(
             v, is_v = _pixel(others, wide, H, W, high * wide, dh, dw)
             there = is_u & is_v & (rows < M) & (others < M)
             of_patches += tl.load(pixels + u.to(tl.int64) * M_x + v, mask=there, other=0.0)
-        products = of_y * of_patches
-        add_up(products, products, first, second, sq + program, magnitude + program, BM)
+        add_up(of_y * of_patches, first, second, sq, magnitude, BM)
 
 
 def gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ two numbers per tile.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,33 +19,16 @@ from torch import Tensor
 from dpfast.kernels.conv.problem import of_linear
 from dpfast.kernels.conv.triton import Gradients, channels_last, stored
 from dpfast.kernels.launch import UPCAST, blocks, gram_bound, gram_lost, precision, registers
+from dpfast.kernels.linear.launches import GRAMS, GramLaunch
 from dpfast.kernels.precision import BLOCK
 
 AT_ONCE = 4  # maps of one input that a launch takes
 
 
-@dataclass(frozen=True)
-class GramLaunch:
-    """``m`` rows of a tile, ``k`` features at a time."""
-
-    m: int = 64
-    k: int = 64
-    warps: int = 4
-    stages: int = 3
-
-
-LAUNCHES = {  # of half precision or float32, of strides that 16 divides or any: what takes more registers takes less
-    (True, True): GramLaunch(),
-    (True, False): GramLaunch(k=32, warps=8),
-    (False, True): GramLaunch(k=16, warps=8),
-    (False, False): GramLaunch(m=32, k=16),
-}
-
-
 def launch_of(*tensors: Tensor) -> GramLaunch:
     """For features that lie next to each other."""
     aligned = all(t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:-1]) for t in tensors)
-    return LAUNCHES[tensors[0].dtype != torch.float32, aligned and all(t.shape[-1] % 16 == 0 for t in tensors)]
+    return GRAMS[tensors[0].dtype != torch.float32, aligned and all(t.shape[-1] % 16 == 0 for t in tensors)]
 
 
 @triton.jit
@@ -74,14 +56,31 @@ def inner_products(
 
 
 @triton.jit
-def add_up(products, lengths, first, second, sq, magnitude, BM: tl.constexpr):
-    """Store the sum of ``products``, twice above the diagonal, and on it the sum of the roots of ``lengths``."""
+def tile_of(M, BM: tl.constexpr):
+    """Of a program: its example, and the first rows of its two sides."""
+    tiles = tl.cdiv(M, BM)
+    program = tl.program_id(0)
+    return (program // (tiles * tiles)).to(tl.int64), program // tiles % tiles * BM, program % tiles * BM
+
+
+@triton.jit
+def leave_out(sq, magnitude):
+    """Below the diagonal, what another tile counts twice."""
+    tl.store(sq + tl.program_id(0), 0.0)
+    tl.store(magnitude + tl.program_id(0), 0.0)
+
+
+@triton.jit
+def add_up(products, first, second, sq, magnitude, BM: tl.constexpr):
+    """Store the sum of ``products``, twice above the diagonal, and on it the sum of the roots of those of a row with
+    itself.
+    """
     on_diagonal = first == second
     total = tl.sum(products)
-    tl.store(sq, tl.where(on_diagonal, total, 2 * total))
+    tl.store(sq + tl.program_id(0), tl.where(on_diagonal, total, 2 * total))
     same = tl.arange(0, BM)[:, None] == tl.arange(0, BM)[None, :]
-    roots = tl.sum(tl.where(same, tl.sqrt_rn(tl.maximum(lengths, 0.0)), 0.0))
-    tl.store(magnitude, tl.where(on_diagonal, roots, 0.0))
+    roots = tl.sum(tl.where(same, tl.sqrt_rn(tl.maximum(products, 0.0)), 0.0))
+    tl.store(magnitude + tl.program_id(0), tl.where(on_diagonal, roots, 0.0))
 
 
 @triton.jit
@@ -90,13 +89,9 @@ def gram(
     BM: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Strides: of examples, rows, features."""
-    tiles = tl.cdiv(M, BM)
-    program = tl.program_id(0)
-    i = (program // (tiles * tiles)).to(tl.int64)
-    first, second = program // tiles % tiles * BM, program % tiles * BM
+    i, first, second = tile_of(M, BM)
     if first > second:
-        tl.store(sq + program, 0.0)
-        tl.store(magnitude + program, 0.0)
+        leave_out(sq, magnitude)
     else:
         of_a = inner_products(a + i * a_strides[0], a_strides[1], a_strides[2], M, D, first, second,
                               BM, BK, BLOCK, UPCAST, PRECISION)  # fmt: skip
@@ -105,8 +100,7 @@ def gram(
             strides = g_strides[l]
             of_g += inner_products(gs[l] + i * strides[0], strides[1], strides[2], M, Ps[l], first, second,
                                    BM, BK, BLOCK, UPCAST, PRECISION)  # fmt: skip
-        products = of_a * of_g
-        add_up(products, products, first, second, sq + program, magnitude + program, BM)
+        add_up(of_a * of_g, first, second, sq, magnitude, BM)
 
 
 def per_example_grads(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

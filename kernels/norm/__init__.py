@@ -100,15 +100,23 @@ def _implementation(x: Tensor, g: Tensor, weight: Tensor | None, backend: Backen
 def _grads(
     x: Tensor, g: Tensor, groups: int, eps: float, examples: int, backend: Backend | None
 ) -> tuple[Tensor, Tensor]:
-    weight, bias = _implementation(x, g, None, backend).group_norm_grads(x, g, groups, eps, examples)
+    kernels = _implementation(x, g, None, backend)
+    weight, bias = kernels.group_norm_grads(_flat(x), _flat(g), groups, eps, examples)
     return weight, bias
 
 
 def _backward(
     x: Tensor, g: Tensor, weight: Tensor | None, groups: int, eps: float, examples: int, backend: Backend | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, *affine = _implementation(x, g, weight, backend).group_norm_backward(x, g, weight, groups, eps, examples)
-    return dx, affine[0], affine[1]
+    kernels = _implementation(x, g, weight, backend)
+    weight = None if weight is None else weight.contiguous()
+    dx, *affine = kernels.group_norm_backward(_flat(x), _flat(g), weight, groups, eps, examples)
+    return dx.view(x.shape), affine[0], affine[1]
+
+
+def _flat(t: Tensor) -> Tensor:
+    """``[N, C, S]``; a view wherever positions are evenly spaced (contiguous, channels_last)."""
+    return t.flatten(2) if t.ndim > 2 else t.unsqueeze(2)
 
 
 def _fake_grads(

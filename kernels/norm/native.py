@@ -8,18 +8,15 @@ from dpfast.kernels.dispatch import NATIVE_DTYPES, native_module
 
 def group_norm_grads(x: Tensor, g: Tensor, groups: int, eps: float, examples: int) -> tuple[Tensor, Tensor]:
     """As the reference; sums are carried in float64 and rounded once."""
-    x = _flat(x)
-    return _run(x, _alike(_flat(g), x), None, None, groups, eps, examples)
+    return _run(x, _alike(g, x), None, None, groups, eps, examples)
 
 
 def group_norm_backward(
     x: Tensor, g: Tensor, weight: Tensor | None, groups: int, eps: float, examples: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference, from the same sums."""
-    flat = _flat(x)
-    dx = torch.empty_like(flat)
-    weight = None if weight is None else weight.contiguous()
-    return dx.view(x.shape), *_run(flat, _alike(_flat(g), flat), weight, dx, groups, eps, examples)
+    dx = torch.empty_like(x)
+    return dx, *_run(x, _alike(g, x), weight, dx, groups, eps, examples)
 
 
 def _run(
@@ -41,8 +38,3 @@ def _alike(g: Tensor, x: Tensor) -> Tensor:
     """``g``, copied where it does not have positions, or channels, side by side as ``x`` has: that costs a tenth."""
     fits = any(x.stride(dim) == g.stride(dim) == 1 for dim in (1, 2))
     return g if fits else torch.empty_like(x).copy_(g)
-
-
-def _flat(t: Tensor) -> Tensor:
-    """``[N, C, S]``; a view wherever positions are evenly spaced (contiguous, channels_last)."""
-    return t.flatten(2) if t.ndim > 2 else t.unsqueeze(2)

@@ -10,13 +10,12 @@ from dpfast.kernels.precision import accumulation_dtype
 
 
 def group_norm_grads(x: Tensor, g: Tensor, groups: int, eps: float, examples: int) -> tuple[Tensor, Tensor]:
-    """``weight = sum x_hat * g``, ``bias = sum g``; [N, C, *space] -> two of [B, C]."""
+    """``weight = sum x_hat * g``, ``bias = sum g``; [N, C, S] -> two of [B, C]."""
     dtype = accumulation_dtype(x, g)
     normalised = _normalised(x.to(dtype), groups, eps)
 
     def split(t: Tensor) -> Tensor:
-        rows = t.unflatten(0, (examples, t.shape[0] // max(1, examples)))
-        return rows.flatten(3) if rows.ndim > 3 else rows.unsqueeze(3)
+        return t.unflatten(0, (examples, t.shape[0] // max(1, examples)))
 
     return affine_grads(split(normalised), split(g.to(dtype)))
 
@@ -28,7 +27,7 @@ def group_norm_backward(
     dtype = accumulation_dtype(x, g)
     h = g.to(dtype)
     if weight is not None:
-        h = h * weight.to(dtype).view(-1, *[1] * (x.ndim - 2))
+        h = h * weight.to(dtype).view(-1, 1)
     wide = x.to(dtype)
     of_group = (len(x), groups, math.prod(x.shape[1:]) // groups)
     h, x_hat, of_x = (t.reshape(of_group) for t in (h, _normalised(wide, groups, eps), wide))

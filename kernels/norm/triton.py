@@ -120,18 +120,16 @@ def write(
 
 
 def group_norm_grads(x: Tensor, g: Tensor, groups: int, eps: float, examples: int) -> tuple[Tensor, Tensor]:
-    """``weight = sum x_hat * g``, ``bias = sum g``; [N, C, *space] -> two of [B, C]."""
-    return _run(_flat(x), _flat(g), None, None, groups, eps, examples)
+    """``weight = sum x_hat * g``, ``bias = sum g``; [N, C, S] -> two of [B, C]."""
+    return _run(x, g, None, None, groups, eps, examples)
 
 
 def group_norm_backward(
     x: Tensor, g: Tensor, weight: Tensor | None, groups: int, eps: float, examples: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of x, and these."""
-    flat = _flat(x)
-    dx = torch.empty_like(flat)
-    weight = None if weight is None else weight.contiguous()
-    return dx.view(x.shape), *_run(flat, _flat(g), weight, dx, groups, eps, examples)
+    dx = torch.empty_like(x)
+    return dx, *_run(x, g, weight, dx, groups, eps, examples)
 
 
 def _run(
@@ -164,8 +162,3 @@ def of_groups(width: int, per_group: int) -> tuple[int, int, int]:
     group = padded(per_group)
     channels = min(width, 16, max(1, 512 // group))
     return channels, group, max(1, min(8, channels * group // 256))
-
-
-def _flat(t: Tensor) -> Tensor:
-    """``[N, C, S]``; a view wherever positions are evenly spaced (contiguous, channels_last)."""
-    return t.flatten(2) if t.ndim > 2 else t.unsqueeze(2)
