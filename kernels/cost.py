@@ -24,7 +24,7 @@ class Work:
     pixels: what a Gram multiplies per row, instead of D where it is one of pixels; taps: of the kernel; held: bytes of
     a and g, which forms that do not store gradients keep; dense: whether gradients are products (not looked-up rows);
     sharing: how many weights have this input, of which one Gram is made; brain: whether a and g are in half precision;
-    groups: of a convolution, between which P is shared out.
+    groups: of a convolution, between which P is shared out; positions: of an image, which a share keeps together.
     """
 
     examples: int
@@ -38,6 +38,7 @@ class Work:
     sharing: int = 1
     brain: bool = False
     groups: int = 1
+    positions: int = 1
 
     @property
     def products(self) -> float:
@@ -132,10 +133,11 @@ def _products(work: Work, rates: Rates, *, total: bool = False, stored: bool = F
     if not (rates.is_gpu and work.products):
         return work.products / rate
     sizes = (work.examples, 1, work.groups, work.inputs // work.taps, work.outputs // work.groups)
-    described = work.groups == 1 and sizes[3] % 8 == sizes[4] % 8 == 0  # steps of sixteen bytes
+    aligned = 8 if work.brain else 4  # numbers of sixteen bytes
+    described = work.groups == 1 and sizes[3] % aligned == sizes[4] % aligned == 0
     asked, how = (sizes, work.rows, work.taps, rates.processors), {"described": described, "half": work.brain}
     if stored:
-        _, time = shares(*asked, most=work.rows, **how)
+        _, time = shares(*asked, most=work.rows // work.positions, **how)
     elif total:
         time = chosen(*asked, total=True, **how).time
     else:

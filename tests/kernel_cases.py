@@ -39,6 +39,17 @@ needs_native = pytest.mark.skipif(not NATIVE, reason=str(dispatch.why_not_native
 needs_triton = pytest.mark.skipif(dispatch.why_not_triton() is not None, reason=str(dispatch.why_not_triton()))
 LARGE = pytest.mark.large  # for Triton's interpreter
 BACKENDS = [pytest.param("native", marks=needs_native), "reference", pytest.param("triton", marks=needs_triton)]
+IN_TRITON = [pytest.param("triton", dtype, marks=needs_triton) for dtype in dispatch.TRITON_DTYPES]
+
+
+def kinds(native=dispatch.NATIVE_DTYPES) -> pytest.MarkDecorator:
+    """Every backend in every dtype that it takes."""
+    of_native = [pytest.param("native", dtype, marks=needs_native) for dtype in native]
+    others = [("reference", dtype) for dtype in dispatch.TRITON_DTYPES]
+    return pytest.mark.parametrize(("backend", "dtype"), [*of_native, *others, *IN_TRITON])
+
+
+in_every_kind = kinds()
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])

@@ -10,7 +10,7 @@ from dpfast.errors import ConfigError, DPFastError
 from dpfast.kernels import dispatch, linear
 from dpfast.kernels.affine import affine_grads, bias_grads
 from dpfast.kernels.fingerprint import fingerprints
-from kernel_cases import BACKENDS, device, needs_native  # noqa: F401 (device is a fixture)
+from kernel_cases import BACKENDS, device, in_every_kind, kinds, needs_native  # noqa: F401 (device is a fixture)
 
 
 def _randn(*shape: int) -> Tensor:
@@ -82,19 +82,20 @@ def _assert_2x(ours: tuple[Tensor, ...], a: Tensor, g: Tensor) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("g_layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_agrees_with_float64_in_every_layout(backend: dispatch.Backend, g_layout: str, size: tuple) -> None:
-    g = LAYOUTS[g_layout](*size)
+@kinds(native=(torch.float32,))
+def test_agrees_with_float64_in_every_layout(
+    backend: dispatch.Backend, g_layout: str, size: tuple, dtype: torch.dtype
+) -> None:
+    g = _as(dtype, LAYOUTS[g_layout](*size))
     for make in LAYOUTS.values():
-        a = make(*size)
+        a = _as(dtype, make(*size))
         _assert_2x(affine_grads(a, g, backend=backend), a, g)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@in_every_kind
 def test_biases_agree_with_float64_in_every_layout(
     backend: dispatch.Backend, layout: str, size: tuple, dtype: torch.dtype
 ) -> None:

@@ -20,8 +20,8 @@ from kernel_cases import (
     by_autograd,
     convolution,
     device,  # noqa: F401 (a fixture)
+    in_every_kind,
     needs_native,
-    needs_triton,
     poisoned,  # noqa: F401 (a fixture)
     relative,
     threads,  # noqa: F401 (a fixture)
@@ -39,13 +39,6 @@ VARIED = (
     ),
     *("no padding, rows cut off", "grouped, wide", "transposed, wide", "3-d"),
 )
-
-
-HALVES = [
-    pytest.param("native", torch.bfloat16, marks=needs_native),
-    ("reference", torch.bfloat16),
-    *(pytest.param("triton", dtype, marks=needs_triton) for dtype in (torch.bfloat16, torch.float16)),
-]
 
 
 def assert_all_forms(geometry, a, g, weight, spec, examples, backend) -> None:
@@ -93,13 +86,16 @@ def test_convolution_formulas(geometry, monkeypatch) -> None:
     torch.testing.assert_close(conv.clipped_sum(a, g, spec, w), torch.tensordot(w, exact, 1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@in_every_kind
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("geometry", VARIED)
-def test_convolution_layouts(geometry, layout, backend) -> None:
+def test_convolution_layouts(geometry, layout, dtype, backend) -> None:
+    """Half precision is summed in float32."""
     a, g, spec, weight = convolution(geometry, rows=6, dtype=torch.float32)
-    assert_all_forms(geometry, relayout(a, layout), relayout(g, layout), weight, spec, 3, backend)
-    assert_all_forms(geometry, relayout(a, layout), g, weight, spec, 3, backend)
+    a, g = a.to(dtype), g.to(dtype)
+    assert conv.per_example_grads(a, g, spec, 3, backend=backend)[0].dtype == torch.float32
+    for of_g in {layout, LAYOUTS[0]}:
+        assert_all_forms(geometry, relayout(a, layout), relayout(g, of_g), weight, spec, 3, backend)
 
 
 @pytest.mark.usefixtures("threads")
@@ -130,16 +126,6 @@ def test_every_number_of_channels(dtype) -> None:
     assert_all_channels(dtype)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), HALVES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("geometry", VARIED)
-def test_half_precision_is_summed_in_float32(geometry, layout, dtype, backend) -> None:
-    a, g, spec, weight = convolution(geometry, rows=4, dtype=torch.float32)
-    a, g = relayout(a.to(dtype), layout), relayout(g.to(dtype), layout)
-    assert conv.per_example_grads(a, g, spec, 2, backend=backend)[0].dtype == torch.float32
-    assert_all_forms(geometry, a, g, weight, spec, 2, backend)
-
-
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -168,11 +154,6 @@ def test_lines_of_every_length(channels_last, dtype) -> None:
             assert torch.equal(sq, conv.sq_norms(a, g, spec, 2, backend="native"))
 
 
-def test_float16_is_summed_in_float32() -> None:
-    a, g, spec, weight = convolution("3x3", rows=4, dtype=torch.float32)
-    assert_all_forms("3x3", a.half(), g.half(), weight, spec, 2, None)
-
-
 @pytest.mark.usefixtures("threads")
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,16 +171,7 @@ def test_the_sum_is_of_what_is_measured_bit_by_bit(dtype) -> None:
 SIZES = [(3, 5, 7, 6), (2, 1, 40, 30), (4, 300, 16, 13), (1, 64, 33, 1), (5, 3, 1, 9), (2, 37, 24, 16)]  # B, M, D, P
 
 
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [
-        *HALVES,
-        ("reference", torch.float16),
-        pytest.param("native", torch.float32, marks=needs_native),
-        ("reference", torch.float32),
-        pytest.param("triton", torch.float32, marks=needs_triton),
-    ],
-)
+@in_every_kind
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_linear_forms(size, layout, dtype, backend) -> None:

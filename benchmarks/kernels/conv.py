@@ -43,6 +43,7 @@ def _cases(layer: Conv, batch: Batch, dtype: str) -> Iterator[Case]:
             "outputs": layer.outputs,
             "pixels": pixels,
             "taps": layer.size**2,
+            "positions": layer.positions,
         },
         ordinary=lambda a, g: ordinary(a, g, layer),
     )

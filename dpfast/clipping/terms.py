@@ -253,10 +253,10 @@ def _conv_work(
 ) -> Work:
     """small: shape of the output gradient; of a transposed convolution, of the input."""
     first, channels, *kernel = spec.weight_shape
-    inputs = channels * math.prod(kernel)
+    inputs, positions = channels * math.prod(kernel), math.prod(small[2:])
     return Work(
         examples,
-        rows=small[0] // examples * math.prod(small[2:]),
+        rows=small[0] // examples * positions,
         inputs=inputs,
         outputs=first,
         pixels=channels if has_pixel_gram else inputs,
@@ -264,6 +264,7 @@ def _conv_work(
         held=held,
         brain=brain,
         groups=spec.groups,
+        positions=max(1, positions),
     )
 
 
