@@ -41,7 +41,21 @@ std::vector<std::uint64_t> fingerprints(const std::vector<std::pair<std::uintptr
     return out;
 }
 
+void noised(std::uintptr_t in, std::uintptr_t out, std::int64_t n, int dtype, double scale, double divisor,
+            const std::array<std::uint32_t, 8>& key, int threads) {
+    py::gil_scoped_release release;
+    dpfast::noised(reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), n,
+                   static_cast<dpfast::Dtype>(dtype), scale, divisor, key.data(), threads);
+}
+
 using Three = std::array<std::int64_t, 3>;
+void keyed(std::uintptr_t out, std::uintptr_t ids, const Three& sizes, std::int64_t first, std::uint32_t step,
+           const std::array<std::uint32_t, 2>& key, bool normal, int threads) {
+    const dpfast::Keyed k{sizes[0], sizes[1], sizes[2], first, step, {key[0], key[1]}, normal};
+    py::gil_scoped_release release;
+    dpfast::keyed(k, reinterpret_cast<const std::int64_t*>(ids), reinterpret_cast<float*>(out), threads);
+}
+
 using Five = std::array<std::int64_t, 5>;
 
 dpfast::Conv conv(const Five& sizes, const std::array<Three, 6>& geometry, const Five& x_stride, const Five& y_stride,
@@ -133,6 +147,10 @@ PYBIND11_MODULE(_native, m) {
           py::arg("parts"), py::arg("sq"), py::arg("threads"));
     m.def("clipped_sums", &clipped_sums, py::arg("stored"), py::arg("examples"), py::arg("weights"),
           py::arg("threads"));
+    m.def("noised", &noised, py::arg("values"), py::arg("out"), py::arg("n"), py::arg("dtype"), py::arg("scale"),
+          py::arg("divisor"), py::arg("key"), py::arg("threads"));
+    m.def("keyed", &keyed, py::arg("out"), py::arg("ids"), py::arg("sizes"), py::arg("first"), py::arg("step"),
+          py::arg("key"), py::arg("normal"), py::arg("threads"));
     m.def("fingerprints", &fingerprints, py::arg("memory"), py::arg("threads"));
     m.def("group_norm_backward", &group_norm_backward, py::arg("shape"), py::arg("strides"), py::arg("eps"),
           py::arg("dtype"), py::arg("x"), py::arg("g"), py::arg("gamma"), py::arg("dx"), py::arg("weight"),

@@ -6,11 +6,11 @@
 
 namespace dpfast {
 
-enum Dtype : int { Float32 = 0, BFloat16 = 1 };
+enum Dtype : int { Float32 = 0, BFloat16 = 1, Float64 = 2 };
 
 // Raised whenever a signature below changes; dpfast/kernels/dispatch.py refuses another value, so that a module built
 // from older sources is never called.
-constexpr int kAbi = 6;
+constexpr int kAbi = 7;
 
 // Sizes, or strides in elements, of a tensor [B, M, C, S]: examples, rows of an example, channels, positions.
 struct Dims {
@@ -62,6 +62,23 @@ struct Norm {
 // gradient of x, where gamma is the norm's weight (null: ones).
 void group_norm_backward(const Norm& norm, const void* x, const void* g, const float* gamma, void* dx, float* weight,
                          float* bias, int threads);
+
+// out[i] = (in[i] + scale * z[i]) / divisor of `n` numbers of Float32 or Float64, calculated in double. z: independent
+// standard normal numbers from the ChaCha20 stream of `key` (eight words): with m = (n + 7) / 8 blocks, of 8 numbers each,
+// z[j * m + b] is number j of block b.
+void noised(const void* in, void* out, std::int64_t n, Dtype dtype, double scale, double divisor,
+            const std::uint32_t* key, int threads);
+
+// Random numbers of a key, of `count` for each of the rows of some examples; first: the number of an example's first row.
+struct Keyed {
+    std::int64_t examples, rows, count, first;
+    std::uint32_t step, key[2];
+    bool normal;  // or uniform
+};
+
+// out[(i * rows + k) * count + n]: with Philox4x32-10 of the counter (n / 4, ids[i], step, first + k) and the key, word
+// n % 4: its upper 24 bits times 2^-24; or normal numbers of words 0 and 1 and of words 2 and 3.
+void keyed(const Keyed& k, const std::int64_t* ids, float* out, int threads);
 
 struct Memory {
     const void* at;

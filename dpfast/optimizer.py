@@ -10,7 +10,7 @@ from torch import nn
 
 from dpfast.clipping.problems import listed
 from dpfast.errors import BudgetExhausted, ConfigError, DPFastError, PrivacyError
-from dpfast.privacy.entropy import standard_normal
+from dpfast.privacy.entropy import noised
 from dpfast.privacy.ledger import Ledger
 from dpfast.privacy.plan import Plan
 
@@ -128,14 +128,10 @@ class DPOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _noised_mean(self, parameter: nn.Parameter) -> torch.Tensor:
-        """(sum + noise) / expected batch size, in float64, then in the parameter's dtype."""
+        """(sum + noise) / expected batch size, calculated in float64."""
         scale = self.plan.noise_multiplier * self.plan.max_grad_norm
-        total = torch.zeros_like(parameter, dtype=torch.float64)
-        if parameter.grad is not None:
-            total += parameter.grad
-        if scale > 0:
-            total += scale * standard_normal(parameter.shape).to(parameter.device)
-        return (total / self.plan.expected_batch_size).to(parameter.dtype)
+        total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return noised(total, scale, self.plan.expected_batch_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  # torch's signature
         """Clear every gradient, through the clipper, so that it knows. They are always set to None."""

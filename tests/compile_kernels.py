@@ -29,9 +29,11 @@ from dpfast.kernels.clip import triton as clip
 from dpfast.kernels.conv import launches, triton_gram
 from dpfast.kernels.conv import triton as conv
 from dpfast.kernels.embedding import triton as embedding
+from dpfast.kernels.keyed import triton as keyed
 from dpfast.kernels.launch import registers
 from dpfast.kernels.linear import triton as linear
 from dpfast.kernels.linear.launches import GRAMS, GramLaunch
+from dpfast.kernels.noise import triton as noise
 from dpfast.kernels.norm import triton as norm
 from dpfast.kernels.precision import BLOCK
 
@@ -240,8 +242,23 @@ def clip_variants() -> Iterator[Variant]:
     )
 
 
+def noise_variants() -> Iterator[Variant]:
+    for dtype in ("fp32", "fp64"):
+        types = {"x": f"*{dtype}", "out": f"*{dtype}", "table": "*i64"}
+        yield Variant(f"noise.add_noise {dtype}", noise.add_noise, types, {"BLOCKS": noise.BLOCKS}, noise.WARPS)
+
+
+def keyed_variants() -> Iterator[Variant]:
+    types = {"out": "*fp32", "ids": "*i64", "table": "*i64"}
+    for size, warps in ((32, 1), (keyed.BLOCKS, keyed.WARPS)):
+        for normal in (False, True):
+            yield Variant(
+                f"keyed.philox fp32 {size} {normal}", keyed.philox, types, {"BLOCKS": size, "NORMAL": normal}, warps
+            )
+
+
 def variants(capability: int, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Variant]:
-    found = [*clip_variants(), *finish_variants()]
+    found = [*clip_variants(), *finish_variants(), *noise_variants(), *keyed_variants()]
     for dtype in dtypes:
         found += [*conv_variants(dtype, tma=capability >= 90), *gram_variants(dtype), *memory_variants(dtype)]
         found += embedding_variants(dtype)

@@ -93,7 +93,7 @@ def test_another_checkout_is_not_measured(monkeypatch) -> None:
 
 
 def test_ops_are_gated_and_timed(tmp_path) -> None:
-    rehearsal(tmp_path / "out", "kernels", "--only", "l")
+    rehearsal(tmp_path / "out", "kernels", "--only", "o")
     rows = rows_of(tmp_path / "out", "kernels")
     assert rows["ceilings"]["flops"]["bfloat16"] > 0
     timed = [row for row in rows.values() if "op" in row]
@@ -101,6 +101,7 @@ def test_ops_are_gated_and_timed(tmp_path) -> None:
         "linear.clipped_sum",
         "clip.sq_norms",
         "conv.sq_norms",
+        "noise.noised",
         "norm.group_norm_backward",
     }
     assert all(row["error"] < 1e-2 and row["seconds"]["dpfast"] > 0 for row in timed)

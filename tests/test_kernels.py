@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import LAYOUTS, relayout
-from dpfast.kernels import affine, chunks, clip, conv, dispatch, embedding, linear, norm, registry
+from dpfast.kernels import affine, chunks, clip, conv, dispatch, embedding, keyed, linear, noise, norm, registry
 from dpfast.kernels.conv import ConvSpec, library, reference
 from kernel_cases import (
     BACKENDS,
@@ -209,7 +209,7 @@ def test_maps_of_one_input_share_its_gram(dtype, monkeypatch) -> None:
 def ops():
     """A call of every op, by name."""
     assert all(
-        (affine.affine_grads, embedding.sq_norms, norm.group_norm_grads)
+        (affine.affine_grads, embedding.sq_norms, keyed.normal, noise.noised, norm.group_norm_grads)
     )  # an op is registered when its folder is imported
     a, g, spec, _ = convolution("3x3", rows=6, dtype=torch.float32)
     few, few_g, narrow, _ = convolution("one channel", rows=6, dtype=torch.float32)
@@ -242,6 +242,8 @@ def ops():
         "clip_factors": (n.clip_factors, (w.double(), 0.5)),
         "clip_factors, float32": (n.clip_factors, (w, 0.5)),
         "clip_sq_norms": (n.clip_sq_norms, (x.flatten(1), None)),
+        "keyed": (n.keyed, (torch.arange(3), 2, 0, 5, [1, 2], 7, True, None)),
+        "noised": (n.noised, (x.mT, 1.5, 20.0, list(range(8)), None)),
         "clip_clipped_sums": (n.clip_clipped_sums, ([x.flatten(1), torch.randn(len(x), 5)], w, None)),
     }
 
@@ -295,6 +297,7 @@ import sys, torch
 sys.path.insert(0, {folder!r})
 from dpfast.kernels import dispatch
 from test_kernels import GEOMETRIES, assert_all_channels, assert_all_forms, convolution
+import test_kernels_keyed, test_kernels_noise
 from test_kernels_norm import NORMS, assert_group_norms
 print(dispatch.native_module().instruction_set)
 for geometry in GEOMETRIES:
@@ -307,6 +310,9 @@ for shape in NORMS:
     x, g = torch.randn(shape), torch.randn(shape)
     assert_group_norms(x, g, 1, "native")
     assert_group_norms(x.bfloat16().transpose(1, -1), g.bfloat16().transpose(1, -1), 1, "native")
+for dtype in (torch.float32, torch.float64):
+    test_kernels_noise.assert_same(70_001, dtype, "native")
+test_kernels_keyed.assert_same(5, 3, 1030, "native")
 """
 
 

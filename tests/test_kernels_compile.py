@@ -14,15 +14,15 @@ FETCHED = 160_000  # where there are descriptors (``dpfast.kernels.launch``)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("dtype", "least"), [("bf16", 20), ("fp32", 20), ("fp64", 1)])
 @pytest.mark.parametrize("capability", SHARED)
-def test_every_kernel_compiles(capability, dtype) -> None:
+def test_every_kernel_compiles(capability, dtype, least) -> None:
     script = Path(__file__).with_name("compile_kernels.py")
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, script, str(capability), dtype], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) > 20
+    assert len(rows) >= least
     assert [row for row in rows if "failed" in row] == []
     for row in rows:
         assert row["local"] == 0, row

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpfast.kernels import affine, clip, conv, embedding, linear, norm
+from dpfast.kernels import affine, clip, conv, embedding, keyed, linear, noise, norm
 
 
 def main() -> None:
@@ -41,6 +41,8 @@ def ops(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "embedding.weighted_sum": partial(embedding.weighted_sum, index, g, 9, w, backend="triton"),
         "clip.sq_norms": partial(clip.sq_norms, stored, backend="triton"),
         "clip.clipped_sum": partial(clip.clipped_sum, stored, w, backend="triton"),
+        "keyed.normal": partial(keyed.normal, index[:, 0], 3, (1, 2), step=5, count=107, backend="triton"),
+        "noise.noised": partial(noise.noised, stored, 1.5, 20.0, bytes(32), backend="triton"),
     }
 
 

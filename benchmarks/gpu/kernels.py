@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu.jobs import Job, Missing, Options, Row
 from benchmarks.gpu.machine import device
 from benchmarks.gpu.page import excess, is_beyond, times
-from benchmarks.kernels import affine, clip, conv, linear, norm
+from benchmarks.kernels import affine, clip, conv, linear, noise, norm
 from benchmarks.kernels.case import Case, compare
 from benchmarks.kernels.shapes import DRY_BATCHES, GPU_BATCHES, Batch
 from benchmarks.measure import Ceiling, by_events, ceiling
@@ -29,9 +29,10 @@ ORDER = [
     *((op, b) for b in (1, 32) for op in ("conv.sq_norms", "conv.clipped_sum", "norm.group_norm_backward")),
     *((op, b) for b in (128, 32) for op in ("conv.gram_sq_norms", "linear.gram_sq_norms")),
     *((op, 8) for op in ("clip.sq_norms", "clip.clipped_sum", "linear.per_example_grads", "affine.bias_grads")),
+    ("noise.noised", 8),
     *((op, b) for b in (1, 32) for op in ("conv.per_example_grads", "linear.sq_norms", "linear.clipped_sum")),
 ]
-DRY = ("conv.sq_norms", "linear.clipped_sum", "norm.group_norm_backward", "clip.sq_norms")
+DRY = ("conv.sq_norms", "linear.clipped_sum", "norm.group_norm_backward", "clip.sq_norms", "noise.noised")
 ROUNDS = 15
 WRONG = 1e-2  # a relative error that is no rounding: not timed. What errs by more than the gate allows is said.
 
@@ -57,7 +58,7 @@ def cases(*, dry: bool) -> list[Case]:
 
 def cases_of(batch: Batch) -> Iterable[Case]:
     with torch.device(device()):  # clip factors are made here
-        return [case for op in (conv, norm, linear, clip, affine) for case in op.cases([batch])]
+        return [case for op in (conv, norm, linear, clip, affine, noise) for case in op.cases([batch])]
 
 
 def available() -> str | None:

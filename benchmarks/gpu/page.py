@@ -184,6 +184,9 @@ def steps(rows: list[Row]) -> Iterator[str]:
         if plans:
             table.append(("plan of dpfast", *(planned(plans.get(k)) for k in ks)))
         yield from columns(table, words=range(len(table[0])))
+        for row in found:
+            if "shares" in row:
+                yield f"{row['contestant']}, K={row['K']}: {row['line']}"
         for base in dict.fromkeys(row["base"] for row in measured.values()):
             of = [row for row in measured.values() if row["base"] == base]
             milliseconds = 1e3 * statistics.median(row["base_seconds"] for row in of)

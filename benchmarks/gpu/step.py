@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from benchmarks import around
 from benchmarks import contestants as c
 from benchmarks.cases import MODELS, Row
 from benchmarks.gpu.jobs import Job, Missing, Options, release
@@ -26,6 +27,7 @@ from dpfast import Performance, measure
 from dpfast.kernels.precision import full_precision
 
 GRAPHS, PRIVATE_COMPILED, PLAN = "non-private in CUDA graphs", "dpfast compiled", "plan of dpfast"
+AROUND = "views, noise, Adam"  # relative to dpfast
 MOST = "most"  # rows whose non-private step leaves most of the memory to what may need more
 SIZES, SHARE = (512, 256, 128, 64), 0.35
 FEW, PASS = 8, 32  # examples whose norms are gated; rows of a pass in float32
@@ -75,13 +77,14 @@ WAVES = (
     Wave("unet83m", MOST, (4, 128), FORMS, 20),
     Wave("unet6m", MOST, ALL, FORMS),
     Wave("unet83m", MOST, ALL, (PLAN,)),
+    Wave("unet83m", MOST, (16, 1), (AROUND,)),
     Wave("unet83m", MOST, (1,), (GRAPHS,), 90),
     Wave("unet6m", MOST, (1,), (GRAPHS,), 60),
     Wave("unet83m", MOST, (1,), (COMPILED, PRIVATE_COMPILED), 90, layout=torch.contiguous_format),
 )
 DRY_WAVES = (
     Wave("digits", MOST, (1,), (BASE,)),
-    Wave("digits", MOST, (4,), ("dpfast", "example at a time", PLAN)),
+    Wave("digits", MOST, (4,), ("dpfast", "example at a time", PLAN, AROUND)),
     Wave("digits", 4, (1,), ("dpfast materialise", *PEERS), dtype="float32"),
 )
 
@@ -194,6 +197,8 @@ class Bench:
     def outcome(self, row: Row, name: str, layout: torch.memory_format) -> Found:
         if name == PLAN:
             return planned(self.task(row, layout))
+        if name == AROUND:
+            return around.measured(self.task(row, layout), row.model, ROUNDS)
         base_name = COMPILED if name == PRIVATE_COMPILED else BASE
         base = self.base(row, base_name, layout)
         if name in (BASE, COMPILED):

@@ -23,6 +23,8 @@ STEPS = {
     "test_kernels_clip": 40,
     "test_affine": 60,
     "test_kernels_embedding": 40,
+    "test_kernels_noise": 30,
+    "test_kernels_keyed": 30,
     "test_kernels_bounds": 80,
     "racecheck": 120,
 }

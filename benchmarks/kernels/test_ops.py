@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.kernels import affine, clip, conv, embedding, linear, norm
+from benchmarks.kernels import affine, clip, conv, embedding, linear, noise, norm
 from benchmarks.kernels.case import Case, gate
 from benchmarks.kernels.speed import timed
 
-CASES = [case for op in (conv, linear, embedding, norm, affine, clip) for case in op.cases()]
+CASES = [case for op in (conv, linear, embedding, norm, affine, clip, noise) for case in op.cases()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

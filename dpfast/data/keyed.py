@@ -1,14 +1,14 @@
 """Random numbers that belong to an example, not to its place in a batch.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a counter and a key
-to four 32-bit words without any state. Here the counter is (block, example id, step, augmentation) and the key
-comes from the seed and the name of the stream, so dropping an example leaves the others' numbers alone, and
-retrying a microbatch in halves repeats them. These numbers augment images and draw timesteps; noise that
-protects privacy and Poisson sampling never come from here.
+They come from a counter (example id, step, augmentation) and a key made of the seed and the name of the stream
+(``dpfast.kernels.keyed``), so dropping an example leaves the others' numbers alone, and retrying a microbatch in halves
+repeats them. These numbers augment images and draw timesteps; noise that protects privacy and Poisson sampling never
+come from here.
 """
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -16,29 +16,9 @@ import torch
 from torch import Tensor
 
 from dpfast.errors import ConfigError
+from dpfast.kernels import keyed
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-
-
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words (broadcast together); four such words."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return c0, c1, c2, c3
-
-
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product, by 16-bit halves: int64 would overflow on the whole."""
-    upper, lower = (word >> 16) * factor, (word & 0xFFFF) * factor
-    middle = upper + (lower >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (lower & 0xFFFF)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,26 +65,14 @@ class RowKeys:
 
     def uniform(self, *shape: int, stream: str) -> Tensor:
         """float32 ``[N, *shape]``, uniform on multiples of 2**-24 in [0, 1); the same for the same stream name."""
-        words = self._words(math.prod(shape), stream)
-        return ((words >> 8) * 2.0**-24).float().view(self.rows, *shape)
+        return self._drawn(keyed.uniform, shape, stream)
 
     def normal(self, *shape: int, stream: str) -> Tensor:
         """float32 ``[N, *shape]``, standard normal (Box-Muller in float64; at most 6.7 in magnitude)."""
-        count = math.prod(shape)
-        half = (count + 1) // 2
-        pairs = self._words(2 * half, stream).view(self.rows, half, 2).double()
-        radius = (-2.0 * ((pairs[..., 0] + 1) * 2.0**-32).log()).sqrt()
-        angle = pairs[..., 1] * (2 * math.pi * 2.0**-32)
-        values = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
-        return values.flatten(1)[:, :count].float().view(self.rows, *shape)
+        return self._drawn(keyed.normal, shape, stream)
 
-    def _words(self, count: int, stream: str) -> Tensor:
-        """``count`` 32-bit words per row, int64 ``[N, count]``."""
+    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...], stream: str) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed}/{stream}".encode(), digest_size=8).digest()
         key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
-        blocks = torch.arange((count + 3) // 4, device=self.ids.device)
-        example = (self.ids & _WORD).repeat_interleave(self.augmult)[:, None]
-        view = self.views[:, None]
-        step = torch.full_like(view, self.step)
-        words = philox4x32((blocks.expand(self.rows, -1), example, step, view), key)
-        return torch.stack([word.expand(self.rows, len(blocks)) for word in words], dim=-1).flatten(1)[:, :count]
+        of = {"step": self.step, "count": math.prod(shape), "first": self.first}
+        return draw(self.ids, self.augmult, key, **of).view(self.rows, *shape)

@@ -36,8 +36,8 @@ _OUT_OF_SCOPE = (
     "Who could watch the training: the promise is about what is released, not about the computer it ran on.",
     "Whatever else is or was published from the same images, unless it is listed under other releases.",
     (
-        "Floating-point arithmetic. The noise is drawn in float64 (Box-Muller, from the operating system's "
-        "entropy) and its mathematics assumes exact real numbers; attacks on the last bits of such noise "
+        "Floating-point arithmetic. The noise is drawn in float64 (Box-Muller on ChaCha20, keyed by the "
+        "operating system) and its mathematics assumes exact real numbers; attacks on the last bits of such noise "
         "(Mironov 2012) are not excluded. Norms and sums are computed in float32: what one image weighs may exceed the "
         "clip norm by rounding, and by at most 0.5% where its norm is computed from a Gram matrix."
     ),

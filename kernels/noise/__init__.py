@@ -1,0 +1,65 @@
+"""Numbers plus Gaussian noise, from a cryptographic generator: ``(x + scale * z) / divisor``.
+
+z: independent standard normal numbers, made of the ChaCha20 stream (Bernstein 2008; RFC 8439) of a key of 256 bits by
+the formula of Box and Muller (1958). With ``m = ceil(n / 8)`` blocks of the stream, each 64 bytes, ``z[j * m + b]`` of
+n numbers in their order in memory is number j of block b, from 64-bit words 0 to 7:
+
+    u_j = 1 - k / 2^52, k the upper 52 bits of word j
+    r_j = sqrt(-2 log u_j),  z_j = r_j cos(2 pi u_(j+4)),  z_(j+4) = r_j sin(2 pi u_(j+4))    j = 0 .. 3
+
+All in float64. Every backend draws the same numbers up to rounding, and whoever knows the key knows them all: a key
+comes from the operating system and is used once. Cost: one read and one write of the numbers; on the CPU 2 to 6 ns of a
+core for each.
+"""
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfast.kernels.dispatch import Backend, choose, expect, implementation
+from dpfast.kernels.registry import register
+
+__all__ = ["KEY_BYTES", "noised"]
+
+KEY_BYTES = 32
+_DTYPES = (torch.float32, torch.float64)
+_MOST = 8 << 32  # numbers: blocks are counted in 32 bits
+
+
+def noised(x: Tensor, scale: float, divisor: float, key: bytes, *, backend: Backend | None = None) -> Tensor:
+    """``(x + scale * z) / divisor``, a new tensor of x's shape, dtype and order in memory.
+
+    x: float32 or float64 (others through the reference, which is slower), of any shape, calculated in float64.
+    key: 32 bytes, for this call alone.
+
+    Raises:
+        KernelError: a key of another length, more numbers than a stream has, or a backend that cannot be used.
+    """
+    problems = [] if len(key) == KEY_BYTES else [f"expected a key of {KEY_BYTES} bytes, got {len(key)}"]
+    if x.numel() > _MOST or not x.is_floating_point():
+        problems.append("expected at most 2^35 floating-point numbers")
+    expect("noised", problems, x=x)
+    return _noised(x, scale, divisor, list(struct.unpack("<8I", key)), backend)
+
+
+def _run(x: Tensor, scale: float, divisor: float, key: list[int], backend: Backend | None) -> Tensor:
+    out = torch.empty_like(x)
+    if out.stride() != x.stride():  # x has gaps, or numbers in several places
+        x = torch.empty_like(out).copy_(x)
+    chosen = choose(backend, x, native=_DTYPES, triton=_DTYPES)
+    implementation(__name__, chosen).noised(_in_memory(x), _in_memory(out), scale, divisor, key)
+    return out
+
+
+def _in_memory(t: Tensor) -> Tensor:
+    """All numbers of a dense tensor, as they lie in memory."""
+    return t.detach().as_strided((t.numel(),), (1,))
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+_noised = register("noised(Tensor x, float scale, float divisor, int[] key, str? backend) -> Tensor", _run, _fake)

@@ -1,0 +1,16 @@
+"""``noise`` on the CPU: ``csrc/cpu/noise.cpp``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpfast.kernels.dispatch import native_module
+
+_DTYPES = {torch.float32: 0, torch.float64: 2}  # Dtype of csrc/dpfast.h
+
+
+def noised(x: Tensor, out: Tensor, scale: float, divisor: float, key: Sequence[int]) -> None:
+    """Into ``out [n]``."""
+    threads = torch.get_num_threads()
+    native_module().noised(x.data_ptr(), out.data_ptr(), len(x), _DTYPES[x.dtype], scale, divisor, key, threads)
