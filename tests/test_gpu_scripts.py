@@ -93,7 +93,7 @@ def test_another_checkout_is_not_measured(monkeypatch) -> None:
 
 
 def test_ops_are_gated_and_timed(tmp_path) -> None:
-    rehearsal(tmp_path / "out", "kernels", "--only", "o")
+    rehearsal(tmp_path / "out", "kernels", "--only", "l")
     rows = rows_of(tmp_path / "out", "kernels")
     assert rows["ceilings"]["flops"]["bfloat16"] > 0
     timed = [row for row in rows.values() if "op" in row]

@@ -17,6 +17,7 @@ from dpfast.kernels.conv import ConvSpec, library, reference
 from kernel_cases import (
     BACKENDS,
     GEOMETRIES,
+    LARGE,
     by_autograd,
     convolution,
     device,  # noqa: F401 (a fixture)
@@ -66,7 +67,7 @@ def assert_all_forms(geometry, a, g, weight, spec, examples, backend) -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("examples", [2, 1, 5])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry", [pytest.param(g, marks=LARGE) if "long line" in g else g for g in GEOMETRIES])
 def test_convolution_forms(geometry, backend, examples, monkeypatch) -> None:
     monkeypatch.setattr(chunks, "BYTES", 100_000)  # several chunks
     a, g, spec, weight = convolution(geometry, rows=2 * examples, dtype=torch.float32)

@@ -42,11 +42,12 @@ def test_commands(line, tmp_path) -> None:
     from dpfast.cli import app
 
     words = shlex.split(line)[1:]
-    if words[0] == "run":
-        words += ["--runs", str(tmp_path)]
-        words += ["--dry-run"] * ("--dry-run" not in words)  # tests/test_runs.py runs them for real, smaller
-    if words[0] == "bench":
-        words += ["--rounds", "1", "--set", "private.augmult=1"]  # as the command, with steps that take less
+    # As the command, with steps that take less; tests/test_runs.py runs them for real.
+    smaller = ["private.augmult=1", "private.sample_rate=0.05", "baseline.augmult=1", "baseline.sample_rate=0.05"]
+    if words[0] in ("run", "bench"):
+        words += [part for setting in smaller for part in ("--set", setting)]
+        words += ["--rounds", "1"] if words[0] == "bench" else ["--runs", str(tmp_path)]
+        words += ["--dry-run"] * (words[0] == "run" and "--dry-run" not in words)
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
 
