@@ -21,7 +21,7 @@ def cases(of: Sequence[Batch] = BATCHES) -> Iterator[Case]:
         seen.add(size)
         yield Case(
             op="noise.noised",
-            shape="x".join(map(str, size)),
+            shape="x".join(map(str, size)) + ", once",
             dtype="float32",
             inputs=partial(random, size),
             ours=lambda x, backend=batch.backend: noised(x, 1.5, 20.0, KEY, backend=backend),
