@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +158,17 @@ def test_the_plan_of_every_multiplicity() -> None:
         assert int(augmult) * int(images) == int(rows[0][1])
         assert float(ratio) == pytest.approx(float(private) / float(ordinary), abs=0.3)
     assert "TFLOP/s" in result.stdout
+
+
+def test_the_readme_shows_what_is_predicted() -> None:
+    """One of its rows, of the paper's UNet."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (shown,) = re.findall(
+        r"<!-- predicted: begin[^\n]*\n.*\n\| (128 .*?) \| \*[^|]*\* \|\n<!-- predicted: end", readme, re.S
+    )
+    rows = 128 * int(shown.split(" | ")[1])
+    _, row = elsewhere.compared({128: elsewhere.Setting.of_paper().plan(rows, 128, "h200")})
+    assert shown == " | ".join(row)
 
 
 @pytest.mark.parametrize(
