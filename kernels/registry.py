@@ -56,7 +56,9 @@ def register(
 
     def call(*args: Any) -> Any:
         first = args[0][0] if type(args[0]) is list else args[0]
-        if type(first) in PLAIN and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if type(first) in PLAIN and not torch._C._len_torch_dispatch_stack():
             return on_values(*args)
         return op(*args)
 

@@ -1,7 +1,7 @@
 """Compile every Triton kernel in every launch configuration for a GPU that need not be here; one JSON line for each.
 
 Usage: python compile_kernels.py CAPABILITY (80 or 90) [PART_OF_A_NAME]. What the assembler says: registers, stack,
-shared memory, and the matrix instructions in PTX.
+shared memory, and the matrix instructions in PTX; products of 32-bit numbers.
 """
 
 import itertools
@@ -315,6 +315,7 @@ def compiled(number: int, capability: int) -> dict[str, Any]:
         "shared": made.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "bulk": ptx.count("cp.async.bulk"),
+        "narrow": len(re.findall(r"arith\.muli .* : (?:tensor<\w+x)?i32", made.asm["ttir"])),
     }
 
 

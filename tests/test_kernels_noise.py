@@ -84,13 +84,11 @@ def test_layouts(layout, backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_half_precision(backend) -> None:
-    x = torch.zeros(100, dtype=torch.bfloat16)
-    if backend == "reference":
-        assert noised(x, 1.0, 1.0, KEY, backend=backend).dtype == torch.bfloat16
-    else:
-        with pytest.raises(KernelError, match="all float32 or float64"):
-            noised(x, 1.0, 1.0, KEY, backend=backend)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype, backend) -> None:
+    x = torch.randn(100).to(dtype)
+    exact = noised(x.double(), 1.5, 20.0, KEY, backend=backend)
+    assert torch.equal(noised(x, 1.5, 20.0, KEY, backend=backend), exact.to(dtype))
 
 
 @pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_native), "reference"])

@@ -2,13 +2,16 @@
 
 import math
 import os
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from dpfast.errors import ConfigError
+from dpfast.errors import ConfigError, PrivacyError
+from dpfast.kernels import noise
 from dpfast.privacy import entropy, poisson_sample, standard_normal, uniform
 from dpfast.testing import injected_entropy
 
@@ -63,6 +66,35 @@ def test_every_key_and_every_sample_comes_from_the_operating_system(monkeypatch)
         standard_normal([10])
     poisson_sample(7, 0.5)
     assert asked == [32, 32, 8 * 7]
+
+
+def test_the_key_is_the_bytes_of_the_operating_system(monkeypatch):
+    key, x = bytes(range(100, 132)), torch.randn(50)
+    monkeypatch.setattr(entropy, "source", lambda n: key[:n])
+    assert torch.equal(entropy.noised(x, 1.5, 7.0), noise.noised(x, 1.5, 7.0, key))
+
+
+def test_no_compiled_code_keeps_a_key(monkeypatch, caplog):
+    """Not even where it would check that a key is the one that it was compiled with."""
+    drawn = []
+    monkeypatch.setattr(entropy, "source", lambda n: drawn.append(os.urandom(n)) or drawn[-1])
+    step = torch.compile(lambda x: entropy.noised(x * 2, 1.0, 1.0) + 1, backend="eager")
+    logged = caplog.at_level("DEBUG", logger="torch._dynamo")
+    with torch._dynamo.config.patch(recompile_limit=1), logged, pytest.warns() as said:
+        warnings.warn("at least one", stacklevel=1)
+        results = [step(torch.zeros(8)) for _ in range(4)]
+    assert len(drawn) == 4
+    assert torch.stack(results).unique().numel() == 32
+    assert not any(repr(key) in caplog.text + str(said.list) for key in drawn)
+
+
+@pytest.mark.parametrize("again", ["vmap", "trace"])
+def test_noise_that_would_be_used_twice_is_refused(again):
+    def draw(x):
+        return entropy.noised(x, 1.0, 1.0)
+
+    with pytest.raises(PrivacyError, match="more than once"):
+        torch.vmap(draw)(torch.zeros(3, 4)) if again == "vmap" else make_fx(draw)(torch.zeros(4))
 
 
 def test_injected_entropy_repeats_and_always_ends():

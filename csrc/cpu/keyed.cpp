@@ -13,7 +13,7 @@ namespace {
 using std::int64_t;
 using std::uint32_t;
 
-constexpr int64_t kSerial = 4096;  // numbers below which threads cost more than they save
+[[maybe_unused]] constexpr int64_t kSerial = 4096;  // numbers below which threads cost more than they save
 constexpr std::uint64_t kWord = 0xffffffff;
 
 // Ten rounds, of words that lie in 64 bits each.
@@ -49,7 +49,7 @@ void keyed(const Keyed& k, const int64_t* ids, float* out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && k.examples * k.rows * k.count > kSerial)
     for (int64_t i = 0; i < k.examples * k.rows * parts; ++i) {
         const int64_t row = i / parts, block = i % parts * kHalf;
-        Longs words[4];
+        Longs words[4] = {};
         for (int lane = 0; lane < kHalf; ++lane) words[0][lane] = static_cast<uint32_t>(block + lane);
         words[1] = Longs{} + static_cast<uint32_t>(ids[row / k.rows]);
         words[2] = Longs{} + k.step;

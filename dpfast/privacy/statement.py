@@ -35,8 +35,9 @@ _OUT_OF_SCOPE = (
     ),
     "Who could watch the training: the promise is about what is released, not about the computer it ran on.",
     "Whatever else is or was published from the same images, unless it is listed under other releases.",
+    "Whoever could break the cipher ChaCha20, of which the noise is made.",
     (
-        "Floating-point arithmetic. The noise is drawn in float64 (Box-Muller on ChaCha20, keyed by the "
+        "Floating-point arithmetic. The noise is drawn in float64 (Box-Muller on the stream of ChaCha20, keyed by the "
         "operating system) and its mathematics assumes exact real numbers; attacks on the last bits of such noise "
         "(Mironov 2012) are not excluded. Norms and sums are computed in float32: what one image weighs may exceed the "
         "clip norm by rounding, and by at most 0.5% where its norm is computed from a Gram matrix."

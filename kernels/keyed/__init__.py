@@ -7,8 +7,8 @@ counter (b, id, step, row), and number 4 b + j of the row is made of word j:
     uniform   the upper 24 bits, times 2^-24
     normal    of words 0 and 1, and of 2 and 3, by Box and Muller (1958) in float64: at most 6.7
 
-Both float32. Not for privacy: whoever knows the key knows all numbers. Cost: one write; on the CPU 1 to 6 ns of a core
-for each number.
+Both float32. Not for privacy: whoever knows the key knows all numbers. Cost: one write; of a core with AVX-512 or AVX2
+1 to 6 ns for each number.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ from dpfast.kernels.dispatch import Backend, choose, expect, implementation
 from dpfast.kernels.registry import register
 
 __all__ = ["normal", "uniform"]
+
+_WORD = 0xFFFFFFFF
 
 
 def uniform(
@@ -43,12 +45,14 @@ def normal(
     return _checked(ids, rows, first, step, key, count, True, backend)
 
 
-def _checked(ids: Tensor, rows: int, first: int, step: int, key: Sequence[int], *rest: Any) -> Tensor:
+def _checked(ids: Tensor, rows: int, first: int, step: int, key: Sequence[int], count: int, *rest: Any) -> Tensor:
     problems = [] if ids.dtype == torch.int64 and ids.ndim == 1 else ["expected ids int64 [B]"]
-    if len(key) != 2 or not all(0 <= word < 1 << 32 for word in (*key, step, first)):
-        problems.append("expected a key of two words, and a step and a row, of 32 bits")
+    if len(key) != 2 or not all(0 <= word <= _WORD for word in (*key, step, first, first + rows - 1)):
+        problems.append("expected a key of two words, and a step and rows, of 32 bits")
+    if count > 4 * (_WORD + 1):
+        problems.append("expected at most 2^34 numbers of a row")
     expect("keyed", problems, ids=ids)
-    return _keyed(ids, rows, first, step, list(key), *rest)
+    return _keyed(ids, rows, first, step, list(key), count, *rest)
 
 
 def _run(
@@ -66,7 +70,8 @@ def _fake(ids: Tensor, rows: int, _first: int, _step: int, _key: list[int], coun
 
 
 _keyed = register(
-    "keyed(Tensor ids, int rows, int first, int step, int[] key, int count, bool normal, str? backend) -> Tensor",
+    "keyed(Tensor ids, SymInt rows, SymInt first, SymInt step, SymInt[] key, SymInt count, bool normal, str? backend)"
+    " -> Tensor",
     _run,
     _fake,
 )

@@ -23,7 +23,7 @@ def philox(out, ids, rows, count, table, BLOCKS: tl.constexpr, NORMAL: tl.conste
     none = tl.zeros((BLOCKS,), tl.uint64)
     low = none + 0xFFFFFFFF
     c0 = block.to(tl.uint64)
-    c1 = none + tl.load(ids + row // rows).to(tl.uint64) & low
+    c1 = (none + tl.load(ids + row // rows).to(tl.uint64)) & low
     c2 = none + tl.load(table + 1).to(tl.uint64)
     c3 = none + (tl.load(table) + row % rows).to(tl.uint64)
     k0, k1 = none + tl.load(table + 2).to(tl.uint64), none + tl.load(table + 3).to(tl.uint64)
@@ -49,7 +49,7 @@ def fill(out: Tensor, ids: Tensor, rows: int, first: int, step: int, key: Sequen
     """``out [B * rows, count]``."""
     count = out.shape[1]
     size = min(BLOCKS, max(32, padded(blocks(count, 4))))
-    table = torch.tensor([first, step, *key], dtype=torch.int64).to(ids.device, non_blocking=True)
+    table = torch.tensor([first, step, *key], dtype=torch.int64, device="cpu").to(ids.device, non_blocking=True)
     philox[(len(out) * blocks(count, 4 * size),)](
         out, ids, rows, count, table, BLOCKS=size, NORMAL=normal, num_warps=WARPS if size > 32 else 1
     )

@@ -81,9 +81,10 @@ def add_noise(x, out, n, m, table, BLOCKS: tl.constexpr):
     )
     scale = tl.load(table + 8).to(tl.float64, bitcast=True)
     divisor = tl.load(table + 9).to(tl.float64, bitcast=True)
+    wide = tl.full((), 0, tl.int64) + m  # or products of it would be of 32 bits
     for j in tl.static_range(4):
         cosine, sine = box_muller(of_radius[j], of_angle[j])
-        at, behind = j * m + b, (j + 4) * m + b
+        at, behind = j * wide + b, (j + 4) * wide + b
         _put(x, out, at, (b < m) & (at < n), cosine, scale, divisor)
         _put(x, out, behind, (b < m) & (behind < n), sine, scale, divisor)
 
@@ -93,5 +94,5 @@ def noised(x: Tensor, out: Tensor, scale: float, divisor: float, key: Sequence[i
     m = blocks(len(x), 8)
     if m:
         numbers = struct.unpack("<2q", struct.pack("<2d", scale, divisor))
-        table = torch.tensor([*key, *numbers], dtype=torch.int64).to(x.device, non_blocking=True)
+        table = torch.tensor([*key, *numbers], dtype=torch.int64, device="cpu").to(x.device, non_blocking=True)
         add_noise[(blocks(m, BLOCKS),)](x, out, len(x), m, table, BLOCKS=BLOCKS, num_warps=WARPS)
