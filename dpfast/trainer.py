@@ -60,8 +60,9 @@ class DPTrainer:
     seed: of augmentation, timesteps and diffusion noise, keyed by example. It reaches neither the privacy noise nor the
         sampling nor dropout nor random transforms of the data set, which come from the operating system.
     state_dir: ledger and checkpoint, of one data set; None keeps the ledger in memory and writes nothing.
-    performance: ``microbatch`` examples run at a time; by default as many as make some 65,000 numbers of input, and no
-        more than the expected batch; fewer, down to some rows of one, where ``memory_budget`` asks for it.
+    performance: ``microbatch`` examples run at a time; by default as many as make some 65,000 numbers of input (two
+        million on a GPU), and no more than the expected batch; fewer, down to some rows of one, where
+        ``memory_budget`` asks for it.
     progress: called as ``progress(step, steps, message)`` after each step.
     ema_decay: of the averaged copy of the model, ``ema_model``.
 

@@ -18,7 +18,7 @@ from dpfast.data import ImageSet
 from dpfast.errors import CaptureError, CheckpointError, ConfigError, DataError, PrivacyError
 from dpfast.measure import peak_storages
 from dpfast.performance import Form
-from dpfast.physical import Batch, Size
+from dpfast.physical import Batch, Size, usual_size
 from dpfast.privacy import read_ledger
 from dpfast.testing import injected_entropy
 
@@ -256,6 +256,11 @@ def test_dropout_is_drawn_alike_when_run_again_and_apart_in_each_part() -> None:
     assert len({part.seed_of(row) for part in again for row in range(3)}) == 3 * len(again)
     assert torch.cat([part.examples[0] for part in again]).tolist() == list(range(8))
     assert [part.ids.tolist() for part in whole.split(1)] == [[i] for i in range(7)]  # not padding alone
+
+
+def test_a_gpu_takes_more_rows_at_a_time() -> None:
+    sizes = [usual_size(Performance(device=name), 4, 3 * 32 * 32, 1e4) for name in ("cpu", "cuda", "cuda:1")]
+    assert sizes == [Size(5, 4), Size(170, 4), Size(170, 4)]
 
 
 def test_physical_batches_have_few_sizes_and_each_example_once() -> None:
