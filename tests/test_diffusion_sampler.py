@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from dpfast.data.export import write_class_folders
 from dpfast.data.shards import load_shards
 from dpfast.diffusion import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.sampler import generate, generate_shards, sampling_scheduler
@@ -117,18 +119,98 @@ def test_shards_are_balanced_and_resumable(scheduler, tmp_path):
     again, same = shards(scheduler, tmp_path / "a")
     assert first.calls
     assert not again.calls
-    assert same.fingerprint() == whole.fingerprint() == load_shards(tmp_path / "a").fingerprint()
+    assert same.load().fingerprint() == whole.load().fingerprint() == load_shards(tmp_path / "a").fingerprint()
+
+
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"]])
+def test_devices_share_the_shards(scheduler, tmp_path, devices):
+    """Who draws a shard does not matter."""
+    _, whole = shards(scheduler, tmp_path / "a")
+    _, shared = shards(scheduler, tmp_path / "b", devices=devices)
+    assert shared.load().fingerprint() == whole.load().fingerprint()
+
+
+def test_an_error_in_one_shard_ends_the_sampling(scheduler, tmp_path):
+    def stop(done, *_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shards(scheduler, tmp_path, devices=["cpu", "cpu"], progress=stop)
+    _, whole = shards(scheduler, tmp_path)
+    assert len(whole.load()) == 10
+
+
+def test_precision_is_a_setting_of_the_samples(scheduler, tmp_path):
+    shards(scheduler, tmp_path)
+    with pytest.raises(DataError, match=r"other settings \(dtype\)"):
+        shards(scheduler, tmp_path, dtype=torch.bfloat16)
+
+
+def test_the_network_computes_in_the_dtype_and_the_sampler_does_not(scheduler):
+    seen = []
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x, t, labels):
+            seen.append((x.dtype, self.layer(x).dtype))
+            return self.layer(x)
+
+    generate(
+        Network(), scheduler, torch.zeros(2).long(), image_shape=SHAPE, num_classes=2, steps=2, dtype=torch.bfloat16
+    )
+    assert seen == [(torch.float32, torch.bfloat16)] * 2
+
+
+def test_the_first_images_of_each_class(scheduler, tmp_path):
+    _, made = shards(scheduler, tmp_path)
+    (tmp_path / "shard-00002.npz").unlink()
+    whole = torch.cat([made.images(number, labels) for number, labels in list(made)[:2]])
+    for label, images in enumerate(made.heads(3)):
+        assert torch.equal(images, whole[label::2][:3])
+    with pytest.raises(DataError, match="shard-00002"):
+        made.heads(5)
+
+
+def test_class_folders(scheduler, tmp_path):
+    """Each image in the folder of its class, with the statement; what is there is not written again."""
+    _, made = shards(scheduler, tmp_path / "samples")
+    with pytest.raises(DataError, match="PRIVACY"):
+        write_class_folders(tmp_path / "samples", tmp_path / "out")
+    for name in ("PRIVACY.md", "privacy.json"):
+        (tmp_path / "samples" / name).write_text("{}")
+    assert write_class_folders(tmp_path / "samples", tmp_path / "out") == 10
+    images = made.load()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
+    assert len(files) == 10
+    for path in files:
+        number = int(path.stem)
+        assert path.parent.name == CLASSES[images.labels[number]]
+        assert np.array_equal(np.asarray(Image.open(path)), images.images[number, 0])
+    next(iter(files)).unlink()
+    write_class_folders(tmp_path / "samples", tmp_path / "out")
+    assert sum(path.stat().st_mtime_ns != at for path, at in files.items()) == 1
+    assert (tmp_path / "out" / "PRIVACY.md").exists()
+
+
+def test_classes_that_would_share_a_folder(scheduler, tmp_path):
+    shards(scheduler, tmp_path, classes=("a/b", "a b"))
+    with pytest.raises(DataError, match="told apart"):
+        write_class_folders(tmp_path, tmp_path / "out")
 
 
 def test_damaged_shard_is_made_again(scheduler, tmp_path):
     _, whole = shards(scheduler, tmp_path)
+    before = whole.load()
     shard = tmp_path / "shard-00001.npz"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(DataError, match="shard-00001"):
         load_shards(tmp_path)
     model, repaired = shards(scheduler, tmp_path)
     assert model.calls == [4, 4, 4]
-    assert repaired.fingerprint() == whole.fingerprint()
+    assert repaired.load().fingerprint() == before.fingerprint()
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"count": 12}, {"levels": (0.1, 0.2, 0.3)}, {"guidance": 2.0}])
@@ -136,7 +218,7 @@ def test_other_settings_are_refused(scheduler, tmp_path, change):
     _, whole = shards(scheduler, tmp_path)
     with pytest.raises(DataError, match=r"other settings \((seed|count|model|guidance)\)"):
         shards(scheduler, tmp_path, **change)
-    assert load_shards(tmp_path).fingerprint() == whole.fingerprint()
+    assert load_shards(tmp_path).fingerprint() == whole.load().fingerprint()
 
 
 def test_bad_counts_and_folders(scheduler, tmp_path):

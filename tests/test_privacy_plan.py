@@ -37,6 +37,23 @@ def delta_by_quadrature(upper, lower, epsilon):
     return np.maximum(upper(x) - math.exp(epsilon) * lower(x), 0).sum() * step
 
 
+@pytest.mark.parametrize(
+    ("size", "batch", "steps", "delta", "renyi"),
+    [
+        (50_000, 16_384, 200, 1e-5, {1: 18.85, 5: 4.54, 10: 2.62}),
+        (302_436, 16_384, 200, 3e-6, {1: 3.51, 5: 1.12, 10: 0.80}),
+        (60_000, 4_096, 4_000, 1e-5, {1: 17.51, 5: 4.20, 10: 2.44}),
+    ],
+)
+def test_the_noise_of_large_settings(size, batch, steps, delta, renyi):
+    """Renyi accounting gives what another program found; privacy loss distributions ask for less."""
+    mechanism = accounting.Mechanism(sample_rate=batch / size, noise_multiplier=1.0, steps=steps)
+    for epsilon, expected in renyi.items():
+        found = accounting.rdp_noise_multiplier(mechanism, epsilon, delta)
+        assert found == pytest.approx(expected, rel=0.01)
+        assert 0.9 * found < accounting.calibrate(mechanism, epsilon, delta) < found
+
+
 @pytest.mark.parametrize("neighboring", ["add_remove", "replace"])
 def test_one_step_agrees_with_an_integral(neighboring):
     q, sigma = 0.25, 1.5

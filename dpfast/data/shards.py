@@ -72,25 +72,43 @@ class ShardFolder:
 
     def load(self) -> ImageSet:
         """Every image; raises DataError if some are missing."""
-        images = []
-        for number, labels in self:
-            part = self.read(number, labels)
-            if part is None:
-                raise DataError(
-                    f"{self._path(number)} is missing or damaged; run the same sampling again to complete the folder"
-                )
-            images.append(part)
+        images = [self.images(number, labels) for number, labels in self]
         return ImageSet(torch.cat(images), self.labels, self.classes)
+
+    def heads(self, count: int) -> list[Tensor]:
+        """The first ``count`` images of each class, from as few shards as hold them; DataError if one is missing."""
+        found: list[list[Tensor]] = [[] for _ in self.classes]
+        for number, labels in self:
+            if all(sum(map(len, images)) >= count for images in found):
+                break
+            images = self.images(number, labels)
+            for label, of_class in enumerate(found):
+                of_class.append(images[labels == label][:count])
+        return [torch.cat(images)[:count] for images in found]
+
+    def images(self, number: int, labels: Tensor) -> Tensor:
+        """Of a shard, uint8 ``[n, C, H, W]``; raises DataError if it is missing or damaged."""
+        images = self.read(number, labels)
+        if images is None:
+            raise DataError(
+                f"{self._path(number)} is missing or damaged; run the same sampling again to complete the folder"
+            )
+        return images
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.npz"
 
 
-def load_shards(folder: Path) -> ImageSet:
-    """All images of a complete folder; raises DataError if it holds none, or not all."""
+def open_shards(folder: Path) -> ShardFolder:
+    """A folder that was made before; raises DataError if it holds no manifest."""
     if not (folder / _MANIFEST).exists():
         raise DataError(f"{folder} holds no {_MANIFEST}; make samples with generate_shards first")
-    return ShardFolder(folder, _manifest(folder)).load()
+    return ShardFolder(folder, _manifest(folder))
+
+
+def load_shards(folder: Path) -> ImageSet:
+    """All images of a complete folder; raises DataError if it holds none, or not all."""
+    return open_shards(folder).load()
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

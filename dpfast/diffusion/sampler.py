@@ -1,15 +1,18 @@
 """Samples from a trained model, by diffusers' schedulers. Post-processing: it costs no privacy, however often."""
 
+import copy
 import hashlib
-from collections.abc import Callable
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from dpfast.checkpoint import weights_fingerprint
-from dpfast.data.images import ImageSet, to_uint8
+from dpfast.data.images import to_uint8
 from dpfast.data.shards import ShardFolder
 from dpfast.diffusion.objective import predict
 from dpfast.errors import ConfigError
@@ -50,12 +53,14 @@ def generate(
     guidance: float = 1.0,
     seed: int = 0,
     batch_size: int = 500,
+    dtype: torch.dtype = torch.float32,
     progress: Progress = silent,
 ) -> Tensor:
     """Images uint8 ``[n, *image_shape]`` for ``labels`` int64 ``[n]``.
 
     guidance: classifier-free, ``null + guidance * (conditional - null)`` with the null class ``num_classes``; both
     halves run in one call of the model, and 1 (no guidance) runs the conditional half alone.
+    dtype: that the model computes in, by autocast; the sampler's own steps are float32.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +70,7 @@ def generate(
     for batch in labels.split(batch_size):
         noise = torch.randn(len(batch), *image_shape, generator=generator).to(device)
         derived = sampling_scheduler(scheduler, sampler, steps)
-        guess = _guided(model, batch.to(device), num_classes, guidance)
+        guess = _autocast(_guided(model, batch.to(device), num_classes, guidance), device, dtype)
         images.append(to_uint8(_denoise(guess, derived, noise, generator)).cpu())
         done += len(batch)
         progress(done, len(labels), "sampling")
@@ -81,6 +86,16 @@ def _denoise(
         output = guess(scheduler.scale_model_input(images, t), t.expand(len(images)))
         images = scheduler.step(output, t, images, generator=generator).prev_sample
     return images
+
+
+def _autocast(
+    guess: Callable[[Tensor, Tensor], Tensor], device: torch.device, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def within(images: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return guess(images, t).float()
+
+    return within
 
 
 def _guided(model: nn.Module, labels: Tensor, num_classes: int, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -109,12 +124,22 @@ def generate_shards(
     guidance: float = 1.0,
     seed: int = 0,
     batch_size: int = 500,
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,  # noqa: A002 (as in Performance)
+    devices: Sequence[str] = (),
     progress: Progress = silent,
-) -> ImageSet:
+) -> ShardFolder:
     """``count`` images in a ``ShardFolder``, exactly ``count / len(classes)`` of each class.
 
-    Shards that are there are not made again, so an interrupted call can be repeated. Raises ConfigError if the
-    classes do not divide ``count``, DataError if the folder was made with other settings or another model.
+    Shards that are there are not made again, so an interrupted call can be repeated. No more than a shard for each
+    device is in memory.
+    dtype: as in ``generate``; compile: by ``torch.compile``; devices: that share the shards, each with a copy of the
+    model and a thread of its own (by default the model's device). Each shard has a seed of its own: who draws it does
+    not matter.
+
+    Raises:
+        ConfigError: the classes do not divide ``count``.
+        DataError: the folder was made with other settings or another model.
     """
     if count % len(classes) or count < 1 or shard_size < 1:
         raise ConfigError(
@@ -125,18 +150,32 @@ def generate_shards(
         "count": count, "shard_size": shard_size, "image_shape": list(image_shape), "classes": list(classes),
         "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size,
         "scheduler": scheduler.__class__.__name__, "scheduler_config": _settings_of(scheduler),
-        "model": weights_fingerprint(model),
+        "dtype": str(dtype).removeprefix("torch."), "model": weights_fingerprint(model),
     }  # fmt: skip
     shards = ShardFolder.claim(Path(folder), settings)
-    for number, labels in shards:
-        if shards.read(number, labels) is None:
-            images = generate(
-                model, scheduler, labels, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
-                steps=steps, guidance=guidance, seed=_shard_seed(seed, number), batch_size=batch_size,
-            )  # fmt: skip
-            shards.write(number, images, labels)
-        progress(min((number + 1) * shard_size, count), count, "sampling")
-    return shards.load()
+    workers = [copy.deepcopy(model).to(device) for device in devices] or [model]
+    networks: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
+    for worker in workers:
+        networks.put(cast(nn.Module, torch.compile(worker)) if compile else worker)
+
+    def make(number: int, labels: Tensor) -> None:
+        if shards.read(number, labels) is not None:
+            return
+        network = networks.get()
+        images = generate(
+            network, scheduler, labels, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
+            steps=steps, guidance=guidance, seed=_shard_seed(seed, number), batch_size=batch_size, dtype=dtype,
+        )  # fmt: skip
+        networks.put(network)
+        shards.write(number, images, labels)
+
+    threads = ThreadPoolExecutor(len(workers))
+    try:
+        for done, _ in enumerate(threads.map(make, *zip(*shards, strict=True)), 1):
+            progress(min(done * shard_size, count), count, "sampling")
+    finally:
+        threads.shutdown(cancel_futures=True)
+    return shards
 
 
 def _shard_seed(seed: int, number: int) -> int:

@@ -9,7 +9,7 @@ dp-accounting is imported on first use: that takes seconds.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ _SIGMA_STEP = 1e-4
 # Steps are composed by so many once there are more than ten times as many: at once, dp-accounting computes an integer
 # with as many digits as there are steps (a million steps: 7 s against 0.3 s).
 _CHUNK = 1000
+_RDP_ORDERS = (*range(2, 64), *range(64, 257, 16), 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,21 @@ def calibrate(mechanism: Mechanism, target_epsilon: float, delta: float) -> floa
     while epsilon(replace(mechanism, noise_multiplier=sigma), delta) > target_epsilon:
         sigma = _round_up(sigma * 1.0005)
     return sigma
+
+
+def rdp_noise_multiplier(mechanism: Mechanism, target_epsilon: float, delta: float) -> float:
+    """The multiplier that Renyi accounting asks for (Mironov 2017; Mironov et al. 2019), to compare with published
+    figures: 4% to 10% larger than ``calibrate``'s in the paper's settings. Whole orders from 2 on.
+    """
+    import dp_accounting as dp
+    from dp_accounting.rdp import RdpAccountant
+
+    def event(sigma: float) -> Any:
+        return _training_event(replace(mechanism, noise_multiplier=sigma))
+
+    bracket = dp.LowerEndpointAndGuess(1e-3, calibrate(mechanism, target_epsilon, delta))
+    found = dp.calibrate_dp_mechanism(partial(RdpAccountant, _RDP_ORDERS), event, target_epsilon, delta, bracket, 1e-4)
+    return float(found)
 
 
 def _unreachable(target: float, delta: float, best: float, cure: str) -> ConfigError:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from dpfast.errors import ConfigError
-from dpfast.privacy.accounting import Neighboring, accountant_name, rounded_up
+from dpfast.privacy.accounting import Neighboring, accountant_name, rdp_noise_multiplier, rounded_up
 from dpfast.privacy.plan import Plan
 from dpfast.progress import Progress, duration
 from dpfast.recipes.schema import Recipe
@@ -85,7 +85,7 @@ def describe_plan(recipe: Recipe) -> Rows:
         ("steps", str(plan.steps)),
         ("augmentations", f"{recipe.private.augmult} of each image, averaged before clipping"),
         ("clip norm", f"{plan.max_grad_norm:g}"),
-        ("noise multiplier", f"{plan.noise_multiplier:g}"),
+        ("noise multiplier", _noise(plan)),
         ("epsilon", f"{_figure(plan.epsilon())} at delta {plan.target_delta:g}"),
         ("neighbours", plan.neighboring),
         (
@@ -151,12 +151,20 @@ def describe_cost(run: Run) -> Rows:
     times = ", ".join(f"{name} {duration(value)}" for name, value in cost.seconds.items())
     return [
         ("epsilon", f"{_figure(run.plan.epsilon())} at delta {run.plan.target_delta:g}"),
-        ("noise multiplier", f"{run.plan.noise_multiplier:g}"),
+        ("noise multiplier", _noise(run.plan)),
         ("image passes", passes),
         ("time (estimate)", f"about {duration(sum(cost.seconds.values()))}: {times}"),
         ("memory (estimate)", f"about {cost.memory / 1e6:,.0f} MB"),
         ("baseline", "a DP-SGD classifier with a budget of its own, to compare with; it is not released"),
     ]
+
+
+def _noise(plan: Plan) -> str:
+    """The multiplier, and the larger one that Renyi accounting would ask for, as publications give it."""
+    if plan.target_epsilon is None or not plan.is_private or plan.neighboring == "replace":
+        return f"{plan.noise_multiplier:g}"
+    renyi = rdp_noise_multiplier(plan.mechanism(plan.steps, 1.0), plan.target_epsilon, plan.target_delta)
+    return f"{plan.noise_multiplier:g}, by privacy loss distributions (Renyi accounting would ask for {renyi:.4g})"
 
 
 def _figure(epsilon: float) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dpfast.data import ImageSet
-from dpfast.data.shards import load_shards
+from dpfast.data.shards import ShardFolder, load_shards
 from dpfast.diffusion.pretrain import pretrain as pretrain_model
 from dpfast.diffusion.sampler import generate_shards
 from dpfast.evaluation import accuracy, train_classifier
@@ -71,14 +70,13 @@ def _save_model(model: Any, folder: Path) -> None:
 def sample(run: Run, progress: Progress) -> None:
     """Synthetic images of the private model (released) and of the public one (to compare)."""
     at = run.directory
-    images = _generate(run, at.model, at.samples, progress)
-    rows = [images.images[images.labels == c][:GRID_COLUMNS] for c in range(images.num_classes)]
+    rows = _generate(run, at.model, at.samples, progress).heads(GRID_COLUMNS)
     write_atomic(at.samples / "grid.png", contact_sheet([r for r in rows if len(r)], scale=4))
     model_statement(run).write(at.samples)
     _generate(run, at.public_model, at.public_samples, progress)
 
 
-def _generate(run: Run, model: Path, folder: Path, progress: Progress) -> ImageSet:
+def _generate(run: Run, model: Path, folder: Path, progress: Progress) -> ShardFolder:
     return generate_shards(
         build.load_unet(model).to(run.recipe.performance.device),
         build.scheduler(run.recipe),

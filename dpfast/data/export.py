@@ -1,0 +1,57 @@
+"""Samples as folders of PNG files, one for each class: what labeling tools and other libraries open."""
+
+import io
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from dpfast.data.shards import ShardFolder, open_shards
+from dpfast.errors import DataError
+from dpfast.files import write_atomic
+from dpfast.progress import Progress, silent
+
+STATEMENT = ("PRIVACY.md", "privacy.json")
+
+
+def write_class_folders(samples: Path, folder: Path, *, progress: Progress = silent) -> int:
+    """Every image of a folder of shards as ``<folder>/<class>/<number>.png``, with their privacy statement beside.
+
+    Images that are there are not written again, and no more than a shard is in memory. Returns the number of images.
+
+    Raises:
+        DataError: the samples are incomplete or without a statement, or two classes would share a folder.
+    """
+    shards = open_shards(samples)
+    names = _folder_names(shards)
+    for name in STATEMENT:
+        if not (samples / name).exists():
+            raise DataError(f"{samples} holds no {name}: samples leave with what they promise; make them by a run")
+        write_atomic(folder / name, (samples / name).read_bytes())
+    done = 0
+    for number, labels in shards:
+        for image, label in zip(shards.images(number, labels), labels.tolist(), strict=True):
+            path = folder / names[label] / f"{done:07d}.png"
+            if not path.exists():
+                write_atomic(path, _png(image))
+            done += 1
+        progress(done, len(shards.labels), "writing images")
+    return done
+
+
+def _folder_names(shards: ShardFolder) -> list[str]:
+    """Of classes, without what file systems refuse."""
+    names = [re.sub(r"[^\w.-]+", "_", name).strip("._") for name in shards.classes]
+    if "" in names or len({name.lower() for name in names}) < len(names):
+        raise DataError(f"the classes {list(shards.classes)} would not be told apart as names of folders: rename some")
+    return names
+
+
+def _png(image: Tensor) -> bytes:
+    """uint8 ``[1 or 3, H, W]``."""
+    from PIL import Image
+
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, format="PNG")
+    return file.getvalue()
