@@ -108,8 +108,8 @@ def rdp_noise_multiplier(mechanism: Mechanism, target_epsilon: float, delta: flo
         return _training_event(replace(mechanism, noise_multiplier=sigma))
 
     bracket = dp.LowerEndpointAndGuess(1e-3, calibrate(mechanism, target_epsilon, delta))
-    found = dp.calibrate_dp_mechanism(partial(RdpAccountant, _RDP_ORDERS), event, target_epsilon, delta, bracket, 1e-4)
-    return float(found)
+    fresh = partial(RdpAccountant, _RDP_ORDERS)
+    return float(dp.calibrate_dp_mechanism(fresh, event, target_epsilon, delta, bracket, tol=1e-4))
 
 
 def _unreachable(target: float, delta: float, best: float, cure: str) -> ConfigError:
