@@ -373,6 +373,14 @@ def test_what_would_fail_late_is_refused_before_anything_is_spent(tmp_path, chan
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_without_pretraining_says_so(tmp_path):
+    recipe = load("digits", [*TINY, "pretrain.steps=0", "baseline.steps=1", "private.steps=1", "seeds=1"])
+    run = execute(recipe, tmp_path, Recorder())
+    page = run.directory.release_report.read_text()
+    assert "there was no pre-training" in page
+    assert "Public pre-training: loss" not in page
+
+
 def test_a_run_without_noise_does_not_call_itself_a_release(tmp_path):
     execute(load("digits", [*TINY, "target_epsilon=inf", "baseline.steps=1", "private.steps=1", "seeds=1"]),
             tmp_path, Recorder())  # fmt: skip

@@ -76,9 +76,9 @@ class Diffusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Ordinary training on public images: AdamW with a one-cycle learning rate."""
+    """Ordinary training on public images: AdamW with a one-cycle learning rate. steps: 0 begins from random weights."""
 
-    steps: int = above(0)
+    steps: int = at_least(0)
     batch_size: int = above(0)
     learning_rate: float = above(0)
     weight_decay: float = at_least(0)

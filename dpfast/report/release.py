@@ -22,8 +22,8 @@ class ReleaseReport:
     """What ``release/report.html`` shows.
 
     samples, public_samples: of the private model, and of the model before it saw a private image.
-    losses: of the public pre-training, one a step. epsilon_curve: (step, epsilon), empty without noise. recipe: TOML.
-    seconds: by stage; shown to the minute.
+    losses: of the public pre-training, one a step; empty without it. epsilon_curve: (step, epsilon), empty without
+    noise. recipe: TOML. seconds: by stage; shown to the minute.
     """
 
     name: str
@@ -81,25 +81,28 @@ class ReleaseReport:
 
     def _samples(self) -> str:
         ours = html.sample_rows(self.samples.images, self.samples.labels, self.samples.classes)
+        known = "public images only" if self.losses else "nothing: there was no pre-training"
         before = html.sample_rows(self.public_samples.images, self.public_samples.labels, self.public_samples.classes)
         return html.section(
             "Samples",
             '<div class="pair">',
             html.figure(ours, "The released model. One row per class, the first images of each: not hand-picked."),
-            html.figure(before, "The same model before private training, when it knew public images only."),
+            html.figure(before, f"The same model before private training, when it knew {known}."),
             "</div>",
         )
 
     def _training(self) -> str:
-        loss = curve(
-            range(1, len(self.losses) + 1),
-            self.losses,
-            xlabel="step",
-            ylabel="loss",
-            label="Loss of the public pre-training by step",
-            smooth=max(1, len(self.losses) // 40),
-        )
-        figures = [html.figure(loss, "Public pre-training: loss at each step, and its running mean.")]
+        figures = []
+        if self.losses:
+            loss = curve(
+                range(1, len(self.losses) + 1),
+                self.losses,
+                xlabel="step",
+                ylabel="loss",
+                label="Loss of the public pre-training by step",
+                smooth=max(1, len(self.losses) // 40),
+            )
+            figures.append(html.figure(loss, "Public pre-training: loss at each step, and its running mean."))
         if self.epsilon_curve:
             steps, epsilons = zip(*self.epsilon_curve, strict=True)
             spent = curve(

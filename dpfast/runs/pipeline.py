@@ -124,7 +124,8 @@ def _preflight(recipe: Recipe, private: ImageSet) -> None:
     build.timesteps(recipe).icdf(torch.zeros(1), recipe.diffusion.num_train_timesteps)
     sampling_scheduler(build.scheduler(recipe), recipe.sample.sampler, recipe.sample.steps)
     build.unet(recipe, private)
-    build.pretrain_spec(recipe)
+    if recipe.pretrain.steps:
+        build.pretrain_spec(recipe)
 
 
 def _check_device(name: str) -> None:

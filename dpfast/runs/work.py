@@ -26,6 +26,10 @@ GRID_COLUMNS = 20
 def pretrain(run: Run, progress: Progress) -> None:
     """Ordinary training on public images."""
     recipe, stage, at = run.recipe, run.stages["pretrain"], run.directory
+    if not recipe.pretrain.steps:
+        _save_model(build.unet(recipe, run.private), at.public_model)
+        write_json(at.losses, [])
+        return
     public = build.public_data(recipe)
     model = build.unet(recipe, public).to(recipe.performance.device)
     losses = pretrain_model(
