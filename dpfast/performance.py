@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from dpfast.errors import ConfigError
 
 Form = Literal["auto", "gram", "direct", "materialise", "example"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class Performance:
         makes physical batches that are predicted to fit. In a loop of your own, whose batches are given, it only moves
         the choice of ``auto``: forms whose gradients fit if any do, else those that keep the least.
     device: where ``DPTrainer`` runs the model.
+    dtype: what ``DPTrainer`` computes the objective in, by ``torch.autocast``; parameters, sums and noise stay as they
+        are. In a loop of your own, that is the loop's.
     compile: whether calls of the model inside ``with clipper`` are compiled (``torch.compile``, once for each batch
         size). A model that is compiled already needs no setting.
     """
@@ -30,11 +33,14 @@ class Performance:
     microbatch: int | None = None
     memory_budget: int | None = None
     device: str = "cpu"
+    dtype: Dtype = "float32"
     compile: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):
             raise ConfigError(f"Performance(form={self.form!r}): expected one of {', '.join(get_args(Form))}")
+        if self.dtype not in get_args(Dtype):
+            raise ConfigError(f"Performance(dtype={self.dtype!r}): expected one of {', '.join(get_args(Dtype))}")
         for name in ("microbatch", "memory_budget"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and float(value) >= 1):

@@ -238,7 +238,7 @@ class DPTrainer:
         device = self.performance.device
         examples = tuple(x.to(device) for x in self.examples.batch(torch.arange(0), size.examples))
         keys = RowKeys(self.seed, torch.arange(size.examples, device=device), 0, self.augmult).part(0, size.rows)
-        return lambda model, *examples: self.objective(model, *examples, keys), examples
+        return lambda model, *examples: self._losses(model, *examples, keys), examples
 
     def plan_step(self, size: Size | None = None, *, device: str | None = None) -> StepPlan:
         """What a physical batch will cost in time and memory: predicted without running it, on no private data.
@@ -306,11 +306,17 @@ class DPTrainer:
         with self.clipper:
             for first in range(0, self.augmult, size):
                 with seeded(batch.seed_of(first), self.performance.device):
-                    losses = self.objective(self.model, *batch.examples, keys.part(first, size))
+                    losses = self._losses(self.model, *batch.examples, keys.part(first, size))
                     if size == self.augmult:
                         self.clipper.backward(losses, example_mask=batch.mask)
                     else:
                         self.clipper.backward(losses, more=first + size < self.augmult)
+
+    def _losses(self, model: nn.Module, *arguments: Any) -> Tensor:
+        """The objective's, in the dtype that ``performance`` says."""
+        low, kind = self.performance.dtype == "bfloat16", torch.device(self.performance.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=low):
+            return self.objective(model, *arguments)
 
     def _show_objective(self) -> None:
         """On a few examples, with no more rows than a physical batch has."""
@@ -321,7 +327,7 @@ class DPTrainer:
         examples = [x.to(device) for x in self.examples.batch(ids, len(ids))]
         keys = RowKeys(self.seed, torch.arange(len(ids), device=device), 0, self.augmult)
         rows = max(1, size.examples * size.rows // len(ids))
-        show_objective(self.objective, self.model, examples, keys.part(0, rows), self.clipper.parameters.values())
+        show_objective(self._losses, self.model, examples, keys.part(0, rows), self.clipper.parameters.values())
 
     # Interruption
 

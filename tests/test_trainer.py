@@ -99,6 +99,7 @@ OTHER = {
     "microbatch": [1, 5, 100],
     "memory_budget": [4_200, 30_000],  # two of three rows of an example at a time, a few examples
     "device": [f"cuda:{i}" for i in range(torch.cuda.device_count())],
+    "dtype": ["bfloat16"],
     "compile": [True],
 }
 
@@ -132,8 +133,22 @@ def test_no_performance_setting_moves_the_clipped_sum(name, value, dtype, monkey
 
     usual, *_ = sums(0.5)
     assert not torch.allclose(usual, sums(1e6)[0], rtol=0.1), "nothing is clipped"
+    coarser = torch.bfloat16 if name == "dtype" else dtype
     for found in sums(0.5, **{name: value}):
-        assert (found - usual).norm() <= 4 * torch.finfo(dtype).eps * usual.norm()
+        assert (found - usual).norm() <= 4 * torch.finfo(coarser).eps * usual.norm()
+
+
+def test_the_objective_is_computed_in_the_dtype() -> None:
+    seen = []
+
+    def watched(model, pixels, labels, keys):
+        seen.append(model(pixels.repeat_interleave(keys.augmult, 0).float()).dtype)
+        return objective(model, pixels, labels, keys)
+
+    trainer(objective=watched, performance=Performance(dtype="bfloat16")).fit()
+    assert set(seen) == {torch.bfloat16}
+    with pytest.raises(ConfigError, match="dtype='float16'"):
+        Performance(dtype="float16")
 
 
 def test_no_step_holds_more_than_the_memory_budget() -> None:
