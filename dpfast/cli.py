@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpfast.errors import ConfigError, DPFastError
+from dpfast import data_cli
+from dpfast.console import Debug, reported
+from dpfast.errors import ConfigError
 
 if TYPE_CHECKING:
     from dpfast.recipes import Recipe
@@ -26,6 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Differentially private fine-tuning of diffusion models.\n\nStart with: dpfast demo",
 )
+
+app.add_typer(data_cli.app, name="data")
 
 
 def _settings(values: list[str] | None) -> list[str] | None:
@@ -49,7 +50,6 @@ Set = Annotated[
 Name = Annotated[str | None, typer.Option("--name", help="Name of the run; the recipe's own by default.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the recipe and what it will cost; do nothing.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RUNS = Path("runs")
 
 
@@ -262,28 +262,6 @@ def doctor(runs: Runs = RUNS, debug: Debug = False) -> None:
         from dpfast.doctor import examine
 
         _table(examine(runs))
-
-
-@contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Errors as a few red lines and exit code 2, Ctrl-C as a hint and exit code 130, warnings as one line each."""
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        try:
-            yield
-        except KeyboardInterrupt:
-            typer.echo("\ninterrupted; run the same command to go on", err=True)
-            raise typer.Exit(130) from None
-        except DPFastError as error:
-            if debug:
-                raise
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from None
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, UserWarning | RuntimeWarning):
-        typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
 
 
 def _plan_elsewhere(device: str | None, settings: list[str] | None, kernels: bool) -> None:

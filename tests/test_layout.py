@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down; whatever is not named here stands on its own feet below all of these.
 ORDER = (
     "cli",
+    "data_cli",
     "runs",
     "report",
     "recipes",

@@ -1,0 +1,118 @@
+"""The commands ``dpfast data``: data sets as they are published, and the stores that are made of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpfast.console import Debug, reported
+
+if TYPE_CHECKING:
+    from dpfast.data.store import Store
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare data sets for training, and look at them.")
+
+
+@app.command()
+def prepare(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A published data set (camelyon17, cifar10, cifar100, fashionmnist, imagenet32, mnist), or a name for "
+            "your own: class folders of images, npz, HDF5, Parquet or Arrow files."
+        ),
+    ],
+    source: Annotated[Path, typer.Option(help="The file or folder that holds it; it is only read.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the store; data/NAME by default.")] = None,
+    size: Annotated[int | None, typer.Option(help="Crop and scale images to this many pixels a side.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="It may be a part of the published data set, or a stand-in for it.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a data set, as it is published, into a store that training reads. Nothing is downloaded.
+
+    \b
+    Examples:
+      dpfast data prepare cifar10 --source ~/downloads/cifar-10-python.tar.gz
+      dpfast data prepare camelyon17 --source ~/wilds/camelyon17_v1.0 --size 32
+      dpfast data prepare imagenet32 --source ~/imagenet32 --out /scratch/imagenet32
+      dpfast data prepare scans --source ~/scans --size 64
+      dpfast data prepare mnist --source tests/mnist --partial
+    """
+    with reported(debug):
+        typer.echo("checking the source ...", err=True)
+        from dpfast.data.formats import canonical_name
+        from dpfast.data.prepare import prepare as carry_out
+        from dpfast.runs.terminal import TerminalProgress
+
+        folder = out or Path("data") / canonical_name(name)
+        progress = TerminalProgress(sys.stderr)
+        try:
+            store = carry_out(name, source, folder, size=size, partial=partial, progress=progress)
+        finally:
+            progress.close()
+        _print_store(folder, store)
+
+
+@app.command()
+def show(
+    store: Annotated[Path, typer.Argument(help="Folder of a store.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read all of it and compare the checksums.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What a store holds: images of each class and split, checksums, and the files that it was made from.
+
+    The numbers are those of the data itself, without any noise: they may not leave the building if it may not.
+
+    \b
+    Examples:
+      dpfast data show data/cifar10
+      dpfast data show data/cifar10 --verify
+    """
+    with reported(debug):
+        from dpfast.data.store import open_store, read_store
+
+        found = read_store(store)
+        splits = {split: open_store(store, split, verify=verify) for split in found.splits}
+        _print_store(store, found)
+        counts = {split: images.labels.bincount(minlength=images.num_classes) for split, images in splits.items()}
+        rows = [[name, *(f"{count[i]:,}" for count in counts.values())] for i, name in enumerate(found.classes)]
+        rows.append(["all classes", *(f"{len(images):,}" for images in splits.values())])
+        _print_columns([["", *counts], *rows])
+        _print_checksums(found, verified=verify)
+
+
+def _print_store(folder: Path, store: Store) -> None:
+    channels, height, width = store.shape
+    rows = [
+        ("store", str(folder)),
+        ("data set", store.name + (" (a part, or a stand-in)" if store.partial else "")),
+        ("images", f"{channels} x {height} x {width}, " + (store.resizing or "as they are")),
+        ("splits", ", ".join(f"{name} {split.count:,}" for name, split in store.splits.items())),
+        ("classes", str(len(store.classes))),
+    ]
+    for name, value in rows:
+        typer.echo(f"{name:<8}  {value}")
+
+
+def _print_checksums(store: Store, *, verified: bool) -> None:
+    typer.echo(f"\nsha256 of the store{', all as written' if verified else ''}")
+    for name, split in store.splits.items():
+        for file, stored in (("images.npy", split.images), ("labels.npy", split.labels)):
+            typer.echo(f"{stored.sha256}  {name}/{file}")
+    typer.echo("\nsha256 of what it was made from")
+    for source in store.source:
+        files = f" ({source['files']:,} files)" if "files" in source else ""
+        typer.echo(f"{source['sha256']}  {source.get('file') or source['folder']}{files}")
+
+
+def _print_columns(rows: list[list[str]]) -> None:
+    from dpfast.tables import columns
+
+    typer.echo("")
+    for line in columns(rows, words=[0]):
+        typer.echo(line)
