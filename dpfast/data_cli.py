@@ -58,6 +58,29 @@ def prepare(
         _print_store(folder, store)
 
 
+@app.command("stand-in")
+def stand_in(
+    name: Annotated[str, typer.Argument(help="camelyon17, cifar10, imagenet32 or mnist.")],
+    out: Annotated[Path, typer.Option(help="An empty folder for the files.")],
+    train: Annotated[int, typer.Option(help="Images to train on.")] = 2000,
+    test: Annotated[int, typer.Option(help="Images to test on.")] = 500,
+    debug: Debug = False,
+) -> None:
+    """Write generated images in the files of a published data set, to try a recipe before the data are there.
+
+    \b
+    Examples:
+      dpfast data stand-in cifar10 --out stand-in/cifar10
+      dpfast data prepare cifar10 --source stand-in/cifar10 --partial
+      dpfast run cifar10-small
+    """
+    with reported(debug):
+        from dpfast.data.standin import write_stand_in
+
+        write_stand_in(name, out, train=train, test=test)
+        typer.echo(f"{out}: shapes in the files of {name}. No image of the real data set is among them.")
+
+
 @app.command()
 def show(
     store: Annotated[Path, typer.Argument(help="Folder of a store.")],

@@ -1,11 +1,9 @@
 """Samples as folders of PNG files, one for each class: what labeling tools and other libraries open."""
 
-import io
 import re
 from pathlib import Path
 
-from torch import Tensor
-
+from dpfast.data.pictures import encode
 from dpfast.data.shards import ShardFolder, open_shards
 from dpfast.errors import DataError
 from dpfast.files import write_atomic
@@ -33,7 +31,7 @@ def write_class_folders(samples: Path, folder: Path, *, progress: Progress = sil
         for image, label in zip(shards.images(number, labels), labels.tolist(), strict=True):
             path = folder / names[label] / f"{done:07d}.png"
             if not path.exists():
-                write_atomic(path, _png(image))
+                _write(path, encode(image.numpy()))
             done += 1
         progress(done, len(shards.labels), "writing images")
     return done
@@ -47,11 +45,9 @@ def _folder_names(shards: ShardFolder) -> list[str]:
     return names
 
 
-def _png(image: Tensor) -> bytes:
-    """uint8 ``[1 or 3, H, W]``."""
-    from PIL import Image
-
-    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-    file = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, format="PNG")
-    return file.getvalue()
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all. Not waiting for the disk, as ``write_atomic`` does: there may be millions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

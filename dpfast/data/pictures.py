@@ -1,4 +1,4 @@
-"""Encoded images (PNG, JPEG and what else Pillow reads) as arrays, and images of another size."""
+"""Encoded images (PNG, JPEG and what else Pillow reads) as arrays and back, and images of another size."""
 
 from __future__ import annotations
 
@@ -40,6 +40,15 @@ def decode(content: bytes, where: str, *, channels: int, size: int | None = None
             raise _undecodable(where, error) from error
     pixels = np.asarray(converted if size is None else _fitted(converted, size))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def encode(image: np.ndarray) -> bytes:
+    """PNG of uint8 ``[1 or 3, H, W]``."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))).save(file, "PNG")
+    return file.getvalue()
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
