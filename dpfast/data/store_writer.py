@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -145,7 +146,8 @@ class _Array:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # a disk that is full, as write() has said
+            self._file.close()
 
     def append(self, part: np.ndarray) -> None:
         self.write(np.ascontiguousarray(part, self._dtype).reshape(-1).view(np.uint8).data)
@@ -154,15 +156,22 @@ class _Array:
         """As a file has it, for numpy to write the header."""
         self._digest.update(content)
         self._bytes += len(content)
-        try:
+        with _room_for(self._path):
             self._file.write(content)
-        except OSError as error:
-            raise FileError(f"cannot write {self._path} ({error.strerror}); make room, then run again") from error
 
     def finish(self) -> StoredFile:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _room_for(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return StoredFile(self._bytes, self._digest.hexdigest())
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"cannot write {path} ({error.strerror}); make room, then run again") from error
 
 
 def _is_free(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from dpfast.data.formats.source import Source
 from dpfast.data.formats.splits import split_name, split_of
 from dpfast.errors import DataError
 
-_NAME = re.compile(r"(?:(?P<split>[a-zA-Z]+)[_/])?(?P<what>images|labels)")
+_NAME = re.compile(r"(?:(?P<split>[a-zA-Z0-9]+)[_/])?(?P<what>images|labels)")
 
 
 class ArrayFile(Protocol):

@@ -65,9 +65,10 @@ def _header(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...]:
     length = 4 + 4 * dimensions
     with readable(str(path)):
         head = file.read(length)
-    if len(head) < length or (magic := int.from_bytes(head[:4], "big")) != 0x0800 + dimensions:
-        got = f"{magic:#010x}" if len(head) == length else f"{len(head)} bytes"
-        raise DataError(f"{path}: expected the magic number {0x0800 + dimensions:#010x}, got {got}; get the file again")
+    magic = 0x0800 + dimensions
+    if len(head) < length or int.from_bytes(head[:4], "big") != magic:
+        got = head.hex(" ", -4) or "an empty file"
+        raise DataError(f"{path}: expected a header with magic number {magic:08x}, got {got}; get the file again")
     shape = struct.unpack(f">{dimensions}I", head[4:])
     size = length + math.prod(shape)
     if path.suffix != ".gz" and path.stat().st_size != size:

@@ -58,8 +58,8 @@ class _Unpickler(pickle.Unpickler):
             return _ADMITTED[module.replace("numpy._core.", "numpy.core."), name]  # numpy 2 renamed it
         except KeyError:
             raise FileError(
-                f"{self._where}: expected arrays, dicts, lists, texts and numbers, got a pickle that names {module}.{name}."
-                " Nothing of it was run: do not use this file, get it again from where the data set is published"
+                f"{self._where}: expected a pickle of arrays, lists, texts and numbers, got one that names "
+                f"{module}.{name}. Nothing of it was run: do not use this file, get it from where it is published"
             ) from None
 
 

@@ -112,7 +112,7 @@ def checked_labels(labels: Any, classes: int, where: str, *, first: int = 0) -> 
 
 def numbered(labels: Iterable[np.ndarray]) -> tuple[str, ...]:
     """Names "0", "1", ... for labels that come without: as many as the largest of all of them asks for."""
-    largest = [int(array.max(initial=-1)) for array in labels if array.dtype.kind in "iu"]
+    largest = [int(array.max()) for array in labels if array.dtype.kind in "iu" and array.size]
     return tuple(str(i) for i in range(max(largest, default=-1) + 1))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dpfast.data.formats.reading import Published
 from dpfast.errors import DataError, FileError
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18  # bytes
 
 
 class Source:
