@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dpfast import checkpoint
 from dpfast.clipping import GhostClipper
 from dpfast.clipping.planner import StepPlan, plan_step
+from dpfast.clipping.rule import Clipping
 from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
 from dpfast.errors import CheckpointError, ConfigError, PrivacyError
@@ -57,6 +58,7 @@ class DPTrainer:
         that belong to an example and a step, not to a place in the batch); ``DiffusionObjective`` is one.
     optimizer: makes a torch optimizer from parameters; its learning rate is reached after ``warmup_steps``.
     augmult: K, the rows made of each example.
+    clipping, stability: how gradients are clipped to the plan's ``max_grad_norm``, as ``GhostClipper`` has it.
     seed: of augmentation, timesteps and diffusion noise, keyed by example. It reaches neither the privacy noise nor the
         sampling nor dropout nor random transforms of the data set, which come from the operating system.
     state_dir: ledger and checkpoint, of one data set; None keeps the ledger in memory and writes nothing.
@@ -82,6 +84,8 @@ class DPTrainer:
         objective: Objective,
         optimizer: OptimizerFactory,
         augmult: int = 1,
+        clipping: Clipping = "flat",
+        stability: float = 0.01,
         seed: int = 0,
         performance: Performance | None = None,
         state_dir: str | Path | None = None,
@@ -109,7 +113,12 @@ class DPTrainer:
         self.progress = progress
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.clipper = GhostClipper(
-            model, max_grad_norm=plan.max_grad_norm, augmult=augmult, performance=self.performance
+            model,
+            max_grad_norm=plan.max_grad_norm,
+            augmult=augmult,
+            clipping=clipping,
+            stability=stability,
+            performance=self.performance,
         )
         self.inner_optimizer = optimizer(list(self.clipper.parameters.values()))
         self.learning_rates = [group["lr"] for group in self.inner_optimizer.param_groups]
@@ -337,7 +346,12 @@ class DPTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between the parts of one training, beside the plan."""
-        return {"optimizer": type(self.inner_optimizer).__name__, "augmult": self.augmult, "seed": self.seed}
+        return {
+            "optimizer": type(self.inner_optimizer).__name__,
+            "augmult": self.augmult,
+            "seed": self.seed,
+            "clipping": str(self.clipper.rule),
+        }
 
     def _save(self, step: int) -> None:
         if self.state_dir is not None:

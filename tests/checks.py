@@ -15,8 +15,10 @@ from oracle import Clipped, assert_as_good_as_torch, per_example
 FORMS = get_args(Form)
 
 
-def clip(model, inputs, *, augmult, max_grad_norm, form="auto", losses=losses) -> Clipped:
-    clipper = GhostClipper(model, max_grad_norm=max_grad_norm, augmult=augmult, performance=Performance(form=form))
+def clip(model, inputs, *, augmult, max_grad_norm, stability=None, form="auto", losses=losses) -> Clipped:
+    rule = {} if stability is None else {"clipping": "automatic", "stability": stability}
+    performance = Performance(form=form)
+    clipper = GhostClipper(model, max_grad_norm=max_grad_norm, augmult=augmult, **rule, performance=performance)
     clipper.zero_grad()
     size = augmult if form == "example" else len(inputs[0])
     norms = []
@@ -28,10 +30,10 @@ def clip(model, inputs, *, augmult, max_grad_norm, form="auto", losses=losses) -
     return Clipped(torch.cat(norms), sums)
 
 
-def check(model, inputs, *, augmult: int, forms=FORMS, losses=losses) -> None:
-    """Half of the examples are clipped: C is the median of the exact norms."""
-    norms = per_example(model, losses, inputs, augmult=augmult, max_grad_norm=1.0).norms
-    settings = {"augmult": augmult, "max_grad_norm": norms.median().item()}
+def check(model, inputs, *, augmult: int, forms=FORMS, losses=losses, automatic: bool = False) -> None:
+    """Half of the examples are clipped: C is the median of the exact norms; so is gamma of automatic clipping."""
+    middle = per_example(model, losses, inputs, augmult=augmult, max_grad_norm=1.0).norms.median().item()
+    settings = {"augmult": augmult, "max_grad_norm": middle, "stability": middle if automatic else None}
     exact = per_example(model, losses, inputs, **settings)
     plain = per_example(model, losses, inputs, **settings, dtype=torch.float32)
     for form in forms:

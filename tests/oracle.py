@@ -23,9 +23,13 @@ def per_example(
     *,
     augmult: int,
     max_grad_norm: float,
+    stability: float | None = None,
     dtype=torch.float64,
 ) -> Clipped:
-    """The definition, example by example: gradient of the mean loss of the rows, its norm, its clipped share."""
+    """The definition, example by example: gradient of the mean loss of the rows, its norm, its clipped share.
+
+    stability: of automatic clipping.
+    """
     model = copy.deepcopy(model).to(dtype)
     inputs = tuple(x.detach().contiguous().to(dtype) if x.is_floating_point() else x for x in inputs)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -38,7 +42,8 @@ def per_example(
         norm = torch.stack([grad.square().sum() for grad in present.values()]).sum().sqrt()
         norms.append(norm)
         for name, grad in present.items():
-            sums[name] += (max_grad_norm / norm).clamp(max=1) * grad
+            factor = (max_grad_norm / norm).clamp(max=1) if stability is None else max_grad_norm / (norm + stability)
+            sums[name] += factor * grad
     return Clipped(torch.stack(norms), sums)
 
 

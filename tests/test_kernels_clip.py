@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cases import LAYOUTS, relayout
+from dpfast.errors import DPFastError
 from dpfast.kernels import clip
 from kernel_cases import BACKENDS, device, needs_native, needs_triton, poisoned, relative, threads  # noqa: F401 (fixtures)
 
@@ -27,6 +28,30 @@ def test_clip_factors(dtype) -> None:
     sq = torch.tensor([-1e-6, 0.0, 1e-40, 0.25, 1.0, 4.0, 1e30, float("inf"), float("nan")], dtype=dtype)
     factors = clip.clip_factors(sq, 1.0)
     torch.testing.assert_close(factors, torch.tensor([0, 1, 1, 1, 1, 0.5, 1e-15, 0, 0], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_of_automatic_clipping(dtype) -> None:
+    """Short gradients are scaled up, one of length 0 by a finite factor."""
+    sq = torch.tensor([-1e-6, 0.0, 1e-40, 0.25, 1.0, 4.0, 1e30, float("inf"), float("nan")], dtype=dtype)
+    factors = clip.clip_factors(sq, 2.0, stability=0.5)
+    torch.testing.assert_close(factors, torch.tensor([0, 4, 4, 2, 4 / 3, 0.8, 2e-15, 0, 0], dtype=dtype))
+
+
+@pytest.mark.parametrize("stability", [0.0, -1.0, float("nan")])
+def test_a_stability_that_bounds_nothing(stability) -> None:
+    with pytest.raises(DPFastError, match=r"stability=.*expected a positive number.*got sq \[3\]"):
+        clip.clip_factors(torch.ones(3), 1.0, stability=stability)
+
+
+@pytest.mark.parametrize("stability", [1e-6, 0.01, 10.0])
+@pytest.mark.parametrize("max_grad_norm", [1e-20, 1e-3, 1.0, 1e20])
+def test_what_is_clipped_automatically_is_no_longer_than_the_clip_norm(max_grad_norm, stability) -> None:
+    sq = torch.logspace(-60, 60, 1001, dtype=torch.float64)
+    clipped = clip.clip_factors(sq, max_grad_norm, stability=stability) * sq.sqrt()
+    limit = 1 + 4 * torch.finfo(torch.float64).eps
+    assert (clipped <= max_grad_norm * limit).all()
+    assert (clipped * limit >= max_grad_norm * (1 - stability / sq.sqrt())).all()
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e-20, 1e-3, 1.0, 1e20])

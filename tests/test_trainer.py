@@ -558,8 +558,9 @@ def bigger() -> nn.Module:
         ({"model": bigger()}, "size mismatch|Missing key"),
         ({"augmult": 1}, "begun with .*'augmult': 3.* goes on with .*'augmult': 1"),
         ({"optimizer": torch.optim.Adam}, "begun with .*'optimizer': 'SGD'.* goes on with .*'Adam'"),
+        ({"clipping": "automatic"}, "begun with .*'clipping': 'flat'.* goes on with .*'automatic, stability 0.01'"),
     ],
-    ids=["without an average", "another model", "another K", "another optimizer"],
+    ids=["without an average", "another model", "another K", "another optimizer", "another way to clip"],
 )
 def test_a_checkpoint_of_another_training(options, what, tmp_path) -> None:
     with pytest.raises(Cut):

@@ -11,6 +11,7 @@ from dpfast.clipping.derived import TrackedTensors, direct_uses
 from dpfast.clipping.forms import Forms
 from dpfast.clipping.problems import Problem, refusal
 from dpfast.clipping.rows import Rows
+from dpfast.clipping.rule import ClipRule
 from dpfast.clipping.tape import Tape, TapedUse, place
 from dpfast.clipping.terms import (
     BookKept,
@@ -25,7 +26,7 @@ from dpfast.clipping.terms import (
     owned,
 )
 from dpfast.kernels import linear
-from dpfast.kernels.clip import clip_factors, clipped_sums
+from dpfast.kernels.clip import clipped_sums
 from dpfast.kernels.cost import Form, Work
 
 SMALL = 4096  # numbers of a stored gradient up to which calls cost more than its memory
@@ -108,7 +109,7 @@ class Accumulation:
         self._pull_back()
         return {self.names[key]: grads for key, grads in self.partial.items()}
 
-    def finish(self, max_grad_norm: float, mask: Tensor) -> Clipped:
+    def finish(self, rule: ClipRule, mask: Tensor) -> Clipped:
         """Clip; an example where ``mask [B]`` is False contributes exactly 0."""
         self.forms.learn(self.kind, (work for _, work, _ in self.chosen))
         for name, grads in self.summed().items():
@@ -121,7 +122,7 @@ class Accumulation:
         sq, bound = torch.stack(self.sqs).sum(0), torch.stack(self.bounds).sum(0)
         # A bound that is not a number vouches for nothing: such an example contributes 0.
         total = torch.where(bound <= GRAM_TRUST * sq, sq, sq.clamp(min=0) + bound)
-        factors = torch.where(mask, clip_factors(total, max_grad_norm), 0)
+        factors = torch.where(mask, rule.factors(total), 0)
         sums = self._sums(factors)
         if small:
             sums |= small.clipped_sums(factors)

@@ -19,6 +19,7 @@ from dpfast.clipping.losses import check_losses, check_part
 from dpfast.clipping.ownership import MANY_PATHS, Ownership
 from dpfast.clipping.passes import Begun, Pass
 from dpfast.clipping.problems import Problem, listed, refuse
+from dpfast.clipping.rule import Clipping, ClipRule
 from dpfast.clipping.tape import Tape
 from dpfast.clipping.watch import Inventory, Seen, Standing, changed, seen
 from dpfast.errors import CaptureError, ConfigError
@@ -42,7 +43,7 @@ class ClipResult:
 
 
 class GhostClipper:
-    """Adds ``sum_i min(1, C / |G_i|) G_i`` to ``p.grad``, where ``G_i`` is the gradient of one example.
+    """Adds ``sum_i w_i G_i`` to ``p.grad``: ``G_i`` is the gradient of one example, and ``w_i = min(1, C / |G_i|)``.
 
     ``G_i`` is the mean over the example's K augmentations, over all trainable parameters together, as in
     Ghalebikesabi et al. (arXiv 2302.13861); row ``i*K + k`` of a batch is augmentation k of example i::
@@ -82,24 +83,28 @@ class GhostClipper:
         *,
         max_grad_norm: float,
         augmult: int = 1,
+        clipping: Clipping = "flat",
+        stability: float = 0.01,
         performance: Performance | None = None,
     ) -> None:
         """
         model: any module; frozen parameters cost nothing.
         max_grad_norm: the clip norm C.
         augmult: K, the number of consecutive rows that belong to one example.
+        clipping: "flat" leaves gradients shorter than C as they are; "automatic" gives all of them nearly the length C,
+            ``w_i = C / (|G_i| + stability)``: C then only scales the learning rate (Bu et al., arXiv 2206.07136).
+            The sensitivity is C either way.
+        stability: gamma of automatic clipping, in units of a gradient's norm.
         performance: how to compute; never changes the result.
 
         Raises ``ConfigError`` for values out of range and ``CaptureError`` for half-precision parameters.
         """
-        if not (max_grad_norm > 0 and max_grad_norm < float("inf")):
-            raise ConfigError(f"max_grad_norm={max_grad_norm!r}: expected a positive, finite number")
+        self._rule = ClipRule.of(max_grad_norm, clipping, stability)
         if isinstance(model, torch.jit.ScriptModule):
             raise CaptureError("a scripted model hides its operations: give the Python module it was made from")
         if augmult < 1:
             raise ConfigError(f"augmult={augmult!r}: expected at least 1 row per example")
         self.model = model
-        self._max_grad_norm = float(max_grad_norm)
         self._augmult = augmult
         self.performance = performance or Performance()
         self._forms = Forms(self.performance)
@@ -125,7 +130,12 @@ class GhostClipper:
     @property
     def max_grad_norm(self) -> float:
         """The clip norm C. Fixed: what was summed was clipped to it."""
-        return self._max_grad_norm
+        return self._rule.max_grad_norm
+
+    @property
+    def rule(self) -> ClipRule:
+        """How gradients are clipped. Fixed, too."""
+        return self._rule
 
     @property
     def augmult(self) -> int:
@@ -274,7 +284,7 @@ class GhostClipper:
             losses=losses,
             examples=examples,
             augmult=self.augmult,
-            max_grad_norm=self.max_grad_norm,
+            rule=self._rule,
             path=self._calls.path(),
             mask=finite if mask is None else finite & mask,
             begun=begun,

@@ -25,6 +25,7 @@ from dpfast.clipping.ownership import (
 from dpfast.clipping.private import repeatable_backward
 from dpfast.clipping.problems import Problem, refuse
 from dpfast.clipping.rows import Rows
+from dpfast.clipping.rule import ClipRule
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
 from dpfast.errors import CaptureError
 
@@ -54,7 +55,7 @@ class Pass:
     losses: Tensor
     examples: int
     augmult: int
-    max_grad_norm: float
+    rule: ClipRule
     path: Hashable  # what the step ran: the functions called, the modes of the layers
     mask: Tensor  # False for examples that contribute nothing: padding, and those whose loss is not finite
     begun: Begun | None = None
@@ -63,7 +64,7 @@ class Pass:
         """Norms, factors and clipped sums; raises ``CaptureError`` with all problems, writes nothing."""
         accumulation = self._accumulate()
         with plain():
-            return accumulation.finish(self.max_grad_norm, self.mask)
+            return accumulation.finish(self.rule, self.mask)
 
     def go_on(self) -> Begun:
         """What has been seen of the example, with this pass, when more are to come."""

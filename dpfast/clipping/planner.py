@@ -27,6 +27,7 @@ from dpfast.clipping.forms import Forms
 from dpfast.clipping.ownership import Ownership
 from dpfast.clipping.passes import Begun, Pass
 from dpfast.clipping.problems import refuse
+from dpfast.clipping.rule import ClipRule
 from dpfast.clipping.trees import replace_tensors, tensors_in
 from dpfast.clipping.watch import Inventory
 from dpfast.errors import CaptureError
@@ -342,7 +343,7 @@ def _private(
             rows = losses(model, *inputs)
             with torch._C.DisableTorchFunction():
                 examples = 1 if part else len(rows) // augmult
-                mask = rows.new_ones(examples, dtype=torch.bool)
+                mask, rule = rows.new_ones(examples, dtype=torch.bool), ClipRule(max_grad_norm=1.0)
                 step = Pass(
                     capture=capture,
                     parameters=tensors.trainable,
@@ -351,7 +352,7 @@ def _private(
                     losses=rows,
                     examples=examples,
                     augmult=augmult,
-                    max_grad_norm=1.0,
+                    rule=rule,
                     path=(),
                     mask=mask,
                     begun=Begun(seen, 0, mask) if part else None,
@@ -362,7 +363,7 @@ def _private(
                 accumulation = step.accumulate_unshown(showing=showing)
                 refuse(capture.tape.problems)
                 with torch.no_grad():
-                    clipped = accumulation.finish(1.0, mask)
+                    clipped = accumulation.finish(rule, mask)
                     held = {name: clipped.sums.pop(name).contiguous() for name in tuple(clipped.sums)}
         del held
     return meter, accumulation

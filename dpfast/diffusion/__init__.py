@@ -1,5 +1,6 @@
 """Diffusion: timesteps, losses per row, networks, public pre-training, sampling."""
 
+from dpfast.diffusion.loading import load_unet, relabel
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
 from dpfast.diffusion.sampler import generate, generate_shards
@@ -16,4 +17,6 @@ __all__ = [
     "build_unet",
     "generate",
     "generate_shards",
+    "load_unet",
+    "relabel",
 ]

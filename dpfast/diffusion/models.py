@@ -1,7 +1,7 @@
 """Networks and noise schedules from diffusers, described by plain values that a recipe can hold."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpfast.errors import ConfigError
 from dpfast.seeding import seeded
@@ -15,7 +15,9 @@ class UNetSpec:
     """A class-conditional UNet2DModel with ``num_classes + 1`` class embeddings (the last is the null class).
 
     widths: channels of each resolution, halving from one to the next; attention: resolutions (indices into widths)
-    with self-attention.
+    with self-attention. scale_shift: the timestep scales and shifts what a residual block's second norm gives
+    ("adaptive group normalization"), instead of being added before it. resblock_updown: residual blocks change the
+    resolution, not convolutions. Both as in ADM (Dhariwal and Nichol, arXiv 2105.05233, section 3).
     """
 
     image_size: int = 8
@@ -28,6 +30,8 @@ class UNetSpec:
     mid_attention: bool = False
     attention_head_dim: int = 8
     dropout: float = 0.0
+    scale_shift: bool = False
+    resblock_updown: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -37,6 +41,12 @@ class UNetSpec:
             problems.append(f"image_size={self.image_size} cannot be halved {len(self.widths) - 1} times")
         if any(level not in range(len(self.widths)) for level in self.attention):
             problems.append(f"attention {self.attention} must name levels 0..{len(self.widths) - 1}")
+        attended = {self.widths[level] for level in self.attention if level in range(len(self.widths))}
+        attended |= set(self.widths[-1:]) if self.mid_attention else set()
+        if any(width % self.attention_head_dim for width in attended):
+            problems.append(
+                f"attended widths {sorted(attended)} must be multiples of attention_head_dim={self.attention_head_dim}"
+            )
         if problems:
             raise ConfigError("UNet cannot be built: " + "; ".join(problems))
 
@@ -54,24 +64,35 @@ def build_unet(spec: UNetSpec, *, seed: int) -> "UNet2DModel":
     """The network with weights drawn from ``seed``; torch's global generator is left as it was."""
     from diffusers import UNet2DModel
 
-    levels = range(len(spec.widths))
-    down = tuple("AttnDownBlock2D" if level in spec.attention else "DownBlock2D" for level in levels)
-    up = tuple("AttnUpBlock2D" if level in spec.attention else "UpBlock2D" for level in reversed(levels))
     with seeded(seed):
-        return UNet2DModel(
-            sample_size=spec.image_size,
-            in_channels=spec.channels,
-            out_channels=spec.channels,
-            block_out_channels=spec.widths,
-            down_block_types=down,
-            up_block_types=up,
-            layers_per_block=spec.layers_per_block,
-            norm_num_groups=spec.norm_groups,
-            add_attention=spec.mid_attention,
-            attention_head_dim=spec.attention_head_dim,
-            dropout=spec.dropout,
-            num_class_embeds=spec.num_classes + 1,
-        )
+        return UNet2DModel(**unet_config(spec))
+
+
+def unet_config(spec: UNetSpec) -> dict[str, Any]:
+    """The arguments of diffusers' UNet2DModel."""
+    levels = range(len(spec.widths))
+    down, up = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if spec.resblock_updown else ("DownBlock2D", "UpBlock2D")
+    )
+    resampling = "resnet" if spec.resblock_updown else "conv"  # of the blocks with attention
+    return {
+        "sample_size": spec.image_size,
+        "in_channels": spec.channels,
+        "out_channels": spec.channels,
+        "block_out_channels": spec.widths,
+        "down_block_types": tuple("AttnDownBlock2D" if level in spec.attention else down for level in levels),
+        "up_block_types": tuple("AttnUpBlock2D" if level in spec.attention else up for level in reversed(levels)),
+        "downsample_type": resampling,
+        "upsample_type": resampling,
+        "layers_per_block": spec.layers_per_block,
+        "norm_num_groups": spec.norm_groups,
+        "attn_norm_num_groups": spec.norm_groups,  # else attention in the middle has no norm beside scale_shift
+        "resnet_time_scale_shift": "scale_shift" if spec.scale_shift else "default",
+        "add_attention": spec.mid_attention,
+        "attention_head_dim": spec.attention_head_dim,
+        "dropout": spec.dropout,
+        "num_class_embeds": spec.num_classes + 1,
+    }
 
 
 def build_scheduler(spec: NoiseSpec) -> "DDPMScheduler":
@@ -87,8 +108,11 @@ def build_scheduler(spec: NoiseSpec) -> "DDPMScheduler":
     )
 
 
-# The paper's CIFAR-10 and Camelyon17 shape as diffusers has it: 83.4M parameters, 192 channels at 32x32, two residual
-# blocks at each resolution, attention at 16 and 8.
+# Presets; tests count their parameters. "More than 80M parameters" and ImageNet pre-training are the paper's (arXiv
+# 2302.13861). Its layers were not at hand: those of ADM_32 are ADM's (arXiv 2105.05233) for 32x32 images, but for
+# scale_shift and resblock_updown: ``replace(ADM_32, scale_shift=True, resblock_updown=True)`` has 99.3M.
+
+# 83.4M: 192 channels at 32x32, two residual blocks at each resolution, attention at 16 and 8.
 ADM_32 = UNetSpec(
     image_size=32,
     channels=3,
@@ -98,4 +122,16 @@ ADM_32 = UNetSpec(
     attention=(1, 2),
     mid_attention=True,
     attention_head_dim=64,
+)
+CIFAR10 = ADM_32
+CAMELYON17 = replace(ADM_32, num_classes=2)
+
+# 4.0M, to be trained from scratch: attention at 14 and 7. That the paper's MNIST model has some 4M is unverified.
+MNIST = UNetSpec(
+    image_size=28,
+    widths=(32, 64, 128),
+    layers_per_block=2,
+    attention=(1, 2),
+    mid_attention=True,
+    attention_head_dim=32,
 )

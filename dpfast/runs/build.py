@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dpfast.data import Augment, ImageSet, font_digits, real_digits
+from dpfast.diffusion.loading import load_unet as load_unet  # noqa: PLC0414  # used as build.load_unet
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
 from dpfast.diffusion.pretrain import PretrainSpec
@@ -163,16 +164,6 @@ def private_trainer(
         warmup_steps=training.warmup_steps,
         progress=progress,
     )
-
-
-def load_unet(folder: Path) -> Any:
-    """A UNet2DModel that ``save_pretrained`` wrote; nothing is looked up elsewhere."""
-    from diffusers import UNet2DModel
-
-    network: Any = UNet2DModel
-    model = network.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-    model.register_to_config(_name_or_path="")  # else saving it would tell where it was loaded from
-    return model.eval()
 
 
 def classifier_objective(recipe: Recipe) -> ClassifierObjective:

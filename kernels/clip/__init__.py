@@ -17,11 +17,16 @@ from dpfast.kernels.registry import register
 __all__ = ["clip_factors", "clipped_sum", "clipped_sums", "sq_norms"]
 
 
-def clip_factors(sq: Tensor, max_grad_norm: float) -> Tensor:
+def clip_factors(sq: Tensor, max_grad_norm: float, *, stability: float | None = None) -> Tensor:
     """``w_i = min(1, C / sqrt(sq_i)) [B]`` in the dtype of ``sq``, and 0 where ``sq_i`` is no square (not finite,
     negative): such an example contributes nothing.
+
+    stability: gamma > 0 of automatic clipping (Bu et al., arXiv 2206.07136, AUTO-S times C): ``w_i = C / (sqrt(sq_i) +
+        gamma)``, which scales short gradients up. Either way ``w_i sqrt(sq_i) <= C``.
     """
-    return _clip_factors(sq, max_grad_norm)
+    if stability is not None and not stability > 0:
+        expect("clip", [f"stability={stability!r}: expected a positive number, or None"], sq=sq)
+    return _clip_factors(sq, max_grad_norm, stability)
 
 
 def sq_norms(grads: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -59,7 +64,7 @@ def _implementation(backend: Backend | None, *flats: Tensor) -> Any:
     return implementation(__name__, choose(backend, *flats, native=(torch.float32,), triton=(torch.float32,)))
 
 
-def _fake_clip_factors(sq: Tensor, _: float) -> Tensor:
+def _fake_clip_factors(sq: Tensor, _c: float, _gamma: float | None) -> Tensor:
     return torch.empty_like(sq, dtype=torch.result_type(sq, 1.0))
 
 
@@ -82,7 +87,9 @@ def _fake_clipped_sums(flats: list[Tensor], _w: Tensor, _: Backend | None) -> li
 
 
 _clip_factors = register(
-    "clip_factors(Tensor sq, float max_grad_norm) -> Tensor", reference.clip_factors, _fake_clip_factors
+    "clip_factors(Tensor sq, float max_grad_norm, float? stability) -> Tensor",
+    reference.clip_factors,
+    _fake_clip_factors,
 )
 _sq_norms = register("clip_sq_norms(Tensor flat, str? backend) -> Tensor", _run_sq_norms, _fake_sq_norms)
 _clipped_sums = register(

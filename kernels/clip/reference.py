@@ -10,11 +10,15 @@ from dpfast.kernels.precision import full_precision
 BLOCK = 1024
 
 
-def clip_factors(sq: Tensor, max_grad_norm: float) -> Tensor:
-    """``w_i = min(1, C / sqrt(sq_i))``, and 0 where ``sq_i`` is no square (not finite, negative): such an example
-    contributes nothing.
+def clip_factors(sq: Tensor, max_grad_norm: float, stability: float | None = None) -> Tensor:
+    """``w_i = min(1, C / sqrt(sq_i))``, with ``stability`` ``C / (sqrt(sq_i) + stability)``, and 0 where ``sq_i`` is no
+    square (not finite, negative): such an example contributes nothing.
     """
-    factors = (max_grad_norm / sq.sqrt()).clamp(max=1.0)
+    norms = sq.sqrt()
+    if stability is None:
+        factors = (max_grad_norm / norms).clamp(max=1.0)
+    else:
+        factors = max_grad_norm / (norms + stability)
     return torch.where(sq.isfinite() & (sq >= 0), factors, 0)
 
 
