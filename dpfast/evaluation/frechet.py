@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dpfast.data.images import ImageSet
 from dpfast.errors import DataError
-from dpfast.evaluation.classifier import SmallCNN
+from dpfast.evaluation.networks import Classifier
 
 EXTRACTOR = "digits-cnn-fonts"
 
@@ -17,7 +17,7 @@ EXTRACTOR = "digits-cnn-fonts"
 class FeatureExtractor(nn.Module):
     """The classifier's penultimate layer on uint8 images, ``[n, num_features]``."""
 
-    def __init__(self, classifier: SmallCNN) -> None:
+    def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier.eval()
         self.num_features = classifier.num_features
@@ -27,7 +27,7 @@ class FeatureExtractor(nn.Module):
 
 
 @torch.no_grad()
-def frechet_distance(classifier: SmallCNN, first: ImageSet, second: ImageSet, *, batch_size: int = 2000) -> float:
+def frechet_distance(classifier: Classifier, first: ImageSet, second: ImageSet, *, batch_size: int = 2000) -> float:
     """Torchmetrics' FrechetInceptionDistance of two sets, features from ``classifier`` (trained on public fonts).
 
     Symmetric, 0 for equal sets, in squared feature units. Raises DataError for sets of fewer than two images.
