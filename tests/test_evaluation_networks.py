@@ -80,6 +80,7 @@ def test_logits_are_the_head_of_the_features(name, norm, side, channels):
     torch.testing.assert_close(model(to_signed(given.images)), model(given.images))
     kinds = {type(m) for m in model.modules() if isinstance(m, nn.GroupNorm | nn.BatchNorm2d)}
     assert kinds == {nn.GroupNorm if norm == "group" else nn.BatchNorm2d}
+    assert predict_classes(model, given.images[:0]).shape == (0,)
 
 
 def test_a_wide_block_is_pre_activated():

@@ -2,7 +2,7 @@
 baseline beside them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -146,27 +146,30 @@ def _disturb(images: Tensor, spec: ClassifierSpec, generator: torch.Generator) -
     return images
 
 
+def predict_classes(model: nn.Module, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+    """Most likely class of each uint8 image, int64 ``[n]`` on the CPU."""
+    return _of_logits(lambda logits: logits.argmax(1), model, images, batch_size)
+
+
+def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+    """Softmax of the logits of uint8 images ``[n, C, H, W]``: float32 ``[n, classes]`` on the CPU."""
+    return _of_logits(lambda logits: logits.softmax(1), model, images, batch_size)
+
+
 @torch.no_grad()
-def _logits(model: nn.Module, images: Tensor, batch_size: int | None) -> Iterator[Tensor]:
-    """Logits of uint8 images, chunk by chunk, on the CPU; the model in eval mode meanwhile."""
+def _of_logits(read: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, batch_size: int | None) -> Tensor:
+    """What ``read`` makes of the logits of all images, chunk by chunk; the model is in eval mode meanwhile."""
     batch_size = batch_size or min(2000, max(1, _CHUNK_PIXELS // images.shape[1:].numel()))
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    for chunk in images.split(batch_size):
-        yield model(to_signed(chunk.to(device))).cpu()
+    shape_of = read(model(to_signed(images[:0].to(device))))
+    # All of it at once: small results kept one by one between large chunks fragment the heap.
+    results = torch.empty(len(images), *shape_of.shape[1:], dtype=shape_of.dtype)
+    for part, chunk in zip(results.split(batch_size), images.split(batch_size), strict=True):
+        part.copy_(read(model(to_signed(chunk.to(device)))))
     model.train(was_training)
-
-
-def predict_classes(model: nn.Module, images: Tensor, *, batch_size: int | None = None) -> Tensor:
-    """Most likely class of each uint8 image, int64 ``[n]`` on the CPU."""
-    classes = [logits.argmax(1) for logits in _logits(model, images, batch_size)]
-    return torch.cat(classes) if classes else torch.empty(0, dtype=torch.int64)
-
-
-def predict_probabilities(model: nn.Module, images: Tensor, *, batch_size: int | None = None) -> Tensor:
-    """Softmax of the logits of uint8 images ``[n, C, H, W]`` (n >= 1): float32 ``[n, classes]`` on the CPU."""
-    return torch.cat([logits.softmax(1) for logits in _logits(model, images, batch_size)])
+    return results
 
 
 def accuracy(model: nn.Module, dataset: ImageSet) -> float:
