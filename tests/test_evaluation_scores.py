@@ -201,7 +201,7 @@ def test_one_image_over_and_over_lies_in_the_manifold_and_covers_nothing():
 
 
 def test_neighbours_closer_than_float32_at_their_norm_are_told_apart():
-    a, b = (1000.0 + 0.01 * x for x in PAIR)
+    a, b = (1000.0 + 0.001 * x for x in PAIR)
     assert vars(overlap(a, b)) == pytest.approx(overlap_by_hand(a, b), abs=1e-12)
 
 
