@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from dpfast import checkpoint
-from dpfast.evaluation import ClassifierSpec, SmallCNN, build_classifier, train_classifier
+from dpfast.evaluation import Classifier, ClassifierSpec, build_classifier, train_classifier
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, parts
 from dpfast.runs import build
 from dpfast.runs.run import Run
 
 
-def public_classifier(run: Run, progress: Progress) -> SmallCNN:
+def public_classifier(run: Run, progress: Progress) -> Classifier:
     """The classifier of the public images: feature extractor, and where the private classifier starts."""
     keys = ("seed", "data.public", "data.public_count", "evaluate.extractor_steps")
     key = fingerprint(parts(run.recipe, *keys))
@@ -26,7 +26,7 @@ def public_classifier(run: Run, progress: Progress) -> SmallCNN:
     return load(run, path)
 
 
-def empty(run: Run) -> SmallCNN:
+def empty(run: Run) -> Classifier:
     """An untrained network."""
     seed = build.seed_for(run.recipe, "baseline")
     return build_classifier(run.private, ClassifierSpec(), seed=seed)
@@ -37,7 +37,7 @@ def save(path: Path, model: torch.nn.Module) -> None:
     checkpoint.save(path, {"model": model.state_dict()}, kind="classifier", fingerprint="")
 
 
-def load(run: Run, path: Path) -> SmallCNN:
+def load(run: Run, path: Path) -> Classifier:
     """A classifier that ``save`` wrote, in eval mode."""
     model = empty(run)
     model.load_state_dict(checkpoint.load(path, kind="classifier", fingerprint="")["model"])
