@@ -48,7 +48,7 @@ def test_digits_holds_the_headline_setting():
         ("target_epsilon=abc", ["private.target_epsilon", "a number", "'abc'"]),
         ("target_epsilon=-1", ["private.target_epsilon", "above 0", "-1"]),
         ("target_epsilon=nan", ["private.target_epsilon", "above 0", "nan"]),
-        ("flip=1", ["private.flip", "true or false", "1"]),
+        ("private.flip=1", ["private.flip", "true or false", "1"]),
         ("sampler=dimm", ["sample.sampler", "'ddim'", "nearest"]),
         ("fold=5", ["data.fold", "below 5", "5"]),
         ("name=../up", ["name", "../up"]),

@@ -119,7 +119,7 @@ def test_the_internal_page_holds_figures_baselines_and_extractor():
 @pytest.mark.parametrize(
     ("fonts", "said"),
     [
-        (0.71, "+22.0 points over the public fonts themselves (71.0%)"),
+        (0.71, "+22.0 points over the public images themselves (71.0%)"),
         (0.5, "+38.0 points over samples of the public model (55.0%)"),
     ],
 )

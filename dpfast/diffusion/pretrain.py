@@ -13,6 +13,7 @@ from dpfast.data.images import ImageSet, batch_indices
 from dpfast.data.keyed import RowKeys
 from dpfast.errors import ConfigError
 from dpfast.objective import Objective
+from dpfast.performance import Dtype
 from dpfast.progress import Progress, silent
 from dpfast.seeding import seeded
 
@@ -47,8 +48,8 @@ class PretrainSpec:
 class _Training:
     """Everything that changes from step to step, and so everything a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, spec: PretrainSpec) -> None:
-        self.model, self.spec = model, spec
+    def __init__(self, model: nn.Module, spec: PretrainSpec, dtype: Dtype) -> None:
+        self.model, self.spec, self.dtype = model, spec, dtype
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.ema_decay))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -60,7 +61,8 @@ class _Training:
         step = len(self.losses)
         ids = batch_indices(len(dataset), self.spec.batch_size, step, seed=self.spec.seed)
         images, labels = dataset.images[ids].to(device), dataset.labels[ids].to(device)
-        loss = objective(self.model, images, labels, RowKeys(self.spec.seed, ids.to(device), step)).mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            loss = objective(self.model, images, labels, RowKeys(self.spec.seed, ids.to(device), step)).mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -89,15 +91,19 @@ def pretrain(
     *,
     checkpoint: Path | None = None,
     fingerprint: str = "",
+    dtype: Dtype = "float32",
     progress: Progress = silent,
 ) -> list[float]:
     """Train ``model`` in place on public images, leave the averaged weights in it, return the loss of each step.
 
     With ``checkpoint`` the work can be interrupted at any time: the next call with the same ``fingerprint`` goes
-    on from the file and ends with the same weights. Raises CheckpointError if the file belongs to other settings.
+    on from the file and ends with the same weights. dtype: that the objective is computed in, by autocast.
+
+    Raises:
+        CheckpointError: the file belongs to other settings.
     """
     device = next(model.parameters()).device
-    training = _Training(model.train(), spec)
+    training = _Training(model.train(), spec, dtype)
     if checkpoint is not None and checkpoint.exists():
         training.load(checkpoints.load(checkpoint, kind=_KIND, fingerprint=fingerprint))
     while len(training.losses) < spec.steps:

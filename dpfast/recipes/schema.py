@@ -39,13 +39,16 @@ def _ranged(accepts: Callable[[float], bool], expected: str, default: Any) -> An
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """private: the data to protect. public: what the model is pre-trained on. fold: 0 to 4 to choose settings
-    on a fold of the private training part (the test images are then never read); left out for a real run.
+    """private: the data to protect, "digits" or the name of a store in ``folder`` (``dpfast data prepare``): its split
+    "train"; on "test" accuracies are measured. public: what the model is pre-trained on, "fonts" (for digits) or a
+    store. public_count: images of it, 0 for all. fold: of digits, 0 to 4 to choose settings on a fold of the private
+    training part (the test images are then never read); left out for a real run.
     """
 
-    private: Literal["digits"]
-    public: Literal["fonts"]
-    public_count: int = above(0)
+    private: str
+    public: str
+    public_count: int = at_least(0)
+    folder: str = "data"
     fold: int | None = within(0, 5, default=None)
 
 
@@ -54,7 +57,7 @@ class Model:
     """The class-conditional UNet.
 
     widths: channels at each resolution, from the finest down. attention: at which of them (0 is the finest)
-    there is self-attention.
+    there is self-attention. The rest is explained in ``dpfast.diffusion.UNetSpec``.
     """
 
     widths: tuple[int, ...]
@@ -62,6 +65,9 @@ class Model:
     norm_groups: int = above(0)
     attention: tuple[int, ...]
     mid_attention: bool
+    attention_head_dim: int = above(0, default=8)
+    scale_shift: bool = False
+    resblock_updown: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +82,27 @@ class Diffusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Ordinary training on public images: AdamW with a one-cycle learning rate. steps: 0 begins from random weights."""
+    """Ordinary training on public images: AdamW with a one-cycle learning rate.
+
+    steps: 0 leaves it out. weights: a folder of a diffusers UNet2DModel to begin with, instead of random weights.
+    """
 
     steps: int = at_least(0)
     batch_size: int = above(0)
     learning_rate: float = above(0)
     weight_decay: float = at_least(0)
     ema_decay: float = within(0, 1)
+    weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Private:
-    """DP-SGD fine-tuning of the whole model. timesteps: [] for uniform, else [weight, low, high] triples."""
+    """DP-SGD fine-tuning. timesteps: [] for uniform, else [weight, low, high] triples.
+
+    method: what is trained, all of the model, its attention (with the class embedding), or low-rank adapters of it of
+    this ``rank`` (``dpfast.diffusion.finetune``). clipping: "flat", or "automatic" with ``stability``
+    (``GhostClipper``).
+    """
 
     target_epsilon: float = above(0)
     target_delta: float = between(0, 0.5)
@@ -103,11 +118,15 @@ class Private:
     stratified: bool
     flip: bool
     shift: int = at_least(0)
+    method: Literal["full", "attention", "lora"] = "full"
+    rank: int = above(0, default=16)
+    clipping: Literal["flat", "automatic"] = "flat"
+    stability: float = above(0, default=0.01)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Drawing synthetic images: post-processing, at no privacy cost."""
+    """Drawing synthetic images: post-processing, at no privacy cost. dtype: that the model computes in."""
 
     count: int = above(0)
     sampler: Literal["ddim", "ddpm"]
@@ -115,6 +134,7 @@ class Sample:
     guidance: float = at_least(0)
     shard_size: int = above(0)
     batch_size: int = above(0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +160,8 @@ class Evaluate:
     """Classifiers trained on synthetic, public and real images.
 
     seeds: how many of each are averaged. extractor_steps: of the classifier of public images, whose features the
-    Frechet distance uses.
+    Frechet distance uses. network and all that follows: ``dpfast.evaluation.ClassifierSpec``; flip and crop (pixels):
+    random at every step.
     """
 
     seeds: int = above(0)
@@ -148,6 +169,14 @@ class Evaluate:
     steps: int = above(0)
     batch_size: int = above(0)
     learning_rate: float = above(0)
+    network: Literal["small-cnn", "wrn-40-4", "wrn-16-4", "wrn-16-1", "resnet-18"] = "small-cnn"
+    norm: Literal["group", "batch"] = "group"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = at_least(0, default=0.05)
+    warp: float = at_least(0, default=0.12)
+    pixel_noise: float = at_least(0, default=0.1)
+    flip: bool = False
+    crop: int = at_least(0, default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

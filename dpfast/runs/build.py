@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dpfast.data import Augment, ImageSet, font_digits, real_digits
+from dpfast.data.store import MANIFEST, open_store
+from dpfast.diffusion.finetune import attention_only, lora
 from dpfast.diffusion.loading import load_unet as load_unet  # noqa: PLC0414  # used as build.load_unet
+from dpfast.diffusion.loading import relabel
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
 from dpfast.diffusion.pretrain import PretrainSpec
 from dpfast.diffusion.timesteps import MixtureOfUniforms, TimestepDistribution, Uniform
+from dpfast.errors import ConfigError
 from dpfast.evaluation import ClassifierObjective, ClassifierSpec
 from dpfast.objective import Objective
 from dpfast.privacy.plan import Plan
@@ -39,18 +43,42 @@ def seed_for(recipe: Recipe, part: str) -> int:
 
 def private_data(recipe: Recipe) -> ImageSet:
     """The images to protect."""
-    return real_digits("train", fold=recipe.data.fold)
+    return _images(recipe, "private", "train")
 
 
 def test_data(recipe: Recipe) -> ImageSet:
     """The images that accuracies are measured on: the test split, or with ``data.fold`` that fold."""
-    return real_digits("test", fold=recipe.data.fold)
+    return _images(recipe, "private", "test")
 
 
 def public_data(recipe: Recipe) -> ImageSet:
     """The images that the model is pre-trained on."""
-    size = private_data(recipe).image_shape[-1]
-    return font_digits(recipe.data.public_count, seed=seed_for(recipe, "public data"), size=size)
+    count = recipe.data.public_count
+    if recipe.data.public == "fonts":
+        size = private_data(recipe).image_shape[-1]
+        return font_digits(count, seed=seed_for(recipe, "public data"), size=size)
+    every = _images(recipe, "public", "train")
+    return ImageSet(every.images[:count], every.labels[:count], every.classes) if count else every
+
+
+def shares_labels(recipe: Recipe) -> bool:
+    """Whether public and private images have the same classes."""
+    return recipe.data.public == "fonts" or public_data(recipe).classes == private_data(recipe).classes
+
+
+def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageSet:
+    data, name = recipe.data, str(getattr(recipe.data, key))
+    if name == "digits":
+        return real_digits(split, fold=data.fold)
+    folder = Path(data.folder) / name
+    if not (folder / MANIFEST).exists():
+        raise ConfigError(
+            f"recipe key data.{key} = {name!r}: no store in {folder}. Prepare it from the files of the data set"
+            f" (dpfast data prepare {name} --source ...), or say where stores are (--set data.folder=...)"
+        )
+    if data.fold is not None:
+        raise ConfigError("recipe key data.fold: only digits have folds; leave it out")
+    return open_store(folder, split, name=name)
 
 
 def unet(recipe: Recipe, images: ImageSet) -> Any:
@@ -58,6 +86,31 @@ def unet(recipe: Recipe, images: ImageSet) -> Any:
     channels, height, _ = images.image_shape
     spec = UNetSpec(image_size=height, channels=channels, num_classes=images.num_classes, **vars(recipe.model))
     return build_unet(spec, seed=seed_for(recipe, "model"))
+
+
+def initial_unet(recipe: Recipe, images: ImageSet) -> Any:
+    """What pre-training on ``images`` begins with: random weights, or ``pretrain.weights`` with as many classes."""
+    if recipe.pretrain.weights is None:
+        return unet(recipe, images)
+    model = load_unet(recipe.pretrain.weights)
+    fits = model.config["num_class_embeds"] == images.num_classes + 1
+    return model if fits else relabelled(recipe, model, images)
+
+
+def relabelled(recipe: Recipe, model: Any, images: ImageSet) -> Any:
+    """The same network, with a new class embedding for the classes of ``images``."""
+    return relabel(model, images.num_classes, seed=seed_for(recipe, "model"))
+
+
+def tuned(recipe: Recipe, model: Any) -> Any:
+    """The pre-trained network with what ``private.method`` trains left to move, and all else frozen."""
+    seed, rank = seed_for(recipe, "private"), recipe.private.rank
+    match recipe.private.method:
+        case "attention":
+            return attention_only(model, class_embedding=True)
+        case "lora":
+            return lora(model, rank, class_embedding=True, seed=seed)
+    return model
 
 
 def scheduler(recipe: Recipe) -> Any:
@@ -98,7 +151,8 @@ def timesteps(recipe: Recipe) -> TimestepDistribution:
 
 def pretrain_spec(recipe: Recipe) -> PretrainSpec:
     """Steps, batch size and learning rate of pre-training."""
-    return PretrainSpec(**vars(recipe.pretrain), seed=seed_for(recipe, "pretrain"))
+    values = {name: value for name, value in vars(recipe.pretrain).items() if name != "weights"}
+    return PretrainSpec(**values, seed=seed_for(recipe, "pretrain"))
 
 
 def plan(recipe: Recipe, dataset_size: int) -> Plan:
@@ -125,11 +179,19 @@ def _plan(recipe: Recipe, training: Private | Baseline, dataset_size: int) -> Pl
 
 def classifier_spec(recipe: Recipe) -> ClassifierSpec:
     """Training of every classifier that is not private."""
-    return ClassifierSpec(
-        steps=recipe.evaluate.steps,
-        batch_size=recipe.evaluate.batch_size,
-        learning_rate=recipe.evaluate.learning_rate,
+    own = (
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "network",
+        "norm",
+        "optimizer",
+        "weight_decay",
+        "warp",
+        "pixel_noise",
     )
+    values = {name: getattr(recipe.evaluate, name) for name in own}
+    return ClassifierSpec(**values, augment=Augment(flip=recipe.evaluate.flip, shift=recipe.evaluate.crop, fill=-1.0))
 
 
 def public_classifier_spec(recipe: Recipe) -> ClassifierSpec:
@@ -162,6 +224,8 @@ def private_trainer(
         state_dir=state_dir,
         ema_decay=training.ema_decay,
         warmup_steps=training.warmup_steps,
+        clipping=training.clipping if isinstance(training, Private) else "flat",
+        stability=training.stability if isinstance(training, Private) else 0.01,
         progress=progress,
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from dpfast import checkpoint
+from dpfast.data import ImageSet
 from dpfast.evaluation import Classifier, ClassifierSpec, build_classifier, train_classifier
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, parts
@@ -19,17 +20,28 @@ def public_classifier(run: Run, progress: Progress) -> Classifier:
     keys = ("seed", "data.public", "data.public_count", "evaluate.extractor_steps")
     key = fingerprint(parts(run.recipe, *keys))
     path = run.directory.state / f"public-classifier-{key}"
+    public = build.public_data(run.recipe)
     if not path.exists():
         seed, spec = build.seed_for(run.recipe, "classifier"), build.public_classifier_spec(run.recipe)
-        public = build.public_data(run.recipe)
         save(path, train_classifier(public, spec=spec, seed=seed, progress=progress))
-    return load(run, path)
+    return load(run, path, public)
 
 
-def empty(run: Run) -> Classifier:
-    """An untrained network."""
+def baseline_start(run: Run, progress: Progress) -> Classifier:
+    """What the private classifier begins with: the public one, with a new last layer where the labels are others."""
+    model = empty(run, run.private)
+    if run.recipe.baseline.pretrained:
+        weights = public_classifier(run, progress).state_dict()
+        if not build.shares_labels(run.recipe):
+            weights |= {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
+        model.load_state_dict(weights)
+    return model
+
+
+def empty(run: Run, images: ImageSet) -> Classifier:
+    """An untrained network for images of that shape and those classes."""
     seed = build.seed_for(run.recipe, "baseline")
-    return build_classifier(run.private, ClassifierSpec(), seed=seed)
+    return build_classifier(images, ClassifierSpec(), seed=seed)
 
 
 def save(path: Path, model: torch.nn.Module) -> None:
@@ -37,8 +49,8 @@ def save(path: Path, model: torch.nn.Module) -> None:
     checkpoint.save(path, {"model": model.state_dict()}, kind="classifier", fingerprint="")
 
 
-def load(run: Run, path: Path) -> Classifier:
-    """A classifier that ``save`` wrote, in eval mode."""
-    model = empty(run)
+def load(run: Run, path: Path, images: ImageSet) -> Classifier:
+    """A classifier that ``save`` wrote, for images like these, in eval mode."""
+    model = empty(run, images)
     model.load_state_dict(checkpoint.load(path, kind="classifier", fingerprint="")["model"])
     return model.eval()

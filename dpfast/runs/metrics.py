@@ -53,7 +53,9 @@ def gather_metrics(run: Run) -> dict[str, Any]:
         for name in ("synthetic", "public_only", "real")
     }
     accuracy = {name: fmean(values) for name, values in by_seed.items()}
-    accuracy |= {name: results[f"accuracy.{name}"] for name in ("dp_classifier", "public_classifier")}
+    accuracy["dp_classifier"] = results["accuracy.dp_classifier"]
+    if build.shares_labels(run.recipe):
+        accuracy["public_classifier"] = results["accuracy.public_classifier"]
     return {
         "name": run.recipe.name,
         "fingerprint": run.fingerprint,

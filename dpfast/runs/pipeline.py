@@ -119,6 +119,7 @@ def _preflight(recipe: Recipe, private: ImageSet) -> None:
             f"recipe key sample.count = {recipe.sample.count}: expected a multiple of the"
             f" {private.num_classes} classes, so that each gets the same number of images"
         )
+    _check_public(recipe, private)
     _check_device(recipe.performance.device)
     build.private_objective(recipe, private)
     build.timesteps(recipe).icdf(torch.zeros(1), recipe.diffusion.num_train_timesteps)
@@ -126,6 +127,21 @@ def _preflight(recipe: Recipe, private: ImageSet) -> None:
     build.unet(recipe, private)
     if recipe.pretrain.steps:
         build.pretrain_spec(recipe)
+
+
+def _check_public(recipe: Recipe, private: ImageSet) -> None:
+    """What the model is pre-trained on has the shape of what it is fine-tuned on."""
+    shape = private.image_shape
+    if recipe.data.public == "fonts":
+        if not recipe.data.public_count:
+            raise ConfigError("recipe key data.public_count = 0: expected how many fonts to render; 0 is for stores")
+        if shape[0] != 1 or shape[1] != shape[2]:
+            raise ConfigError(f'recipe key data.public = "fonts": they are grey and square, private images {shape}')
+    elif (other := build.public_data(recipe).image_shape) != shape:
+        raise ConfigError(
+            f"recipe key data.public = {recipe.data.public!r}: its images are {other}, the private ones {shape};"
+            f" prepare one of the stores anew with dpfast data prepare ... --size {shape[-1]}"
+        )
 
 
 def _check_device(name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpfast.report.internal import ROWS, indistinguishable, percent
+from dpfast.report.internal import ROWS, indistinguishable, percent, rows_of
 from dpfast.report.release import shown_epsilon
 from dpfast.runs.metrics import read_metrics
 from dpfast.runs.run import Run
@@ -17,7 +17,7 @@ def _whole(run: Run) -> list[str]:
     metrics, at = read_metrics(run), run.directory
     lines = ["", f"Accuracy on {metrics['test_images']} real test images of a classifier trained on"]
     width = max(len(row.name) for row in ROWS)
-    lines += [f"  {row.name:<{width}} {percent(metrics['accuracy'][row.key]):>7}" for row in ROWS]
+    lines += [f"  {row.name:<{width}} {percent(metrics['accuracy'][row.key]):>7}" for row in rows_of(metrics)]
     alike = indistinguishable(metrics)
     lines += [alike] if alike else []
     if not run.plan.is_private:

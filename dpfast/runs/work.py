@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpfast.data.shards import ShardFolder, load_shards
+from dpfast.diffusion.finetune import merge
 from dpfast.diffusion.pretrain import pretrain as pretrain_model
 from dpfast.diffusion.sampler import generate_shards
 from dpfast.evaluation import accuracy, train_classifier
@@ -27,11 +30,11 @@ def pretrain(run: Run, progress: Progress) -> None:
     """Ordinary training on public images."""
     recipe, stage, at = run.recipe, run.stages["pretrain"], run.directory
     if not recipe.pretrain.steps:
-        _save_model(build.unet(recipe, run.private), at.public_model)
+        _save_model(build.initial_unet(recipe, run.private), at.public_model)
         write_json(at.losses, [])
         return
     public = build.public_data(recipe)
-    model = build.unet(recipe, public).to(recipe.performance.device)
+    model = build.initial_unet(recipe, public).to(recipe.performance.device)
     losses = pretrain_model(
         model,
         build.public_objective(recipe, public),
@@ -39,8 +42,11 @@ def pretrain(run: Run, progress: Progress) -> None:
         build.pretrain_spec(recipe),
         checkpoint=stage.folder / "checkpoint",
         fingerprint=fingerprint(stage.parts),
+        dtype=recipe.performance.dtype,
         progress=progress,
     )
+    if not build.shares_labels(recipe):
+        model = build.relabelled(recipe, model, run.private)
     _save_model(model.cpu(), at.public_model)
     write_json(at.losses, losses)
 
@@ -51,7 +57,7 @@ def train(run: Run, progress: Progress) -> None:
     trainer = build.private_trainer(
         recipe,
         recipe.private,
-        build.load_unet(at.public_model),
+        build.tuned(recipe, build.load_unet(at.public_model)),
         run.private,
         run.plan,
         build.private_objective(recipe, run.private),
@@ -60,7 +66,7 @@ def train(run: Run, progress: Progress) -> None:
         progress=progress,
     )
     trainer.fit()
-    _save_model(trainer.ema_model.cpu(), at.model)
+    _save_model(merge(trainer.ema_model.cpu()), at.model)
     build.scheduler(recipe).save_pretrained(at.model)
     for folder in (at.model, at.release):
         model_statement(run).write(folder)
@@ -85,7 +91,7 @@ def _generate(run: Run, model: Path, folder: Path, progress: Progress) -> ShardF
         build.load_unet(model).to(run.recipe.performance.device),
         build.scheduler(run.recipe),
         folder,
-        **vars(run.recipe.sample),
+        **{**vars(run.recipe.sample), "dtype": getattr(torch, run.recipe.sample.dtype)},
         image_shape=run.private.image_shape,
         classes=run.private.classes,
         seed=build.seed_for(run.recipe, "sample"),
@@ -96,7 +102,7 @@ def _generate(run: Run, model: Path, folder: Path, progress: Progress) -> ShardF
 def baseline(run: Run, progress: Progress) -> None:
     """A DP-SGD classifier with a ledger of its own: what the same budget buys without a generator."""
     recipe, at = run.recipe, run.directory
-    model = classifiers.public_classifier(run, progress) if recipe.baseline.pretrained else classifiers.empty(run)
+    model = classifiers.baseline_start(run, progress)
     trainer = build.private_trainer(
         recipe,
         recipe.baseline,
@@ -125,14 +131,16 @@ def evaluate(run: Run, progress: Progress) -> None:
             key = f"accuracy.{name}.{index}"
             if key not in results:
                 seed = build.seed_for(recipe, "classifier") + 100 * index
-                model = train_classifier(images, spec=build.classifier_spec(recipe), seed=seed, progress=progress)
+                spec, device = build.classifier_spec(recipe), recipe.performance.device
+                model = train_classifier(images, spec=spec, seed=seed, device=device, progress=progress)
                 results[key] = accuracy(model, test)
     extractor = classifiers.public_classifier(run, progress)
-    results["accuracy.public_classifier"] = accuracy(extractor, test)
-    results["accuracy.dp_classifier"] = accuracy(classifiers.load(run, at.baseline / "model"), test)
+    if build.shares_labels(recipe):
+        results["accuracy.public_classifier"] = accuracy(extractor, test)
+    results["accuracy.dp_classifier"] = accuracy(classifiers.load(run, at.baseline / "model", run.private), test)
     for name, images in (("synthetic", synthetic), ("public_only", public)):
         results[f"frechet.{name}"] = frechet_distance(extractor, run.private, images)
-    results["frechet.extractor"] = EXTRACTOR
+    results["frechet.extractor"] = EXTRACTOR if recipe.data.public == "fonts" else f"small-cnn-{recipe.data.public}"
     results["epsilon_composed"] = spent_in_all(run)
 
 

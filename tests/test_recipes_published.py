@@ -1,0 +1,81 @@
+"""The recipes of published data sets: from files in their real formats to the reports, at the smallest size."""
+
+import json
+
+import pytest
+
+from dpfast.data.prepare import prepare
+from dpfast.data.standin import write_stand_in
+from dpfast.diffusion.models import CAMELYON17, CIFAR10, MNIST
+from dpfast.errors import ConfigError
+from dpfast.recipes import load
+from dpfast.runs import build
+from dpfast.runs.pipeline import execute, open_run
+from test_runs import Recorder
+
+SETS = {
+    "mnist-small": ("mnist",),
+    "cifar10-small": ("cifar10", "imagenet32"),
+    "camelyon17-small": ("camelyon17", "imagenet32"),
+}
+LEAST = (
+    "widths=[8, 8]", "norm_groups=4", "model.attention=[]", "pretrain.steps=2", "pretrain.batch_size=4",
+    "private.steps=2", "private.sample_rate=0.1", "private.augmult=2", "target_delta=1e-3", "sample.count=20",
+    "sample.steps=2", "shard_size=10", "baseline.steps=2", "baseline.sample_rate=0.1", "baseline.augmult=1",
+    "extractor_steps=2", "evaluate.steps=2", "evaluate.batch_size=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("mnist", "cifar10", "imagenet32", "camelyon17"):
+        write_stand_in(name, folder / "source" / name, train=100, test=40)
+        prepare(name, folder / "source" / name, folder / name, partial=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_from_files_to_reports(name, stores, tmp_path):
+    count = ["public_count=40"] if name == "mnist-small" else []
+    run = execute(load(name, [*LEAST, *count, f"data.folder={stores}"]), tmp_path, Recorder())
+    metrics = json.loads(run.directory.metrics.read_text())
+    assert {"synthetic", "public_only", "real", "dp_classifier"} <= metrics["accuracy"].keys()
+    assert metrics["epsilon_spent"] <= 10
+    assert run.directory.release_report.exists()
+    model = build.load_unet(run.directory.model)
+    assert model.config["num_class_embeds"] == run.private.num_classes + 1
+    assert ("public_classifier" in metrics["accuracy"]) == (name == "mnist-small")  # ImageNet has other classes
+
+
+@pytest.mark.parametrize("method", ["attention", "lora"])
+def test_other_ways_to_fine_tune(method, stores, tmp_path):
+    """The released model opens in plain diffusers, whatever was trained."""
+    settings = [*LEAST, f"data.folder={stores}", "model.attention=[1]", f"private.method={method}", "private.rank=2"]
+    run = execute(load("cifar10-small", [*settings, "clipping=automatic"]), tmp_path, Recorder(), until="train")
+    before, after = (build.load_unet(path).state_dict() for path in (run.directory.public_model, run.directory.model))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved
+    assert all("attentions" in name or "class_embedding" in name for name in moved)
+
+
+@pytest.mark.parametrize(("name", "spec"), [("cifar10", CIFAR10), ("camelyon17", CAMELYON17), ("mnist", MNIST)])
+def test_networks_are_the_presets(name, spec):
+    recipe = load(name)
+    for key, value in vars(recipe.model).items():
+        assert getattr(spec, key) == value, key
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["data.private=cifar100"], "dpfast data prepare cifar100 --source"),
+        (["data.public=mnist"], "--size 32"),
+        (["data.public=fonts", "public_count=10"], "grey and square"),
+        (["data.fold=1"], "only digits have folds"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(changes, said, stores, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        open_run(load("cifar10-small", [*LEAST, f"data.folder={stores}", *changes]), tmp_path)
