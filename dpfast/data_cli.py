@@ -46,13 +46,13 @@ def prepare(
     with reported(debug):
         typer.echo("checking the source ...", err=True)
         from dpfast.data.formats import canonical_name
-        from dpfast.data.prepare import prepare as carry_out
+        from dpfast.data.prepare import prepare_store
         from dpfast.runs.terminal import TerminalProgress
 
         folder = out or Path("data") / canonical_name(name)
         progress = TerminalProgress(sys.stderr)
         try:
-            store = carry_out(name, source, folder, size=size, partial=partial, progress=progress)
+            store = prepare_store(name, source, folder, size=size, partial=partial, progress=progress)
         finally:
             progress.close()
         _print_store(folder, store)

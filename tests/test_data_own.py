@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dpfast.data.formats import reading
-from dpfast.data.prepare import prepare
+from dpfast.data.prepare import prepare_store
 from dpfast.data.store import open_store
 from dpfast.errors import ConfigError, DataError, DPFastError, FileError
 from published import images, labels, npz, picture, write
@@ -22,13 +22,13 @@ GREY = images(6, 1, 8, 8)
 
 
 def made(tmp_path, source, name="scans", **options):
-    store = prepare(name, source, tmp_path / "store", **options)
+    store = prepare_store(name, source, tmp_path / "store", **options)
     return {split: open_store(tmp_path / "store", split, name=name, verify=True) for split in store.splits}
 
 
 def refused(tmp_path, source, said, error=DataError, **options):
     with pytest.raises(error, match=f"(?s){said}") as caught:
-        prepare("scans", source, tmp_path / "store", **options)
+        prepare_store("scans", source, tmp_path / "store", **options)
     assert not (tmp_path / "store").exists()
     return str(caught.value)
 
@@ -154,7 +154,7 @@ def test_splits_are_in_the_names_of_arrays_or_of_files(tmp_path, kind):
     assert found["train"].classes == ("benign", "other", "malign")
     save(kind, tmp_path / "two", "my-test", images=PIXELS[:2], labels=[1, 0])
     save(kind, tmp_path / "two", "my-train", images=PIXELS, labels=[0, 1] * 3)
-    two = prepare("scans", tmp_path / "two", tmp_path / "other")
+    two = prepare_store("scans", tmp_path / "two", tmp_path / "other")
     assert {name: split.count for name, split in two.splits.items()} == {"test": 2, "train": 6}
 
 
@@ -316,7 +316,7 @@ def test_sizes_and_channels_that_change_from_batch_to_batch_are_refused(tmp_path
     assert made(tmp_path, tmp_path / "sizes", size=4)["train"].images.shape == (2, 3, 4, 4)
     save_table("parquet", tmp_path / "grey/x", table([GREY[0], PIXELS[0]], [0, 1]))
     with pytest.raises(DataError, match="row 1: expected a grey image like those before it, got mode RGB; convert all"):
-        prepare("other", tmp_path / "grey", tmp_path / "other")
+        prepare_store("other", tmp_path / "grey", tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "feather"])
@@ -351,4 +351,4 @@ def test_options_that_mean_nothing_are_refused(tmp_path):
 def test_what_is_no_such_file_at_all_is_said(tmp_path, name):
     source = write(tmp_path / "source", {name: b"<html>404 not found</html>"})
     with pytest.raises(DPFastError, match=f"{name} cannot be read .*get it again"):
-        prepare("scans", source, tmp_path / "store")
+        prepare_store("scans", source, tmp_path / "store")

@@ -17,7 +17,7 @@ import published
 from dpfast import cli
 from dpfast.data import ImageSet
 from dpfast.data.formats import PUBLISHED
-from dpfast.data.prepare import prepare
+from dpfast.data.prepare import prepare_store
 from dpfast.data.store import open_store, read_store
 from dpfast.data.store_writer import StoreWriter
 from dpfast.errors import DataError, FileError, RunLocked
@@ -33,7 +33,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def store(tmp_path, source):
-    prepare("cifar10", source, tmp_path / "store", partial=True)
+    prepare_store("cifar10", source, tmp_path / "store", partial=True)
     return tmp_path / "store"
 
 
@@ -142,9 +142,9 @@ def test_reading_large_files_holds_a_few_chunks(tmp_path, name, monkeypatch):
             zip(stems, (published.idx(pixels.tobytes(), 4096, 28, 28), published.idx(bytes(4096), 4096)), strict=True)
         )
     source = write(tmp_path / "source", files)
-    prepare(name, source, tmp_path / "first", partial=name == "mnist")  # what is imported and cached once
+    prepare_store(name, source, tmp_path / "first", partial=name == "mnist")  # what is imported and cached once
     tracemalloc.start()
-    prepare(name, source, tmp_path / "store", partial=name == "mnist")
+    prepare_store(name, source, tmp_path / "store", partial=name == "mnist")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e6
@@ -152,7 +152,7 @@ def test_reading_large_files_holds_a_few_chunks(tmp_path, name, monkeypatch):
 
 def test_equal_sources_give_equal_bytes(tmp_path, store):
     elsewhere = write(tmp_path / "elsewhere", published.cifar10_binary(PIXELS, LABELS))
-    prepare("CIFAR-10", elsewhere, tmp_path / "again", partial=True)
+    prepare_store("CIFAR-10", elsewhere, tmp_path / "again", partial=True)
     files = sorted(path.relative_to(store) for path in store.rglob("*") if path.is_file())
     assert len(files) == 5
     for file in files:
@@ -161,7 +161,7 @@ def test_equal_sources_give_equal_bytes(tmp_path, store):
 
 def test_preparing_again_leaves_an_equal_store_and_refuses_another(tmp_path, source, store):
     before = (store / "store.json").stat()
-    prepare("cifar10", source, store, partial=True)
+    prepare_store("cifar10", source, store, partial=True)
     assert (store / "store.json").stat().st_ino == before.st_ino
     for options, said in ({"size": 16}, "resizing"), ({"name": "other"}, "name 'cifar10', expected 'other'"):
         name = options.pop("name", "cifar10")
@@ -173,18 +173,18 @@ def test_preparing_again_leaves_an_equal_store_and_refuses_another(tmp_path, sou
         with pytest.raises(
             DataError, match=rf"store holds another store \({said}.*choose another folder, or remove it"
         ):
-            prepare(name, files, store, partial=name == "cifar10", **options)
+            prepare_store(name, files, store, partial=name == "cifar10", **options)
     (source / "test_batch.bin").write_bytes((source / "data_batch_1.bin").read_bytes())
     with pytest.raises(DataError, match=r"another store \(made from other files\)"):
-        prepare("cifar10", source, store, partial=True)
+        prepare_store("cifar10", source, store, partial=True)
     (tmp_path / "full" / "x").mkdir(parents=True)
     with pytest.raises(DataError, match="full is there already and is no store; choose another folder"):
-        prepare("cifar10", source, tmp_path / "full", partial=True)
+        prepare_store("cifar10", source, tmp_path / "full", partial=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "own", "source", "store"]
 
 
 def test_resizing_arrays_is_recorded(tmp_path, source):
-    small = prepare("cifar10", source, tmp_path / "small", size=16, partial=True)
+    small = prepare_store("cifar10", source, tmp_path / "small", size=16, partial=True)
     assert small.shape == (3, 16, 16)
     assert "16x16: averaged over areas (box)" in small.resizing
     squares = PIXELS[10:].reshape(2, 3, 16, 2, 16, 2).astype(float).mean((3, 5))
@@ -196,7 +196,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_like_a_store(tmp_p
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare("cifar10", source, tmp_path / "store", partial=True, progress=interrupted)
+        prepare_store("cifar10", source, tmp_path / "store", partial=True, progress=interrupted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
@@ -231,7 +231,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_progress_counts_all_images_of_all_splits(tmp_path, source):
     seen = []
-    prepare("cifar10", source, tmp_path / "store", partial=True, progress=lambda *call: seen.append(call))
+    prepare_store("cifar10", source, tmp_path / "store", partial=True, progress=lambda *call: seen.append(call))
     assert seen == [
         (2, 12, "train"),
         (4, 12, "train"),

@@ -14,7 +14,7 @@ from dpfast.errors import ConfigError
 from dpfast.progress import Progress, silent
 
 
-def prepare(
+def prepare_store(
     name: str,
     source: Path,
     folder: Path,

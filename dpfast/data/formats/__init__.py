@@ -10,8 +10,8 @@ from dpfast.data.formats.cifar import CIFAR10, CIFAR100
 from dpfast.data.formats.idx import FASHION_MNIST, MNIST
 from dpfast.data.formats.image_folder import IMAGE_FOLDER
 from dpfast.data.formats.imagenet32 import IMAGENET32
-from dpfast.data.formats.reading import Chunk, Format, Published, Reading, Split
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Published, Reading, Split
+from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.tables import ARROW, PARQUET
 from dpfast.data.pictures import SUFFIXES
 from dpfast.errors import ConfigError, DataError

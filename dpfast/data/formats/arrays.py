@@ -15,8 +15,8 @@ import numpy as np
 
 from dpfast.data.formats.hdf5 import Hdf5File
 from dpfast.data.formats.npz import Header, NpzFile
-from dpfast.data.formats.reading import Chunk, Format, Reading, Split, checked_labels, numbered
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Reading, Split, checked_labels, numbered
+from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.splits import split_name, split_of
 from dpfast.errors import DataError
 

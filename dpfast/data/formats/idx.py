@@ -14,8 +14,8 @@ from typing import IO, cast
 
 import numpy as np
 
-from dpfast.data.formats.reading import CHUNK, Chunk, Format, Published, Reading, Split, checked_labels, readable
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import CHUNK, Chunk, Published, Reading, Split, checked_labels, readable
+from dpfast.data.formats.source import Format, Source
 from dpfast.errors import DataError
 
 _STEMS = {"train": "train", "test": "t10k"}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpfast.data.formats.reading import Chunk, Format, Reading, Split
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Reading, Split
+from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.splits import split_name
 from dpfast.data.pictures import SUFFIXES, decode, peek
 from dpfast.errors import DataError, FileError

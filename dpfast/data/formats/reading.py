@@ -7,14 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dpfast.errors import ConfigError, DataError, DPFastError, FileError
-
-if TYPE_CHECKING:
-    from dpfast.data.formats.source import Source
 
 CHUNK = 1024  # images: 3 MB of 32x32 in colour, and so many that the Python between two chunks does not count
 
@@ -61,15 +58,6 @@ class Published:
                 f"{self.title}: expected {_counts(self.sizes)}, got {_counts(found)}; complete it from {self.url}, "
                 "or say that it is a part (partial=True, --partial)"
             )
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a data set is read. size: the side that its images get unless another is asked for, None for their own."""
-
-    read: Callable[[Source], Reading]
-    published: Published | None = None
-    size: int | None = None
 
 
 @contextmanager

@@ -19,8 +19,8 @@ import numpy as np
 
 from dpfast.data.formats.arrays import files_of
 from dpfast.data.formats.columnar import ArrowFile, ParquetFile, TableFile
-from dpfast.data.formats.reading import Chunk, Format, Reading, Split, checked_labels, numbered, readable
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Reading, Split, checked_labels, numbered, readable
+from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.splits import split_of
 from dpfast.data.pictures import decode, peek
 from dpfast.errors import DataError
