@@ -85,6 +85,16 @@ def test_mnist(tmp_path, name, packed):
     assert splits["train"].classes[9] == ("9" if name == "mnist" else "Ankle boot")
 
 
+def test_two_data_sets_of_torchvision_in_one_folder_are_told_apart(tmp_path):
+    both = {"MNIST": images(7, 1, 28, 28), "FashionMNIST": images(7, 1, 28, 28, seed=1)}
+    for name, pixels in both.items():
+        write(tmp_path / "source" / name / "raw", published.mnist(pixels, LABELS[:7]))
+    for name, pixels in both.items():
+        store = tmp_path / name
+        prepare_store(name, tmp_path / "source", store, partial=True)
+        assert np.array_equal(open_store(store, "train").images.numpy(), pixels[:5])
+
+
 def area_means(pixels, factor):
     """[n, C, H, W] averaged over factor x factor squares, in float."""
     n, channels, height, width = pixels.shape

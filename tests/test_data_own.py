@@ -102,6 +102,11 @@ def test_class_folders_that_do_not_fit_are_refused(tmp_path):
     refused(tmp_path, source, "got none of b, c; add them, or remove these folders")
     source = write(tmp_path / "splits", {"train/a/1.png": image, "train/b/1.png": image, "test/a/1.png": image})
     refused(tmp_path, source, "same class folders in each split.*test lacks b.*complete or remove them")
+    source = write(tmp_path / "mixed", {"train/a/1.png": image, "meta/a/1.png": image})
+    refused(tmp_path, source, "for each split or for each class, got meta, train; rename or move")
+    source = write(tmp_path / "twice", {"val/a/1.png": image, "valid/a/1.png": image})
+    refused(tmp_path, source, "got val, valid; rename")
+    refused(tmp_path, tmp_path / "twice/val/a/1.png", "expected a folder per class with images in it, found none; give")
     source = write(tmp_path / "flat", {"1.png": image})
     refused(tmp_path, source, "expected a folder per class with images in it, found no folder")
     refused(

@@ -1,4 +1,4 @@
-"""Data: labeled image sets in memory or in stores on disk, their keyed augmentation, and the digits of scikit-learn."""
+"""Data: labeled image sets in memory or in stores on disk, their keyed augmentation, and digits to try them with."""
 
 from dpfast.data.augment import Augment
 from dpfast.data.digits import DIGIT_CLASSES, font_digits, real_digits

@@ -43,7 +43,7 @@ def decode(content: bytes, where: str, *, channels: int, size: int | None = None
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 ``[m, C, H, W]`` -> uint8 ``[m, C, size, size]`` by the rule ``RESIZING``; C is 1 or 3."""
+    """uint8 ``[m, C, H, W]`` -> uint8 ``[m, C, size, size]`` by the rule ``RESIZING``."""
     from PIL import Image
 
     if images.shape[2:] == (size, size):

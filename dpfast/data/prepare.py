@@ -43,7 +43,7 @@ def prepare_store(
         raise ConfigError(f"partial: nothing is published of {name!r} to be a part of; leave it out")
     files = Source(source, published=form.published, size=size or form.size, partial=partial)
     if not source.exists():
-        raise files.missing("the data set")
+        raise files.missing("a file or folder")
     reading = form.read(files)
     if form.published is not None and not partial:
         form.published.check_sizes(reading.splits)

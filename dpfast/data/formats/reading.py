@@ -67,6 +67,8 @@ def readable(where: str) -> Iterator[None]:
         yield
     except DPFastError:
         raise
+    except PermissionError as error:
+        raise FileError(f"{where} cannot be read ({error.strerror}); change its permissions") from error
     except Exception as error:  # libraries raise anything from OSError to zlib.error and struct.error
         raise FileError(
             f"{where} cannot be read ({str(error) or type(error).__name__}); it is truncated or damaged: get it again"
