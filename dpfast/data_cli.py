@@ -27,7 +27,9 @@ def prepare(
     ],
     source: Annotated[Path, typer.Option(help="The file or folder that holds it; it is only read.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the store; data/NAME by default.")] = None,
-    size: Annotated[int | None, typer.Option(help="Crop and scale images to this many pixels a side.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Crop and scale images to this many pixels a side; camelyon17: 32.")
+    ] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="It may be a part of the published data set, or a stand-in for it.")
     ] = False,

@@ -191,6 +191,14 @@ def test_numpy_never_sees_the_state_of_a_planted_dtype(tmp_path, protocol):
     assert made(tmp_path, "cifar10", source)["train"].images[6].numpy().tobytes() == content
 
 
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_an_array_that_is_never_filled_in_has_no_pixels(tmp_path, protocol):
+    make, arguments, _ = PIXELS.__reduce__()
+    source = planted_in_a_batch(tmp_path, Planted(make, *arguments), protocol)
+    with pytest.raises(DataError, match=r"data_batch_4: data must be uint8 \[n, 3072\], got uint8 \(0,\)"):
+        prepare_store("cifar10", source, tmp_path / "store", partial=True)
+
+
 @pytest.mark.parametrize("kind", ["object", "datetime64[s]", "U4", "V8"])
 def test_arrays_of_anything_but_numbers_are_refused(tmp_path, kind):
     batch = {"labels": [1], "data": np.zeros((1, 3072), kind)}

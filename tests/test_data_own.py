@@ -192,6 +192,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, kind):
         r"got \(2, 3, 3, 3\); which axis is C is unclear": {"images": images(2, 3, 3, 3), "labels": [0, 1]},
         "expected arrays 'images' and 'labels' .*got x, y; name them so": {"x": PIXELS, "y": labels(6)},
         "got train_images; name": {"train_images": PIXELS},
+        "val_images and valid_images are the same split; keep one": {"val_images": PIXELS, "valid_images": PIXELS},
     }
     for number, (said, arrays) in enumerate(cases.items()):
         refused(tmp_path, save(kind, tmp_path / str(number), "x", **arrays), f"x.{kind}.*{said}")
@@ -263,6 +264,8 @@ def test_tables_of_hugging_face(tmp_path, kind, monkeypatch):
     save_table(kind, tmp_path / "source/data/train-00001-of-00002", table(PIXELS[:2], [1, 2]))
     save_table(kind, tmp_path / "source/data/validation-00000-of-00001", table(PIXELS[3:5], [0, 0]))
     save_table(kind, tmp_path / "source/test/0000", table(PIXELS[:1], [1]))
+    save_table(kind, tmp_path / "source/test/0001", table().slice(0, 0))
+    write(tmp_path / "source", {"preview.png": b""})
     if kind != "parquet":
         save_table(kind, tmp_path / "source/test/cache-0123456789abcdef", table(PIXELS[:3], [0, 0, 0]))
     found = made(tmp_path, tmp_path / "source")
@@ -270,7 +273,7 @@ def test_tables_of_hugging_face(tmp_path, kind, monkeypatch):
     same(found["val"], PIXELS[3:5], [0, 0])
     same(found["test"], PIXELS[:1], [1])
     assert found["test"].classes == tuple(NAMES)
-    assert len(found["test"].store.source) == 4
+    assert len(found["test"].store.source) == 5
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -54,8 +54,8 @@ def _splits(path: Path) -> dict[str, Path]:
     splits = {split: path / name for name in folders if (split := split_name(name))}
     if splits and len(splits) < len(folders):
         raise DataError(
-            f"{path}: expected a folder for each split or for each class, got {', '.join(folders)}; rename or move those"
-            " that are not what the others are"
+            f"{path}: expected a folder for each split or for each class, got {', '.join(folders)}; rename or "
+            "move those that are not what the others are"
         )
     return splits or {"train": path}
 

@@ -136,8 +136,8 @@ def _encoded(values: list[Any], path: Path, column: str) -> list[bytes]:
     contents = [value["bytes"] if isinstance(value, dict) else value for value in values]
     if None in contents:
         raise DataError(
-            f"{path}: expected the bytes of each image in column {column}, got rows without; let datasets embed them "
-            "(push_to_hub does, save_to_disk and to_parquet after embed_table_storage)"
+            f"{path}: expected the bytes of each image in column {column}, got rows without; have datasets embed "
+            "them, as push_to_hub does"
         )
     return contents
 
