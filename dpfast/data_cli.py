@@ -27,7 +27,9 @@ def prepare(
     ],
     source: Annotated[Path, typer.Option(help="The file or folder that holds it; it is only read.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the store; data/NAME by default.")] = None,
-    size: Annotated[int | None, typer.Option(help="Crop and scale images to this many pixels a side.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Crop and scale images to this many pixels a side; camelyon17: 32.")
+    ] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="It may be a part of the published data set, or a stand-in for it.")
     ] = False,
@@ -46,13 +48,13 @@ def prepare(
     with reported(debug):
         typer.echo("checking the source ...", err=True)
         from dpfast.data.formats import canonical_name
-        from dpfast.data.prepare import prepare as carry_out
+        from dpfast.data.prepare import prepare_store
         from dpfast.runs.terminal import TerminalProgress
 
         folder = out or Path("data") / canonical_name(name)
         progress = TerminalProgress(sys.stderr)
         try:
-            store = carry_out(name, source, folder, size=size, partial=partial, progress=progress)
+            store = prepare_store(name, source, folder, size=size, partial=partial, progress=progress)
         finally:
             progress.close()
         _print_store(folder, store)

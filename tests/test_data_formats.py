@@ -11,7 +11,7 @@ import pytest
 
 import published
 from dpfast.data.formats import PUBLISHED, canonical_name
-from dpfast.data.prepare import prepare
+from dpfast.data.prepare import prepare_store
 from dpfast.data.store import open_store
 from dpfast.errors import ConfigError, DataError, DPFastError, FileError
 from published import images, labels, pack, python2, python3, with_bytes_keys, write, zipped
@@ -19,7 +19,7 @@ from published import images, labels, pack, python2, python3, with_bytes_keys, w
 
 def made(tmp_path, name, source, **options):
     """The splits of a prepared data set, as arrays."""
-    store = prepare(name, source, tmp_path / "store", partial=True, **options)
+    store = prepare_store(name, source, tmp_path / "store", partial=True, **options)
     return {
         split: open_store(tmp_path / "store", split, name=canonical_name(name), verify=True) for split in store.splits
     }
@@ -85,6 +85,16 @@ def test_mnist(tmp_path, name, packed):
     assert splits["train"].classes[9] == ("9" if name == "mnist" else "Ankle boot")
 
 
+def test_two_data_sets_of_torchvision_in_one_folder_are_told_apart(tmp_path):
+    both = {"MNIST": images(7, 1, 28, 28), "FashionMNIST": images(7, 1, 28, 28, seed=1)}
+    for name, pixels in both.items():
+        write(tmp_path / "source" / name / "raw", published.mnist(pixels, LABELS[:7]))
+    for name, pixels in both.items():
+        store = tmp_path / name
+        prepare_store(name, tmp_path / "source", store, partial=True)
+        assert np.array_equal(open_store(store, "train").images.numpy(), pixels[:5])
+
+
 def area_means(pixels, factor):
     """[n, C, H, W] averaged over factor x factor squares, in float."""
     n, channels, height, width = pixels.shape
@@ -133,7 +143,7 @@ def test_imagenet32_takes_the_names_of_its_classes_from_the_map(tmp_path):
     assert made(tmp_path, "imagenet32", source)["val"].classes == tuple(names)
     (source / "map_clsloc.txt").write_text("\n".join(lines[1:]))
     with pytest.raises(DataError, match=r"map_clsloc.txt: expected a WordNet id for each of 1..1000, got 999; get it"):
-        prepare("imagenet32", source, tmp_path / "other", partial=True)
+        prepare_store("imagenet32", source, tmp_path / "other", partial=True)
 
 
 class Planted:
@@ -165,7 +175,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, func
     }[function]
     source = planted_in_a_batch(tmp_path, Planted(function, *arguments), protocol)
     with pytest.raises(FileError, match=r"data_batch_4: expected a pickle of arrays.*names .*Nothing of it was run"):
-        prepare("cifar10", source, tmp_path / "store", partial=True)
+        prepare_store("cifar10", source, tmp_path / "store", partial=True)
     assert not there.exists()
     assert not (tmp_path / "store").exists()
 
@@ -181,12 +191,20 @@ def test_numpy_never_sees_the_state_of_a_planted_dtype(tmp_path, protocol):
     assert made(tmp_path, "cifar10", source)["train"].images[6].numpy().tobytes() == content
 
 
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_an_array_that_is_never_filled_in_has_no_pixels(tmp_path, protocol):
+    make, arguments, _ = PIXELS.__reduce__()
+    source = planted_in_a_batch(tmp_path, Planted(make, *arguments), protocol)
+    with pytest.raises(DataError, match=r"data_batch_4: data must be uint8 \[n, 3072\], got uint8 \(0,\)"):
+        prepare_store("cifar10", source, tmp_path / "store", partial=True)
+
+
 @pytest.mark.parametrize("kind", ["object", "datetime64[s]", "U4", "V8"])
 def test_arrays_of_anything_but_numbers_are_refused(tmp_path, kind):
     batch = {"labels": [1], "data": np.zeros((1, 3072), kind)}
     source = write(tmp_path / "source", {**CIFAR10["python 2"], "data_batch_1": python3(batch)})
     with pytest.raises(FileError, match=r"data_batch_1 cannot be read .*not of numbers"):
-        prepare("cifar10", source, tmp_path / "store", partial=True)
+        prepare_store("cifar10", source, tmp_path / "store", partial=True)
 
 
 def cut(content):
@@ -220,7 +238,7 @@ def test_what_is_wrong_with_a_batch_is_said_with_its_file_and_a_cure(tmp_path, c
     source = write(tmp_path / "source", {**CIFAR10["python 2"], **changed})
     (file,) = changed
     with pytest.raises(DPFastError, match=rf"{file}.*{said}.*get") as caught:
-        prepare(name, source, tmp_path / "store", partial=True)
+        prepare_store(name, source, tmp_path / "store", partial=True)
     assert isinstance(caught.value, DataError | FileError)
     assert not (tmp_path / "store").exists()
 
@@ -233,12 +251,12 @@ def test_binary_records_cut_short_or_mislabelled(tmp_path, name):
     file, record = ("test_batch.bin", 3073) if name == "cifar10" else ("test.bin", 3074)
     source = write(tmp_path / "short", {**whole, file: whole[file][:-1]})
     with pytest.raises(DataError, match=rf"{file}: expected records of {record} bytes, got .* truncated"):
-        prepare(name, source, tmp_path / "store", partial=True)
+        prepare_store(name, source, tmp_path / "store", partial=True)
     label = record - 3073
     changed = whole[file][:label] + b"\xc8" + whole[file][label + 1 :]
     source = write(tmp_path / "mislabelled", {**whole, file: changed})
     with pytest.raises(DataError, match=rf"{file}: labels must lie in .* got 200 at position 0"):
-        prepare(name, source, tmp_path / "store", partial=True)
+        prepare_store(name, source, tmp_path / "store", partial=True)
 
 
 @pytest.mark.parametrize("name", ["../data_batch_1", "/etc/passwd", "cifar-10-batches-py/../../x"])
@@ -246,20 +264,27 @@ def test_an_archive_that_leads_out_of_itself_is_refused(tmp_path, name):
     files = {f"cifar-10-batches-py/{key}": value for key, value in CIFAR10["python 2"].items()}
     source = pack(tmp_path / "source" / "cifar-10-python.tar.gz", {**files, name: b"x"})
     with pytest.raises(FileError, match=r"cifar-10-python.tar.gz: member .* leads out .*Nothing was extracted"):
-        prepare("cifar10", source, tmp_path / "store", partial=True)
+        prepare_store("cifar10", source, tmp_path / "store", partial=True)
 
 
 def test_an_archive_with_a_link_is_refused_and_a_truncated_one_named(tmp_path):
     path = pack(tmp_path / "source" / "cifar-10-python.tar.gz", CIFAR10["python 2"], "cifar-10-batches-py")
     path.write_bytes(cut(path.read_bytes()))
     with pytest.raises(FileError, match=r"cifar-10-python.tar.gz cannot be read .*truncated or damaged: get it again"):
-        prepare("cifar10", path, tmp_path / "store", partial=True)
+        prepare_store("cifar10", path, tmp_path / "store", partial=True)
     with tarfile.open(path, "w:gz") as archive:
         member = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
         member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(member, io.BytesIO())
     with pytest.raises(FileError, match="leads out of the archive"):
-        prepare("cifar10", path, tmp_path / "store", partial=True)
+        prepare_store("cifar10", path, tmp_path / "store", partial=True)
+
+
+def test_an_archive_too_large_for_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpfast.data.formats.packages._LARGEST", 20_000)
+    path = pack(tmp_path / "source" / "cifar-10-python.tar.gz", CIFAR10["python 2"], "cifar-10-batches-py")
+    with pytest.raises(FileError, match="expected files of at most 20,000 bytes in all; give the published archive"):
+        prepare_store("cifar10", path, tmp_path / "store", partial=True)
 
 
 IDX = published.mnist(images(7, 1, 28, 28), LABELS[:7])
@@ -281,7 +306,7 @@ def test_what_is_wrong_with_an_idx_file_is_said(tmp_path, case):
     changed, file, said = WRONG_IDX[case]
     source = write(tmp_path / "source", {**IDX, **changed})
     with pytest.raises(DataError, match=f"{file}: .*{said}.*get"):
-        prepare("mnist", source, tmp_path / "store", partial=True)
+        prepare_store("mnist", source, tmp_path / "store", partial=True)
 
 
 @pytest.mark.parametrize("file", [IMAGES, NUMBERS])
@@ -289,10 +314,10 @@ def test_a_truncated_gzip_file_leaves_no_store(tmp_path, file):
     files = zipped(IDX)
     source = write(tmp_path / "source", {**files, f"{file}.gz": files[f"{file}.gz"][:-9]})
     with pytest.raises(FileError, match=rf"{file}.gz cannot be read .*truncated"):
-        prepare("mnist", source, tmp_path / "store", partial=True)
+        prepare_store("mnist", source, tmp_path / "store", partial=True)
     files[f"{NUMBERS}.gz"] = gzip.compress(IDX[NUMBERS] + b"more")
     with pytest.raises(DataError, match=rf"{NUMBERS}.gz: holds more than its header says"):
-        prepare("mnist", write(tmp_path / "source", files), tmp_path / "store", partial=True)
+        prepare_store("mnist", write(tmp_path / "source", files), tmp_path / "store", partial=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
@@ -314,7 +339,7 @@ def test_camelyon17_says_what_is_missing_or_strange(tmp_path):
         content = {name: value for name, value in {**files, **change}.items() if value is not None}
         source = write(tmp_path / str(number), content)
         with pytest.raises(DPFastError, match=f"{said}.*(again|remove)"):
-            prepare("camelyon17", source, tmp_path / "store", partial=True)
+            prepare_store("camelyon17", source, tmp_path / "store", partial=True)
 
 
 def test_imagenet32_labels_of_zero_and_other_arrays_are_refused(tmp_path):
@@ -329,7 +354,7 @@ def test_imagenet32_labels_of_zero_and_other_arrays_are_refused(tmp_path):
     for said, arrays in changes.items():
         source = write(tmp_path / "source", {**files, "train_data_batch_7.npz": published.npz(**arrays)})
         with pytest.raises(DataError, match=f"train_data_batch_7.npz: .*{said}"):
-            prepare("imagenet32", source, tmp_path / "store", partial=True)
+            prepare_store("imagenet32", source, tmp_path / "store", partial=True)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -339,7 +364,7 @@ def test_a_missing_data_set_says_where_it_is_published_and_what_to_place(tmp_pat
         with pytest.raises(
             DataError, match=r"is not in .*expected .*get it from.*place there.*downloads nothing"
         ) as caught:
-            prepare(name, source, tmp_path / "store")
+            prepare_store(name, source, tmp_path / "store")
         assert known.url in str(caught.value)
         assert known.files in str(caught.value)
 
@@ -352,20 +377,20 @@ def test_missing_files_are_listed_unless_a_part_is_asked_for(tmp_path):
     }
     source = write(tmp_path / "source", files)
     with pytest.raises(DataError, match=r"expected data_batch_2.bin, test_batch.bin in source, found none"):
-        prepare("cifar10", source, tmp_path / "store")
+        prepare_store("cifar10", source, tmp_path / "store")
     assert {name: len(split) for name, split in made(tmp_path, "cifar10", source).items()} == {"train": 8}
     idx = {name: content for name, content in IDX.items() if not name.startswith("t10k-l")}
     with pytest.raises(DataError, match="expected t10k-labels-idx1-ubyte in"):
-        prepare("mnist", write(tmp_path / "mnist", idx), tmp_path / "store", partial=True)
+        prepare_store("mnist", write(tmp_path / "mnist", idx), tmp_path / "store", partial=True)
 
 
 def test_another_size_or_checksum_than_published_is_refused_without_partial(tmp_path):
     binary = write(tmp_path / "binary", CIFAR10["binary"])
     with pytest.raises(DataError, match=r"expected train 50,000, test 10,000, got train 10, test 2; .*--partial"):
-        prepare("cifar10", binary, tmp_path / "store")
+        prepare_store("cifar10", binary, tmp_path / "store")
     python = write(tmp_path / "python", CIFAR10["python 2"])
     with pytest.raises(FileError, match="not as CIFAR-10 was published") as caught:
-        prepare("cifar10", python, tmp_path / "store")
+        prepare_store("cifar10", python, tmp_path / "store")
     lines = str(caught.value).splitlines()
     assert len(lines) == 8  # all six batches, not the names
     assert f"{python}/data_batch_1: expected MD5 c99cafc152244af753f735de768cd75f, got " in lines[1]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dpfast.data.formats import reading
-from dpfast.data.prepare import prepare
+from dpfast.data.prepare import prepare_store
 from dpfast.data.store import open_store
 from dpfast.errors import ConfigError, DataError, DPFastError, FileError
 from published import images, labels, npz, picture, write
@@ -22,13 +22,13 @@ GREY = images(6, 1, 8, 8)
 
 
 def made(tmp_path, source, name="scans", **options):
-    store = prepare(name, source, tmp_path / "store", **options)
+    store = prepare_store(name, source, tmp_path / "store", **options)
     return {split: open_store(tmp_path / "store", split, name=name, verify=True) for split in store.splits}
 
 
 def refused(tmp_path, source, said, error=DataError, **options):
     with pytest.raises(error, match=f"(?s){said}") as caught:
-        prepare("scans", source, tmp_path / "store", **options)
+        prepare_store("scans", source, tmp_path / "store", **options)
     assert not (tmp_path / "store").exists()
     return str(caught.value)
 
@@ -102,6 +102,11 @@ def test_class_folders_that_do_not_fit_are_refused(tmp_path):
     refused(tmp_path, source, "got none of b, c; add them, or remove these folders")
     source = write(tmp_path / "splits", {"train/a/1.png": image, "train/b/1.png": image, "test/a/1.png": image})
     refused(tmp_path, source, "same class folders in each split.*test lacks b.*complete or remove them")
+    source = write(tmp_path / "mixed", {"train/a/1.png": image, "meta/a/1.png": image})
+    refused(tmp_path, source, "for each split or for each class, got meta, train; rename or move")
+    source = write(tmp_path / "twice", {"val/a/1.png": image, "valid/a/1.png": image})
+    refused(tmp_path, source, "got val, valid; rename")
+    refused(tmp_path, tmp_path / "twice/val/a/1.png", "expected a folder per class with images in it, found none; give")
     source = write(tmp_path / "flat", {"1.png": image})
     refused(tmp_path, source, "expected a folder per class with images in it, found no folder")
     refused(
@@ -154,7 +159,7 @@ def test_splits_are_in_the_names_of_arrays_or_of_files(tmp_path, kind):
     assert found["train"].classes == ("benign", "other", "malign")
     save(kind, tmp_path / "two", "my-test", images=PIXELS[:2], labels=[1, 0])
     save(kind, tmp_path / "two", "my-train", images=PIXELS, labels=[0, 1] * 3)
-    two = prepare("scans", tmp_path / "two", tmp_path / "other")
+    two = prepare_store("scans", tmp_path / "two", tmp_path / "other")
     assert {name: split.count for name, split in two.splits.items()} == {"test": 2, "train": 6}
 
 
@@ -187,6 +192,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, kind):
         r"got \(2, 3, 3, 3\); which axis is C is unclear": {"images": images(2, 3, 3, 3), "labels": [0, 1]},
         "expected arrays 'images' and 'labels' .*got x, y; name them so": {"x": PIXELS, "y": labels(6)},
         "got train_images; name": {"train_images": PIXELS},
+        "val_images and valid_images are the same split; keep one": {"val_images": PIXELS, "valid_images": PIXELS},
     }
     for number, (said, arrays) in enumerate(cases.items()):
         refused(tmp_path, save(kind, tmp_path / str(number), "x", **arrays), f"x.{kind}.*{said}")
@@ -258,6 +264,8 @@ def test_tables_of_hugging_face(tmp_path, kind, monkeypatch):
     save_table(kind, tmp_path / "source/data/train-00001-of-00002", table(PIXELS[:2], [1, 2]))
     save_table(kind, tmp_path / "source/data/validation-00000-of-00001", table(PIXELS[3:5], [0, 0]))
     save_table(kind, tmp_path / "source/test/0000", table(PIXELS[:1], [1]))
+    save_table(kind, tmp_path / "source/test/0001", table().slice(0, 0))
+    write(tmp_path / "source", {"preview.png": b""})
     if kind != "parquet":
         save_table(kind, tmp_path / "source/test/cache-0123456789abcdef", table(PIXELS[:3], [0, 0, 0]))
     found = made(tmp_path, tmp_path / "source")
@@ -265,7 +273,7 @@ def test_tables_of_hugging_face(tmp_path, kind, monkeypatch):
     same(found["val"], PIXELS[3:5], [0, 0])
     same(found["test"], PIXELS[:1], [1])
     assert found["test"].classes == tuple(NAMES)
-    assert len(found["test"].store.source) == 4
+    assert len(found["test"].store.source) == 5
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -316,7 +324,7 @@ def test_sizes_and_channels_that_change_from_batch_to_batch_are_refused(tmp_path
     assert made(tmp_path, tmp_path / "sizes", size=4)["train"].images.shape == (2, 3, 4, 4)
     save_table("parquet", tmp_path / "grey/x", table([GREY[0], PIXELS[0]], [0, 1]))
     with pytest.raises(DataError, match="row 1: expected a grey image like those before it, got mode RGB; convert all"):
-        prepare("other", tmp_path / "grey", tmp_path / "other")
+        prepare_store("other", tmp_path / "grey", tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "feather"])
@@ -351,4 +359,4 @@ def test_options_that_mean_nothing_are_refused(tmp_path):
 def test_what_is_no_such_file_at_all_is_said(tmp_path, name):
     source = write(tmp_path / "source", {name: b"<html>404 not found</html>"})
     with pytest.raises(DPFastError, match=f"{name} cannot be read .*get it again"):
-        prepare("scans", source, tmp_path / "store")
+        prepare_store("scans", source, tmp_path / "store")

@@ -52,7 +52,7 @@ def encode(image: np.ndarray) -> bytes:
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 ``[m, C, H, W]`` -> uint8 ``[m, C, size, size]`` by the rule ``RESIZING``; C is 1 or 3."""
+    """uint8 ``[m, C, H, W]`` -> uint8 ``[m, C, size, size]`` by the rule ``RESIZING``."""
     from PIL import Image
 
     if images.shape[2:] == (size, size):

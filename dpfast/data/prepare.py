@@ -14,7 +14,7 @@ from dpfast.errors import ConfigError
 from dpfast.progress import Progress, silent
 
 
-def prepare(
+def prepare_store(
     name: str,
     source: Path,
     folder: Path,
@@ -43,7 +43,7 @@ def prepare(
         raise ConfigError(f"partial: nothing is published of {name!r} to be a part of; leave it out")
     files = Source(source, published=form.published, size=size or form.size, partial=partial)
     if not source.exists():
-        raise files.missing("the data set")
+        raise files.missing("a file or folder")
     reading = form.read(files)
     if form.published is not None and not partial:
         form.published.check_sizes(reading.splits)

@@ -10,8 +10,8 @@ from dpfast.data.formats.cifar import CIFAR10, CIFAR100
 from dpfast.data.formats.idx import FASHION_MNIST, MNIST
 from dpfast.data.formats.image_folder import IMAGE_FOLDER
 from dpfast.data.formats.imagenet32 import IMAGENET32
-from dpfast.data.formats.reading import Chunk, Format, Published, Reading, Split
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Published, Reading, Split
+from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.tables import ARROW, PARQUET
 from dpfast.data.pictures import SUFFIXES
 from dpfast.errors import ConfigError, DataError
@@ -26,14 +26,7 @@ PUBLISHED = {
     "imagenet32": IMAGENET32,
     "mnist": MNIST,
 }
-_BY_SUFFIX = {
-    ".npz": NPZ,
-    ".h5": HDF5,
-    ".hdf5": HDF5,
-    ".parquet": PARQUET,
-    ".arrow": ARROW,
-    **dict.fromkeys(SUFFIXES, IMAGE_FOLDER),
-}
+_BY_SUFFIX = {".npz": NPZ, ".h5": HDF5, ".hdf5": HDF5, ".parquet": PARQUET, ".arrow": ARROW}
 
 
 def canonical_name(name: str) -> str:
@@ -45,16 +38,23 @@ def canonical_name(name: str) -> str:
 
 
 def format_of(name: str, path: Path) -> Format:
-    """That of a published data set, or of the first file of ``path`` whose suffix is known. Raises DataError."""
+    """That of a published data set; of others the one that the suffixes of their files tell. Raises DataError."""
     if name in PUBLISHED:
         return PUBLISHED[name]
-    for folder, folders, files in os.walk(path, followlinks=True) if path.is_dir() else [("", [], [path.name])]:
-        folders.sort()
-        for file in sorted(files):
-            if (form := _BY_SUFFIX.get(Path(folder, file).suffix.lower())) is not None:
-                return form
+    suffixes = _suffixes(path)
+    for suffix, form in _BY_SUFFIX.items():
+        if suffix in suffixes:  # before images: who publishes tables likes to show a few beside them
+            return form
+    if suffixes & set(SUFFIXES):
+        return IMAGE_FOLDER
     found = "found none" if path.exists() else "there is nothing of that name"
     raise DataError(
-        f"{path}: expected files of one of {', '.join(_BY_SUFFIX)}, {found}; give such a folder or file, or the name "
-        f"of a published data set: {', '.join(PUBLISHED)}"
+        f"{path}: expected files of one of {', '.join([*_BY_SUFFIX, *SUFFIXES])}, {found}; give such a folder or file, "
+        f"or the name of a published data set: {', '.join(PUBLISHED)}"
     )
+
+
+def _suffixes(path: Path) -> set[str]:
+    if path.is_file():
+        return {path.suffix.lower()}
+    return {Path(name).suffix.lower() for _, _, names in os.walk(path, followlinks=True) for name in names}

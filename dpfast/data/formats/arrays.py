@@ -15,8 +15,8 @@ import numpy as np
 
 from dpfast.data.formats.hdf5 import Hdf5File
 from dpfast.data.formats.npz import Header, NpzFile
-from dpfast.data.formats.reading import Chunk, Format, Reading, Split, checked_labels, numbered
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Reading, Split, checked_labels, numbered
+from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.splits import split_name, split_of
 from dpfast.errors import DataError
 
@@ -60,7 +60,10 @@ def _pairs(files: list[ArrayFile], root: Path) -> Pairs:
         of_file: dict[str, dict[str, str]] = {}
         for match in filter(None, map(_NAME.fullmatch, file.names)):
             split = split_name(match["split"]) if match["split"] else split_of(file.path.relative_to(root))
-            of_file.setdefault(split or match["split"], {})[match["what"]] = match.string
+            names = of_file.setdefault(split or match["split"], {})
+            if match["what"] in names:
+                raise DataError(f"{file.path}: {names[match['what']]} and {match.string} are the same split; keep one")
+            names[match["what"]] = match.string
         if not of_file or any(len(names) < 2 for names in of_file.values()):
             raise DataError(
                 f"{file.path}: expected arrays 'images' and 'labels' (or train_images, train_labels, ...), got "

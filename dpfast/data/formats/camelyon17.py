@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpfast.data.formats.reading import Chunk, Format, Published, Reading, Split, checked_labels, readable
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Published, Reading, Split, checked_labels, readable
+from dpfast.data.formats.source import Format, Source
 from dpfast.data.pictures import decode
 from dpfast.errors import DataError
 

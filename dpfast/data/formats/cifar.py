@@ -13,8 +13,8 @@ import numpy as np
 
 from dpfast.data.formats.packages import Package, packages
 from dpfast.data.formats.pickles import image_batch, unpickle
-from dpfast.data.formats.reading import Chunk, Format, Published, Reading, Split, checked_labels, in_chunks
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Published, Reading, Split, checked_labels, in_chunks
+from dpfast.data.formats.source import Format, Source
 from dpfast.errors import DataError
 
 _IMAGE = 3 * 32 * 32

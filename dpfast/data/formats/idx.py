@@ -14,19 +14,20 @@ from typing import IO, cast
 
 import numpy as np
 
-from dpfast.data.formats.reading import CHUNK, Chunk, Format, Published, Reading, Split, checked_labels, readable
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import CHUNK, Chunk, Published, Reading, Split, checked_labels, readable
+from dpfast.data.formats.source import Format, Source
 from dpfast.errors import DataError
 
 _STEMS = {"train": "train", "test": "t10k"}
 _KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
-_FOLDERS = (".", "raw", "MNIST/raw", "FashionMNIST/raw")  # the last three are torchvision's
 _SIDE = 28
 
 
-def _read(classes: tuple[str, ...], source: Source) -> Reading:
+def _read(classes: tuple[str, ...], folder: str, source: Source) -> Reading:
+    """folder: what torchvision calls it, which has the files in ``raw``."""
     names = [f"{stem}-{kind}" for stem in _STEMS.values() for kind in _KINDS]
-    root = next((source.path / f for f in _FOLDERS if any(_file(source.path / f, name) for name in names)), None)
+    roots = [source.path, source.path / "raw", source.path / folder / "raw"]
+    root = next((root for root in roots if any(_file(root, name) for name in names)), None)
     if root is None:
         raise source.missing(f"{', '.join(names)} (each plain or .gz)")
     files = {name: file for name in names if (file := _file(root, name))}
@@ -99,7 +100,7 @@ _FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-uby
 _SIZES = {"train": 60_000, "test": 10_000}
 
 MNIST = Format(
-    partial(_read, tuple("0123456789")),
+    partial(_read, tuple("0123456789"), "MNIST"),
     Published(
         "MNIST",
         "http://yann.lecun.com/exdb/mnist/",
@@ -130,7 +131,7 @@ _CLOTHES = (
     "Ankle boot",
 )
 FASHION_MNIST = Format(
-    partial(_read, _CLOTHES),
+    partial(_read, _CLOTHES, "FashionMNIST"),
     Published(
         "Fashion-MNIST",
         "https://github.com/zalandoresearch/fashion-mnist",

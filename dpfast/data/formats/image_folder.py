@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpfast.data.formats.reading import Chunk, Format, Reading, Split
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Reading, Split
+from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.splits import split_name
 from dpfast.data.pictures import SUFFIXES, decode, peek
 from dpfast.errors import DataError, FileError
@@ -35,6 +35,8 @@ class _Images:
 
 
 def _read(source: Source) -> Reading:
+    if not source.path.is_dir():
+        raise source.missing("a folder per class with images in it")
     roots = _splits(source.path)
     classes = _classes(roots)
     found = {split: _images(root, classes) for split, root in roots.items()}
@@ -47,10 +49,15 @@ def _read(source: Source) -> Reading:
 
 
 def _splits(path: Path) -> dict[str, Path]:
+    """The folder of each split. Raises DataError if some folders are splits and others are not, or two are the same."""
     folders = _folders(path)
-    if folders and all(split_name(name) for name in folders):
-        return {str(split_name(name)): path / name for name in folders}
-    return {"train": path}
+    splits = {split: path / name for name in folders if (split := split_name(name))}
+    if splits and len(splits) < len(folders):
+        raise DataError(
+            f"{path}: expected a folder for each split or for each class, got {', '.join(folders)}; rename or "
+            "move those that are not what the others are"
+        )
+    return splits or {"train": path}
 
 
 def _classes(roots: dict[str, Path]) -> tuple[str, ...]:
@@ -58,7 +65,9 @@ def _classes(roots: dict[str, Path]) -> tuple[str, ...]:
     named = {root: _folders(root) for root in roots.values()}
     every = sorted(set().union(*named.values()))
     lacking = [
-        f"  - {root} lacks {', '.join(set(every) - set(names))}" for root, names in named.items() if names != every
+        f"  - {root} lacks {', '.join(sorted(set(every) - set(names)))}"
+        for root, names in named.items()
+        if names != every
     ]
     if lacking:
         raise DataError(

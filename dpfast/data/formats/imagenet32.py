@@ -13,8 +13,8 @@ import numpy as np
 
 from dpfast.data.formats.npz import NpzFile
 from dpfast.data.formats.pickles import image_batch
-from dpfast.data.formats.reading import Chunk, Format, Published, Reading, Split, checked_labels, in_chunks, readable
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Published, Reading, Split, checked_labels, in_chunks, readable
+from dpfast.data.formats.source import Format, Source
 from dpfast.errors import DataError
 
 _FILES = {"train": tuple(f"train_data_batch_{i}" for i in range(1, 11)), "val": ("val_data",)}

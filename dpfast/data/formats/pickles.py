@@ -1,7 +1,8 @@
 """Pickles of arrays, read without running anything that they say.
 
-A pickle names functions and has them called, and hands state to what they return. Here it may name four, and each is
-our own: numpy's would take flags and pointers of a dtype from it. Whatever else it names is refused, not looked up.
+A pickle names functions, has them called and hands state to what they return. Here it may name four, and each is our
+own: numpy's would take from it the flags of a dtype, which say whether bytes are pointers. Whatever else it names is
+refused, not looked up.
 """
 
 import io
@@ -74,7 +75,8 @@ class _DType:
 
 
 class _Array:
-    value: np.ndarray
+    def __init__(self) -> None:
+        self.value = np.zeros(0, np.uint8)
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, columns_first, content = state

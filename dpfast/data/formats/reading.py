@@ -7,14 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dpfast.errors import ConfigError, DataError, DPFastError, FileError
-
-if TYPE_CHECKING:
-    from dpfast.data.formats.source import Source
 
 CHUNK = 1024  # images: 3 MB of 32x32 in colour, and so many that the Python between two chunks does not count
 
@@ -63,15 +60,6 @@ class Published:
             )
 
 
-@dataclass(frozen=True)
-class Format:
-    """How a data set is read. size: the side that its images get unless another is asked for, None for their own."""
-
-    read: Callable[[Source], Reading]
-    published: Published | None = None
-    size: int | None = None
-
-
 @contextmanager
 def readable(where: str) -> Iterator[None]:
     """FileError that names ``where`` for whatever the reading of a damaged file raises."""
@@ -79,6 +67,8 @@ def readable(where: str) -> Iterator[None]:
         yield
     except DPFastError:
         raise
+    except PermissionError as error:
+        raise FileError(f"{where} cannot be read ({error.strerror}); change its permissions") from error
     except Exception as error:  # libraries raise anything from OSError to zlib.error and struct.error
         raise FileError(
             f"{where} cannot be read ({str(error) or type(error).__name__}); it is truncated or damaged: get it again"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpfast.data.formats.reading import Published
+from dpfast.data.formats.reading import Published, Reading
 from dpfast.errors import DataError, FileError
 
 _BLOCK = 1 << 18  # bytes
@@ -69,6 +70,15 @@ class Source:
             f"{self.published.title} is not in {self.path}: expected {wanted}, found none; get it from "
             f"{self.published.url}{terms} and place there {self.published.files}. dpfast downloads nothing"
         )
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a data set is read. size: the side that its images get unless another is asked for, None for their own."""
+
+    read: Callable[[Source], Reading]
+    published: Published | None = None
+    size: int | None = None
 
 
 class _Folder:

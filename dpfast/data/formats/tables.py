@@ -19,8 +19,8 @@ import numpy as np
 
 from dpfast.data.formats.arrays import files_of
 from dpfast.data.formats.columnar import ArrowFile, ParquetFile, TableFile
-from dpfast.data.formats.reading import Chunk, Format, Reading, Split, checked_labels, numbered, readable
-from dpfast.data.formats.source import Source
+from dpfast.data.formats.reading import Chunk, Reading, Split, checked_labels, numbered, readable
+from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.splits import split_of
 from dpfast.data.pictures import decode, peek
 from dpfast.errors import DataError
@@ -136,8 +136,8 @@ def _encoded(values: list[Any], path: Path, column: str) -> list[bytes]:
     contents = [value["bytes"] if isinstance(value, dict) else value for value in values]
     if None in contents:
         raise DataError(
-            f"{path}: expected the bytes of each image in column {column}, got rows without; let datasets embed them "
-            "(push_to_hub does, save_to_disk and to_parquet after embed_table_storage)"
+            f"{path}: expected the bytes of each image in column {column}, got rows without; have datasets embed "
+            "them, as push_to_hub does"
         )
     return contents
 
