@@ -200,7 +200,7 @@ def test_one_image_over_and_over_lies_in_the_manifold_and_covers_nothing():
         assert found.coverage == pytest.approx(0.07, abs=0.06)
 
 
-def test_neighbours_closer_than_float32_at_their_norm_are_told_apart():
+def test_sets_far_from_the_origin():
     a, b = (1000.0 + 0.001 * x for x in PAIR)
     assert vars(overlap(a, b)) == pytest.approx(overlap_by_hand(a, b), abs=1e-12)
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from dpfast.errors import BudgetExhausted, LedgerError
-from dpfast.privacy import Ledger, Plan, entropy, read_ledger
+from dpfast.errors import BudgetExhausted, LedgerError, PrivacyError
+from dpfast.privacy import GaussianRelease, Ledger, Plan, entropy, read_ledger
 from dpfast.testing import injected_entropy
 
 
@@ -27,6 +27,9 @@ def make_plan(**changes):
 
 
 PLAN = make_plan()
+ONCE = GaussianRelease(description="once", noise_multiplier=9.0)
+TWICE = GaussianRelease(description="twice", noise_multiplier=12.0, count=2)
+WITH_RELEASES = make_plan(other_releases=[ONCE, TWICE])
 
 
 @pytest.fixture
@@ -265,3 +268,108 @@ def test_test_entropy_marks_what_it_writes(path):
     assert read_ledger(path).test_entropy
     with Ledger(path, PLAN) as ledger:
         assert ledger.test_entropy
+
+
+# Other releases
+
+
+def test_a_release_is_drawn_as_often_as_planned_and_never_again(path):
+    with Ledger(path, WITH_RELEASES) as ledger:
+        ledger.charge_release(TWICE)
+        ledger.charge(1)
+        ledger.charge_release(ONCE)
+    with Ledger(path, WITH_RELEASES) as ledger:
+        ledger.charge_release(TWICE)
+        ledger.charge(2)
+        for release in (ONCE, TWICE):
+            with pytest.raises(BudgetExhausted, match=f"all planned draws of .*{release.description}"):
+                ledger.charge_release(release)
+        assert ledger.charged_steps == 2
+        assert ledger.epsilon() == WITH_RELEASES.epsilon(2)
+    assert read_ledger(path).charged_steps == 2
+
+
+def test_a_release_listed_twice_is_two_draws():
+    with Ledger(None, make_plan(other_releases=[ONCE, ONCE])) as ledger:
+        ledger.charge_release(ONCE)
+        ledger.charge_release(ONCE)
+        with pytest.raises(BudgetExhausted):
+            ledger.charge_release(ONCE)
+
+
+@pytest.mark.parametrize("changes", [{"noise_multiplier": 8.9}, {"count": 3}, {"description": "thrice"}])
+def test_a_release_that_the_plan_does_not_list_is_refused(path, changes):
+    other = GaussianRelease(**{**vars(TWICE), **changes})
+    with Ledger(path, WITH_RELEASES) as ledger, pytest.raises(PrivacyError, match=r"not accounted for.*list it there"):
+        ledger.charge_release(other)
+    assert b'release": 1' not in path.read_bytes()
+
+
+def test_the_draw_is_on_disk_when_its_charge_returns(path, monkeypatch):
+    events = []
+    real_write, real_sync = os.pwrite, os.fsync
+    with Ledger(path, WITH_RELEASES) as ledger:
+        monkeypatch.setattr(os, "pwrite", lambda *a: events.append("write") or real_write(*a))
+        monkeypatch.setattr(os, "fsync", lambda fd: events.append("sync") or real_sync(fd))
+        ledger.charge_release(ONCE)
+    assert events == ["write", "sync"]
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.charge_release(TWICE)
+
+
+def left(ledger, release):
+    """Draws that the ledger still allows, none of them taken back."""
+    count = 0
+    while True:
+        try:
+            ledger.charge_release(release)
+        except BudgetExhausted:
+            return count
+        count += 1
+
+
+def test_a_draw_cut_off_at_any_byte_is_spent_where_it_can_be_told(path):
+    spend(path, 1, 2, 3, 4, plan=WITH_RELEASES)
+    with Ledger(path, WITH_RELEASES) as ledger:
+        ledger.charge_release(TWICE)
+        start = path.stat().st_size
+        ledger.charge_release(TWICE)
+    content = path.read_bytes()
+    for cut in range(start, len(content) + 1):
+        path.write_bytes(content[:cut])
+        assert read_ledger(path).charged_steps == 4
+        with Ledger(path, WITH_RELEASES) as ledger:
+            assert ledger.charged_steps == 4
+            assert path.read_bytes()[:cut] == content[:cut] or cut < start + len('{"release": 1')
+            # Up to the number nothing says which release it was: one of those that are left has been spent.
+            spent = 3 - left(ledger, ONCE) - left(ledger, TWICE) - 1
+            assert spent == (cut > start)
+
+
+def test_a_cut_off_draw_is_no_step_where_steps_are_left(path):
+    with Ledger(path, WITH_RELEASES) as ledger:
+        ledger.charge_release(ONCE)
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    assert read_ledger(path).charged_steps == 0
+    with Ledger(path, WITH_RELEASES) as ledger:
+        assert ledger.charged_steps == 0
+        with pytest.raises(BudgetExhausted):
+            ledger.charge_release(ONCE)
+    assert path.read_bytes() == content
+
+
+def test_draws_beyond_the_plan_are_damage(path):
+    with Ledger(path, WITH_RELEASES) as ledger:
+        ledger.charge_release(ONCE)
+        state = ledger._state
+        for forged in ({"release": 0, "draw": 2}, {"release": 2, "draw": 1}, {"release": -1, "draw": 1}):
+            before = path.read_bytes()
+            path.write_bytes(before + state.line(forged))
+            with pytest.raises(LedgerError, match="planned releases"):
+                read_ledger(path)
+            path.write_bytes(before)
+        for forged in ({"release": 0, "draw": 1}, {"release": 1, "draw": 2}, {"release": [1], "draw": 1}):
+            path.write_bytes(before + state.line(forged))
+            with pytest.raises(LedgerError, match="the next draw of another release; the file was altered"):
+                read_ledger(path)

@@ -1,23 +1,25 @@
-"""The ledger: which steps have been spent, written down before each is taken.
+"""The ledger: which steps have been spent, and which other releases drawn, written down before each is.
 
-A JSON-lines file. First line: the plan, its fingerprint, the library version. Then one line a step. Each line
-ends in the SHA-256 of the line before it and itself, so that nothing can be changed, dropped or reordered
-unseen. Nothing in it depends on the data or on the clock.
+A JSON-lines file. First line: the plan, its fingerprint, the library version. Then one line a step, and one a draw
+of another release (by its place in the plan's list). Each line ends in the SHA-256 of the line before it and itself,
+so that nothing can be changed, dropped or reordered unseen. Nothing in it depends on the data or on the clock.
 """
 
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dpfast.errors import BudgetExhausted, LedgerError
+from dpfast.errors import BudgetExhausted, LedgerError, PrivacyError
 from dpfast.files import lock, sync_folder
 from dpfast.privacy import entropy
 from dpfast.privacy.plan import Plan
+from dpfast.privacy.releases import GaussianRelease
 
 _KIND = "dpfast ledger 1"
 
@@ -84,8 +86,7 @@ class Ledger:
         Raises BudgetExhausted beyond the plan's last step. A record that cannot be written (a full disk) is a
         LedgerError: the step must not be taken, and the ledger must be opened again.
         """
-        if self._closed:
-            raise LedgerError(f"ledger {self._name}: it is closed; open it again")
+        self._check_open()
         if step != self.charged_steps + 1:
             raise LedgerError(f"ledger {self._name}: expected step {self.charged_steps + 1}, got {step}")
         if step > self.plan.steps:
@@ -93,6 +94,27 @@ class Ledger:
                 f"all {self.plan.steps} planned steps are spent; a longer run needs another Plan, with more noise"
             )
         self._append(_record(step))
+
+    def charge_release(self, release: GaussianRelease) -> None:
+        """Record that one draw of ``release`` is spent, before it is drawn. ``epsilon()`` holds the cost of all its
+        ``count`` draws from the beginning.
+
+        Raises PrivacyError when the plan's ``other_releases`` do not list it, exactly as it is, and BudgetExhausted
+        when all its draws are spent: what a crash lost is not drawn again.
+        """
+        self._check_open()
+        places = [i for i, listed in enumerate(self.plan.other_releases) if listed == release]
+        if not places:
+            raise PrivacyError(
+                f"{release} is not accounted for: expected it among other_releases of the Plan that this ledger belongs"
+                f" to, which are {list(self.plan.other_releases)}; list it there, before anything is trained"
+            )
+        left = [i for i in places if self._state.draws[i] < release.count]
+        if not left:
+            raise BudgetExhausted(
+                f"all planned draws of {release} are spent; more need another Plan, with a higher count"
+            )
+        self._append(_draw(left[0], self._state.draws[left[0]] + 1))
 
     def close(self) -> None:
         """Release the file for other processes; what is written stays. May be called twice."""
@@ -108,6 +130,10 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LedgerError(f"ledger {self._name}: it is closed; open it again")
 
     @property
     def _name(self) -> str:
@@ -142,12 +168,11 @@ class Ledger:
         found, torn = _parse(path, content)
         if found.header["fingerprint"] != self.plan.fingerprint():
             raise LedgerError(f"ledger {path}: it belongs to another plan ({_difference(found.header, self.plan)})")
-        if found.steps + bool(torn) > self.plan.steps:
-            raise LedgerError(f"ledger {path}: it holds more than the {self.plan.steps} planned steps; it is damaged")
+        cut_off = _cut_off(path, found, self.plan, torn)
         self._state = found
-        if torn:
+        if cut_off is not None:
             # Written over the torn bytes, never truncated first: the file never shows fewer spent steps.
-            self._append(_record(found.steps + 1), over=len(torn))
+            self._append(cut_off, over=len(torn))
 
     def _append(self, record: dict[str, Any], over: int = 0) -> None:
         """Write one line after the last whole one (``over``: bytes of a torn line there), then count it."""
@@ -188,7 +213,10 @@ def read_ledger(path: str | os.PathLike[str]) -> LedgerContents:
         plan = Plan.from_dict(state.header["plan"])
     except Exception as error:
         raise LedgerError(f"ledger {path}: its plan cannot be read by this version of dpfast ({error})") from error
-    return LedgerContents(plan=plan, charged_steps=state.steps + bool(torn), test_entropy=state.test_entropy)
+    cut_off = _cut_off(path, state, plan, torn)
+    if cut_off is not None:
+        state.add(cut_off)
+    return LedgerContents(plan=plan, charged_steps=state.steps, test_entropy=state.test_entropy)
 
 
 class _State:
@@ -197,6 +225,7 @@ class _State:
     def __init__(self) -> None:
         self.header: dict[str, Any] = {}
         self.steps = 0
+        self.draws: Counter[int] = Counter()
         self.size = 0
         self.test_entropy = False
         self._checksum = ""
@@ -207,10 +236,19 @@ class _State:
     def add(self, record: dict[str, Any]) -> None:
         self.size, self._checksum = self.size + len(self.line(record)), self._chained(record)
         self.test_entropy |= "entropy" in record
-        if self.header:
-            self.steps = record["step"]
-        else:
+        if not self.header:
             self.header = record
+        elif "release" in record:
+            self.draws[record["release"]] = record["draw"]
+        else:
+            self.steps = record["step"]
+
+    def follows(self, record: dict[str, Any]) -> bool:
+        """Whether the record is the next step, or the next draw of its release."""
+        if "release" not in record:
+            return bool(record.get("step") == self.steps + 1)
+        place = record["release"]
+        return isinstance(place, int) and bool(record.get("draw") == self.draws[place] + 1)
 
     def _chained(self, record: dict[str, Any]) -> str:
         return hashlib.sha256((self._checksum + json.dumps(record)).encode()).hexdigest()
@@ -225,6 +263,10 @@ def _record(step: int) -> dict[str, Any]:
     return {"step": step, **_mark()}
 
 
+def _draw(place: int, draw: int) -> dict[str, Any]:
+    return {"release": place, "draw": draw, **_mark()}
+
+
 def _mark() -> dict[str, str]:
     return {"entropy": entropy.TEST_ENTROPY} if entropy.is_injected() else {}
 
@@ -237,8 +279,9 @@ def _parse(path: Path, content: bytes) -> tuple[_State, bytes]:
         record = _decoded(line)
         if number == 0 and record.get("kind") != _KIND:
             raise LedgerError(f"ledger {path}: this is not a ledger; choose another path")
-        if number > 0 and record.get("step") != number:
-            raise LedgerError(f"ledger {path}, line {number + 1}: expected step {number}; the file was altered")
+        if number > 0 and not state.follows(record):
+            expected = f"step {state.steps + 1} or the next draw of another release"
+            raise LedgerError(f"ledger {path}, line {number + 1}: expected {expected}; the file was altered")
         record.pop("checksum", None)
         if state.line(record) != line + b"\n":
             raise LedgerError(f"ledger {path}, line {number + 1}: wrong checksum; the file was altered")
@@ -246,6 +289,23 @@ def _parse(path: Path, content: bytes) -> tuple[_State, bytes]:
     if not lines:
         raise LedgerError(f"ledger {path}: this is not a ledger, or no step was ever taken with it")
     return state, torn
+
+
+def _cut_off(path: Path, state: _State, plan: Plan, torn: bytes) -> dict[str, Any] | None:
+    """The record of a torn last line, which counts as spent; where it is not to be told, that of a step if any is left.
+
+    Raises LedgerError when there is more than the plan allows.
+    """
+    allowed = {i: r.count for i, r in enumerate(plan.other_releases) if isinstance(r, GaussianRelease)}
+    could_be = [_record(state.steps + 1)] if state.steps < plan.steps else []
+    could_be += [_draw(i, state.draws[i] + 1) for i, count in allowed.items() if state.draws[i] < count]
+    over_drawn = any(draws > allowed.get(i, 0) for i, draws in state.draws.items())
+    if state.steps > plan.steps or over_drawn or (torn and not could_be):
+        raise LedgerError(
+            f"ledger {path}: it holds more than the {plan.steps} planned steps and the planned releases; it is damaged"
+        )
+    begun = [record for record in could_be if state.line(record).startswith(torn)]
+    return [*begun, *could_be][0] if torn else None
 
 
 def _decoded(line: bytes) -> dict[str, Any]:
