@@ -37,7 +37,6 @@ def sampling_scheduler(scheduler: Any, sampler: SamplerName, steps: int) -> Any:
     return derived
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     scheduler: Any,
@@ -57,6 +56,28 @@ def generate(
     guidance: classifier-free, ``null + guidance * (conditional - null)`` with the null class ``num_classes``; both
     halves run in one call of the model, and 1 (no guidance) runs the conditional half alone.
     """
+
+    def sample(batch: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+        derived = sampling_scheduler(scheduler, sampler, steps)
+        return _denoise(guided(model, batch, num_classes, guidance), derived, noise, generator)
+
+    return in_batches(model, labels, sample, image_shape, seed=seed, batch_size=batch_size, progress=progress)
+
+
+@torch.no_grad()
+def in_batches(
+    model: nn.Module,
+    labels: Tensor,
+    sample: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    image_shape: tuple[int, int, int],
+    *,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+) -> Tensor:
+    """Images uint8 ``[n, *image_shape]``, by ``sample(labels [b], noise [b, *image_shape], generator)``, which starts
+    from normal noise and gives images around -1..1. ``model`` is in eval mode meanwhile.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
@@ -64,9 +85,7 @@ def generate(
     done, images = 0, []
     for batch in labels.split(batch_size):
         noise = torch.randn(len(batch), *image_shape, generator=generator).to(device)
-        derived = sampling_scheduler(scheduler, sampler, steps)
-        guess = _guided(model, batch.to(device), num_classes, guidance)
-        images.append(to_uint8(_denoise(guess, derived, noise, generator)).cpu())
+        images.append(to_uint8(sample(batch.to(device), noise, generator)).cpu())
         done += len(batch)
         progress(done, len(labels), "sampling")
     model.train(was_training)
@@ -83,7 +102,9 @@ def _denoise(
     return images
 
 
-def _guided(model: nn.Module, labels: Tensor, num_classes: int, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
+def guided(model: nn.Module, labels: Tensor, num_classes: int, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(images, t) -> prediction`` under classifier-free guidance, as ``generate`` has it."""
+
     def plain(images: Tensor, t: Tensor) -> Tensor:
         return predict(model, images, t, labels)
 
@@ -116,25 +137,39 @@ def generate_shards(
     Shards that are there are not made again, so an interrupted call can be repeated. Raises ConfigError if the
     classes do not divide ``count``, DataError if the folder was made with other settings or another model.
     """
-    if count % len(classes) or count < 1 or shard_size < 1:
-        raise ConfigError(
-            f"count must be a positive multiple of the {len(classes)} classes and shard_size 1 or more, "
-            f"got count={count} and shard_size={shard_size}"
-        )
     settings = {
         "count": count, "shard_size": shard_size, "image_shape": list(image_shape), "classes": list(classes),
         "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size,
         "scheduler": scheduler.__class__.__name__, "scheduler_config": _settings_of(scheduler),
         "model": weights_fingerprint(model),
     }  # fmt: skip
-    shards = ShardFolder.claim(Path(folder), settings)
+
+    def make(labels: Tensor, seed: int) -> Tensor:
+        return generate(
+            model, scheduler, labels, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
+            steps=steps, guidance=guidance, seed=seed, batch_size=batch_size,
+        )  # fmt: skip
+
+    return fill_shards(Path(folder), settings, make, progress)
+
+
+def fill_shards(
+    folder: Path, settings: dict[str, Any], make: Callable[[Tensor, int], Tensor], progress: Progress
+) -> ImageSet:
+    """All images of a ``ShardFolder``, those of shards that are not there yet by ``make(labels, seed)``.
+
+    settings: count, shard_size, classes, seed and all else that the images depend on. Raises as ``generate_shards``.
+    """
+    count, shard_size, classes = (settings[name] for name in ("count", "shard_size", "classes"))
+    if count % len(classes) or count < 1 or shard_size < 1:
+        raise ConfigError(
+            f"count must be a positive multiple of the {len(classes)} classes and shard_size 1 or more, "
+            f"got count={count} and shard_size={shard_size}"
+        )
+    shards = ShardFolder.claim(folder, settings)
     for number, labels in shards:
         if shards.read(number, labels) is None:
-            images = generate(
-                model, scheduler, labels, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
-                steps=steps, guidance=guidance, seed=_shard_seed(seed, number), batch_size=batch_size,
-            )  # fmt: skip
-            shards.write(number, images, labels)
+            shards.write(number, make(labels, _shard_seed(settings["seed"], number)), labels)
         progress(min((number + 1) * shard_size, count), count, "sampling")
     return shards.load()
 
