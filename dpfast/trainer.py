@@ -346,12 +346,8 @@ class DPTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between the parts of one training, beside the plan."""
-        return {
-            "optimizer": type(self.inner_optimizer).__name__,
-            "augmult": self.augmult,
-            "seed": self.seed,
-            "clipping": str(self.clipper.rule),
-        }
+        name, rule = type(self.inner_optimizer).__name__, str(self.clipper.rule)
+        return {"optimizer": name, "augmult": self.augmult, "seed": self.seed, "clipping": rule}
 
     def _save(self, step: int) -> None:
         if self.state_dir is not None:

@@ -193,7 +193,9 @@ def test_outputs_are_those_of_adm(new_order, scale_shift, updown) -> None:
 
 def test_unconditional_and_heads_by_number() -> None:
     theirs = adm(classes=None, channels=1, outputs=1, head_channels=None, heads=4, attention=(1,))
+    state = torch.get_rng_state()
     ours = converted(theirs, num_head_channels=None, num_heads=4)
+    assert torch.equal(torch.get_rng_state(), state)
     x, t, _ = inputs(channels=1)
     with torch.no_grad():
         torch.testing.assert_close(ours(x, t).sample, theirs(x, t), rtol=1e-5, atol=1e-5)
@@ -254,10 +256,12 @@ def test_files_that_hold_something_else(tmp_path) -> None:
         (
             {"attention": (0, 1), "head_channels": None},
             {"num_head_channels": None, "num_heads": 2},
-            r"num_heads=2 at widths \[64, 128\]: diffusers gives all heads of a network one size",
+            r"num_heads=2 at widths \[64, 128\]: expected heads of one size",
         ),
         ({}, {"num_heads": 2}, r"num_head_channels=32 and num_heads=2: expected one of them"),
         ({}, {"num_head_channels": 48}, r"attended widths \[128\] must be multiples of attention_head_dim=48"),
+        ({}, {"num_head_channels": -1}, r"multiples of attention_head_dim=-1"),
+        ({}, {"num_head_channels": None, "num_heads": 0}, r"num_heads=0 at widths \[128\]"),
         ({}, {"image_size": 7}, "image_size=7 cannot be halved 1 times"),
         ({"updown": False, "conv_resample": False}, {}, r"input_blocks\.2 without weights \(conv_resample=False\?\)"),
     ],

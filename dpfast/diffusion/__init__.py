@@ -1,5 +1,6 @@
 """Diffusion: timesteps, losses per row, networks, public pre-training, sampling."""
 
+from dpfast.diffusion.edm import EDMObjective, generate_edm
 from dpfast.diffusion.loading import load_unet, relabel
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
@@ -8,6 +9,7 @@ from dpfast.diffusion.timesteps import MixtureOfUniforms, TimestepDistribution, 
 
 __all__ = [
     "DiffusionObjective",
+    "EDMObjective",
     "MixtureOfUniforms",
     "NoiseSpec",
     "TimestepDistribution",
@@ -16,6 +18,7 @@ __all__ = [
     "build_scheduler",
     "build_unet",
     "generate",
+    "generate_edm",
     "generate_shards",
     "load_unet",
     "relabel",

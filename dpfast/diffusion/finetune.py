@@ -5,8 +5,7 @@ parameters, the clip norm stays. All of these end in a network that plain diffus
 
 The whole network under augmentations and biased timesteps (Ghalebikesabi et al., arXiv 2302.13861) needs nothing from
 here, nor does noise multiplicity (DPDM: Dockhorn et al., arXiv 2210.09929), which is the same less those two tricks: an
-image enters K times, each time with another timestep and noise, and the K gradients are averaged before they are
-clipped::
+image enters K times, each with another timestep and noise, and the K gradients are averaged before they are clipped::
 
     objective = DiffusionObjective(scheduler=scheduler, num_classes=10)  # Augment() by default: images as they are
     trainer = DPTrainer(model, data, plan, objective=objective, optimizer=torch.optim.Adam, augmult=K)

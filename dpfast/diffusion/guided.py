@@ -247,10 +247,9 @@ def _head_channels(found: _Architecture, num_head_channels: int | None, num_head
         return num_head_channels, []
     assert num_heads is not None
     attended = {found.widths[level] for level in (*found.attention, -1)}
-    sizes = {width / num_heads for width in attended}
-    if len(sizes) == 1 and (size := sizes.pop()).is_integer():
-        return int(size), []
-    return 1, [f"{num_heads=} at widths {sorted(attended)}: diffusers gives all heads of a network one size"]
+    if len(attended) == 1 and num_heads > 0 and max(attended) % num_heads == 0:
+        return max(attended) // num_heads, []
+    return 1, [f"{num_heads=} at widths {sorted(attended)}: expected heads of one size, all that diffusers can be told"]
 
 
 def _weights(

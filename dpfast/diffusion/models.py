@@ -43,7 +43,7 @@ class UNetSpec:
             problems.append(f"attention {self.attention} must name levels 0..{len(self.widths) - 1}")
         attended = {self.widths[level] for level in self.attention if level in range(len(self.widths))}
         attended |= set(self.widths[-1:]) if self.mid_attention else set()
-        if any(width % self.attention_head_dim for width in attended):
+        if self.attention_head_dim < 1 or any(width % self.attention_head_dim for width in attended):
             problems.append(
                 f"attended widths {sorted(attended)} must be multiples of attention_head_dim={self.attention_head_dim}"
             )

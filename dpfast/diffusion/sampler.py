@@ -40,7 +40,6 @@ def sampling_scheduler(scheduler: Any, sampler: SamplerName, steps: int) -> Any:
     return derived
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     scheduler: Any,
@@ -62,6 +61,28 @@ def generate(
     halves run in one call of the model, and 1 (no guidance) runs the conditional half alone.
     dtype: that the model computes in, by autocast; the sampler's own steps are float32.
     """
+
+    def sample(batch: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+        derived = sampling_scheduler(scheduler, sampler, steps)
+        return _denoise(guided(model, batch, num_classes, guidance, dtype), derived, noise, generator)
+
+    return in_batches(model, labels, sample, image_shape, seed=seed, batch_size=batch_size, progress=progress)
+
+
+@torch.no_grad()
+def in_batches(
+    model: nn.Module,
+    labels: Tensor,
+    sample: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    image_shape: tuple[int, int, int],
+    *,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+) -> Tensor:
+    """Images uint8 ``[n, *image_shape]``, by ``sample(labels [b], noise [b, *image_shape], generator)``, which starts
+    from normal noise and gives images around -1..1. ``model`` is in eval mode meanwhile.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
@@ -69,9 +90,7 @@ def generate(
     done, images = 0, []
     for batch in labels.split(batch_size):
         noise = torch.randn(len(batch), *image_shape, generator=generator).to(device)
-        derived = sampling_scheduler(scheduler, sampler, steps)
-        guess = _autocast(_guided(model, batch.to(device), num_classes, guidance), device, dtype)
-        images.append(to_uint8(_denoise(guess, derived, noise, generator)).cpu())
+        images.append(to_uint8(sample(batch.to(device), noise, generator)).cpu())
         done += len(batch)
         progress(done, len(labels), "sampling")
     model.train(was_training)
@@ -88,23 +107,18 @@ def _denoise(
     return images
 
 
-def _autocast(
-    guess: Callable[[Tensor, Tensor], Tensor], device: torch.device, dtype: torch.dtype
+def guided(
+    model: nn.Module, labels: Tensor, num_classes: int, guidance: float, dtype: torch.dtype = torch.float32
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    def within(images: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return guess(images, t).float()
+    """``(images, t) -> prediction`` under classifier-free guidance, computed in ``dtype``, as ``generate`` has it."""
 
-    return within
-
-
-def _guided(model: nn.Module, labels: Tensor, num_classes: int, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-    def plain(images: Tensor, t: Tensor) -> Tensor:
-        return predict(model, images, t, labels)
+    def plain(images: Tensor, t: Tensor, of: Tensor = labels) -> Tensor:
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            return predict(model, images, t, of).float()
 
     def doubled(images: Tensor, t: Tensor) -> Tensor:
         both = torch.cat([labels, torch.full_like(labels, num_classes)])
-        conditional, null = predict(model, torch.cat([images, images]), torch.cat([t, t]), both).chunk(2)
+        conditional, null = plain(torch.cat([images, images]), torch.cat([t, t]), both).chunk(2)
         return null + guidance * (conditional - null)
 
     return plain if guidance == 1.0 else doubled
@@ -141,37 +155,59 @@ def generate_shards(
         ConfigError: the classes do not divide ``count``.
         DataError: the folder was made with other settings or another model.
     """
-    if count % len(classes) or count < 1 or shard_size < 1:
-        raise ConfigError(
-            f"count must be a positive multiple of the {len(classes)} classes and shard_size 1 or more, "
-            f"got count={count} and shard_size={shard_size}"
-        )
     settings = {
         "count": count, "shard_size": shard_size, "image_shape": list(image_shape), "classes": list(classes),
         "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size,
         "scheduler": scheduler.__class__.__name__, "scheduler_config": _settings_of(scheduler),
         "dtype": str(dtype).removeprefix("torch."), "model": weights_fingerprint(model),
     }  # fmt: skip
-    shards = ShardFolder.claim(Path(folder), settings)
+
+    def make(network: nn.Module, labels: Tensor, seed: int) -> Tensor:
+        return generate(
+            network, scheduler, labels, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
+            steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, dtype=dtype,
+        )  # fmt: skip
+
+    return fill_shards(model, Path(folder), settings, make, compile=compile, devices=devices, progress=progress)
+
+
+def fill_shards(
+    model: nn.Module,
+    folder: Path,
+    settings: dict[str, Any],
+    make: Callable[[nn.Module, Tensor, int], Tensor],
+    *,
+    compile: bool,  # noqa: A002 (as in Performance)
+    devices: Sequence[str],
+    progress: Progress,
+) -> ShardFolder:
+    """A ``ShardFolder``, whose shards that are not there yet come from ``make(network, labels, seed)``.
+
+    settings: count, shard_size, classes, seed and all else that the images depend on. The rest, and what is raised, is
+    that of ``generate_shards``.
+    """
+    count, shard_size, classes = (settings[name] for name in ("count", "shard_size", "classes"))
+    if count % len(classes) or count < 1 or shard_size < 1:
+        raise ConfigError(
+            f"count must be a positive multiple of the {len(classes)} classes and shard_size 1 or more, "
+            f"got count={count} and shard_size={shard_size}"
+        )
+    shards = ShardFolder.claim(folder, settings)
     workers = [copy.deepcopy(model).to(device) for device in devices] or [model]
     networks: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
     for worker in workers:
         networks.put(cast(nn.Module, torch.compile(worker)) if compile else worker)
 
-    def make(number: int, labels: Tensor) -> None:
-        if shards.read(number, labels) is not None:
-            return
-        network = networks.get()
-        images = generate(
-            network, scheduler, labels, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
-            steps=steps, guidance=guidance, seed=_shard_seed(seed, number), batch_size=batch_size, dtype=dtype,
-        )  # fmt: skip
-        networks.put(network)
-        shards.write(number, images, labels)
+    def fill(number: int, labels: Tensor) -> None:
+        if shards.read(number, labels) is None:
+            network = networks.get()
+            images = make(network, labels, _shard_seed(settings["seed"], number))
+            networks.put(network)
+            shards.write(number, images, labels)
 
     threads = ThreadPoolExecutor(len(workers))
     try:
-        for done, _ in enumerate(threads.map(make, *zip(*shards, strict=True)), 1):
+        for done, _ in enumerate(threads.map(fill, *zip(*shards, strict=True)), 1):
             progress(min(done * shard_size, count), count, "sampling")
     finally:
         threads.shutdown(cancel_futures=True)

@@ -84,8 +84,14 @@ class MixtureOfUniforms:
 def draw_timesteps(
     distribution: TimestepDistribution, keys: RowKeys, num_train_timesteps: int, *, stratified: bool = True
 ) -> Tensor:
-    """int64 ``[N]``. Stratified, row k of an example takes ``u = (k + u_k) / K``: its K rows cover [0, 1) evenly."""
+    """int64 ``[N]``, by ``draw_levels``."""
+    return distribution.icdf(draw_levels(keys, stratified=stratified), num_train_timesteps)
+
+
+def draw_levels(keys: RowKeys, *, stratified: bool) -> Tensor:
+    """float64 ``[N]`` in [0, 1), which an inverse distribution function turns into how noisy each row is.
+
+    Stratified, row k of an example takes ``(k + u_k) / K``: its K rows cover [0, 1) evenly.
+    """
     u = keys.uniform(stream="timestep").double()
-    if stratified:
-        u = (keys.views + u) / keys.views_of_example
-    return distribution.icdf(u, num_train_timesteps)
+    return (keys.views + u) / keys.views_of_example if stratified else u
