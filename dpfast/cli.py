@@ -299,10 +299,13 @@ def _dry_run(recipe: Recipe, runs: Path) -> None:
     from dpfast.runs.describe import describe_cost
     from dpfast.runs.pipeline import open_run
 
-    run = open_run(recipe, runs)  # a value that cannot be used is refused before anything is printed
+    run = open_run(recipe, runs, elsewhere=True)  # a value that cannot be used is refused before anything is printed
     typer.echo(to_toml(recipe))
-    typer.echo("measuring a few steps on random images ...", err=True)
-    _table(describe_cost(run))
+    if run.recipe.data.folder != recipe.data.folder:
+        typer.echo(f"not all data are in {recipe.data.folder}: planned for as many images as are published", err=True)
+    typer.echo("planning a step, and measuring a few on random images ...", err=True)
+    for name, value in describe_cost(run):
+        typer.echo(f"{name:<17}  {value}")
 
 
 def _summary(run: Run, until: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from typer.testing import CliRunner
 
 from dpfast.cli import app
-from dpfast.data.prepare import prepare
+from dpfast.data.prepare import prepare_store
 from dpfast.data.standin import STAND_INS, draw, write_stand_in
 from dpfast.data.store import open_store
 from dpfast.errors import ConfigError, DataError
@@ -18,7 +18,7 @@ SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet32": (3, 32, 32
 @pytest.mark.parametrize("name", STAND_INS)
 def test_files_are_read_as_the_real_ones(name, tmp_path):
     write_stand_in(name, tmp_path / "source", train=40, test=20)
-    store = prepare(name, tmp_path / "source", tmp_path / "store", partial=True)
+    store = prepare_store(name, tmp_path / "source", tmp_path / "store", partial=True)
     assert store.partial
     assert store.shape == SHAPES[name]
     assert [split.count for split in store.splits.values()] == [40, 20]
@@ -28,7 +28,7 @@ def test_files_are_read_as_the_real_ones(name, tmp_path):
 
 def test_classes_can_be_told_apart(tmp_path):
     write_stand_in("mnist", tmp_path / "source", train=500, test=200)
-    prepare("mnist", tmp_path / "source", tmp_path / "store", partial=True, size=12)
+    prepare_store("mnist", tmp_path / "source", tmp_path / "store", partial=True, size=12)
     model = train_classifier(open_store(tmp_path / "store", "train"), spec=ClassifierSpec(steps=120), seed=0)
     assert accuracy(model, open_store(tmp_path / "store", "test")) > 0.8
 

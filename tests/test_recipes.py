@@ -21,8 +21,12 @@ def test_bundled_recipes_load_and_survive_being_written(name, tmp_path):
 
 @pytest.mark.parametrize("name", names())
 def test_every_value_of_a_bundled_recipe_says_where_it_comes_from(name):
-    lines = (_FOLDER / f"{name}.toml").read_text().splitlines()
-    values = [line for line in lines if re.match(r"\w+ = ", line) and not line.startswith(("name", "device", "form"))]
+    text = (_FOLDER / f"{name}.toml").read_text()
+    if name.endswith("-small"):
+        assert "stand-ins" in text.split("\nbase")[0]  # that the settings are for speed is said once, of all
+        return
+    named = ("base", "name", "device", "form")
+    values = [line for line in text.splitlines() if re.match(r"\w+ = ", line) and not line.startswith(named)]
     assert [line for line in values if "#" not in line] == []
 
 

@@ -1,15 +1,19 @@
 """The recipes of published data sets: from files in their real formats to the reports, at the smallest size."""
 
 import json
+import re
 
 import pytest
+from typer.testing import CliRunner
 
-from dpfast.data.prepare import prepare
+from dpfast.cli import app
+from dpfast.data.prepare import prepare_store
 from dpfast.data.standin import write_stand_in
 from dpfast.diffusion.models import CAMELYON17, CIFAR10, MNIST
 from dpfast.errors import ConfigError
 from dpfast.recipes import load
 from dpfast.runs import build
+from dpfast.runs.describe import describe_plan
 from dpfast.runs.pipeline import execute, open_run
 from test_runs import Recorder
 
@@ -31,7 +35,7 @@ def stores(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name in ("mnist", "cifar10", "imagenet32", "camelyon17"):
         write_stand_in(name, folder / "source" / name, train=100, test=40)
-        prepare(name, folder / "source" / name, folder / name, partial=True)
+        prepare_store(name, folder / "source" / name, folder / name, partial=True)
     return folder
 
 
@@ -65,6 +69,52 @@ def test_networks_are_the_presets(name, spec):
     recipe = load(name)
     for key, value in vars(recipe.model).items():
         assert getattr(spec, key) == value, key
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "renyi"), [("cifar10", 50_000, 2.62), ("camelyon17", 302_436, 0.80), ("mnist", 60_000, 2.44)]
+)
+def test_the_noise_of_the_full_recipes(name, images, renyi, tmp_path):
+    """Planned without data: Renyi accounting asks for what others found, privacy loss distributions for less."""
+    run = open_run(load(name, ["data.folder=nowhere"]), tmp_path, elsewhere=True)
+    assert len(run.private) == images
+    said = dict(describe_plan(run.recipe))["noise multiplier"]
+    used, others = map(float, re.fullmatch(r"([\d.]+), by .* would ask for ([\d.]+)\)", said).groups())
+    assert others == pytest.approx(renyi, rel=0.02)
+    assert used == run.plan.noise_multiplier < others
+    with pytest.raises(ConfigError, match="images of zeros"):
+        open_run(load(name, ["data.folder=", "performance.device=cpu"]), tmp_path)
+
+
+def test_a_dry_run_predicts_for_each_kind_of_device(stores, tmp_path):
+    words = ["run", "cifar10-small", "--dry-run", "--runs", str(tmp_path)]
+    words += [part for setting in (*LEAST, f"data.folder={stores}") for part in ("--set", setting)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"on this CPU +predicted without classifiers: about .*: pretrain .*, train .*, sample .* MB", result.stdout
+    )
+    assert re.search(r"on h200 +predicted", result.stdout)
+    assert "measured on a few steps" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_here_can_be_planned_for(tmp_path):
+    settings = (*LEAST, "data.folder=nowhere", "performance.device=cuda", "public_count=40", "target_delta=1e-5")
+    result = CliRunner().invoke(
+        app,
+        [
+            "run",
+            "mnist-small",
+            "--dry-run",
+            "--runs",
+            str(tmp_path),
+            *(part for setting in settings for part in ("--set", setting)),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert "as many images as are published" in result.stderr
+    assert "measured" not in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -142,21 +142,32 @@ def _physical_batch(trainer: DPTrainer, device: str | None = None) -> str:
     return f"a physical batch on {device or trainer.performance.device}, {images}"
 
 
-def describe_cost(run: Run) -> Rows:
-    """What a run will cost: epsilon exactly, time and memory as measured on a few steps."""
-    from dpfast.runs.estimate import estimate
+def describe_cost(run: Run) -> Iterator[tuple[str, str]]:
+    """What a run will cost: epsilon exactly; time and memory as predicted for some devices and, where some steps take
+    less than a minute here, as measured on them.
+    """
+    from dpfast.runs.estimate import estimate, image_passes
+    from dpfast.runs.foresee import HERE, foresee
 
-    cost = estimate(run)
-    passes = ", ".join(f"{name} {count:,}" for name, count in cost.image_passes.items())
-    times = ", ".join(f"{name} {duration(value)}" for name, value in cost.seconds.items())
-    return [
-        ("epsilon", f"{_figure(run.plan.epsilon())} at delta {run.plan.target_delta:g}"),
-        ("noise multiplier", _noise(run.plan)),
-        ("image passes", passes),
-        ("time (estimate)", f"about {duration(sum(cost.seconds.values()))}: {times}"),
-        ("memory (estimate)", f"about {cost.memory / 1e6:,.0f} MB"),
-        ("baseline", "a DP-SGD classifier with a budget of its own, to compare with; it is not released"),
-    ]
+    yield "epsilon", f"{_figure(run.plan.epsilon())} at delta {run.plan.target_delta:g}"
+    yield "noise multiplier", _noise(run.plan)
+    yield "image passes", ", ".join(f"{name} {count:,}" for name, count in image_passes(run).items())
+    yield "baseline", "a DP-SGD classifier with a budget of its own, to compare with; it is not released"
+    foreseen = {of.device: of for of in foresee(run)}
+    for device, of in foreseen.items():
+        yield f"on {device}", f"predicted without classifiers: {_times(of.seconds)}; {of.memory / 1e6:,.0f} MB"
+    if foreseen[HERE].step < _MEASURED and run.recipe.performance.device == "cpu":
+        cost = estimate(run)
+        yield "time (estimate)", f"measured on a few steps: {_times(cost.seconds)}"
+        yield "memory (estimate)", f"about {cost.memory / 1e6:,.0f} MB"
+
+
+_MEASURED = 10.0  # seconds of a private step that are worth waiting for, some of them
+
+
+def _times(seconds: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if value)
+    return f"about {duration(sum(seconds.values()))}: {parts}"
 
 
 def _noise(plan: Plan) -> str:

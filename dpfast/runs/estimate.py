@@ -19,10 +19,11 @@ from dpfast.evaluation import ClassifierSpec, build_classifier, train_classifier
 from dpfast.objective import Objective
 from dpfast.physical import usual_size
 from dpfast.privacy.plan import Plan
-from dpfast.recipes.schema import Baseline, Private
+from dpfast.recipes.schema import Baseline, Private, Recipe
 from dpfast.runs import build
 from dpfast.runs.run import Run
 
+_CLASSIFIERS = 3  # kinds of images that classifiers are trained on
 _PHYSICAL_BATCHES = 4  # of a private step that are timed; a longer step is scaled up from them
 
 
@@ -46,14 +47,7 @@ def estimate(run: Run) -> Estimate:
     training = _Measured(run, recipe.private, run.plan, model, build.private_objective(recipe, run.private))
     rival = _Measured(run, recipe.baseline, run.baseline_plan, classifier, build.classifier_objective(recipe))
     public, ordinary = build.public_classifier_spec(recipe), build.classifier_spec(recipe)
-    classifiers = 3 * recipe.evaluate.seeds
-    passes = {
-        "pretrain": recipe.pretrain.steps * recipe.pretrain.batch_size,
-        "train": training.image_passes,
-        "sample": 2 * recipe.sample.count * recipe.sample.steps * (1 if recipe.sample.guidance == 1 else 2),
-        "baseline": rival.image_passes,
-        "evaluate": classifiers * ordinary.steps * ordinary.batch_size,
-    }
+    classifiers, passes = _CLASSIFIERS * recipe.evaluate.seeds, image_passes(run)
     seconds = {
         "pretrain": recipe.pretrain.steps * _timed(_public_step(run, model)),
         "train": training.seconds(),
@@ -61,11 +55,32 @@ def estimate(run: Run) -> Estimate:
         "baseline": rival.seconds(),
         "evaluate": classifiers * _classifier_time(run, ordinary),
     }
-    # The public classifier is made by the first stage that needs it.
-    first = "baseline" if recipe.baseline.pretrained else "evaluate"
-    passes[first] += public.steps * public.batch_size
-    seconds[first] += _classifier_time(run, public)
+    seconds[_maker(recipe)] += _classifier_time(run, public)
     return Estimate(passes, seconds, _peak_memory(recipe.performance.device))
+
+
+def image_passes(run: Run) -> dict[str, int]:
+    """By stage, forward and backward (sampling: forward only)."""
+    recipe = run.recipe
+    public, ordinary = build.public_classifier_spec(recipe), build.classifier_spec(recipe)
+    passes = {
+        "pretrain": recipe.pretrain.steps * recipe.pretrain.batch_size,
+        "train": _private_passes(run.plan, recipe.private),
+        "sample": 2 * recipe.sample.count * recipe.sample.steps * (1 if recipe.sample.guidance == 1 else 2),
+        "baseline": _private_passes(run.baseline_plan, recipe.baseline),
+        "evaluate": _CLASSIFIERS * recipe.evaluate.seeds * ordinary.steps * ordinary.batch_size,
+    }
+    passes[_maker(recipe)] += public.steps * public.batch_size
+    return passes
+
+
+def _private_passes(plan: Plan, training: Private | Baseline) -> int:
+    return round(plan.steps * plan.expected_batch_size) * training.augmult
+
+
+def _maker(recipe: Recipe) -> str:
+    """The stage that needs the public classifier first, and makes it."""
+    return "baseline" if recipe.baseline.pretrained else "evaluate"
 
 
 @dataclass(frozen=True)
@@ -77,10 +92,6 @@ class _Measured:
     plan: Plan
     model: nn.Module
     objective: Objective
-
-    @property
-    def image_passes(self) -> int:
-        return round(self.plan.steps * self.plan.expected_batch_size) * self.training.augmult
 
     def seconds(self) -> float:
         """Of every step of the plan."""

@@ -23,16 +23,23 @@ from dpfast.runs.stages import Stage
 from dpfast.runs.terminal import TerminalProgress
 
 
-def open_run(recipe: Recipe, runs: Path) -> Run:
+def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False) -> Run:
     """The run of ``recipe`` in the folder ``runs``, checked as far as that needs no work. Nothing is written.
+
+    elsewhere: it will not be carried out here, where its device may be missing, and its data (``build.planned``).
 
     Raises:
         ConfigError: a value that a later stage would stumble over, or one that differs from what this run has
             already spent budget on.
     """
+    recipe = build.planned(recipe) if elsewhere else recipe
     directory = RunDirectory(runs / recipe.name, private=math.isfinite(recipe.private.target_epsilon))
     private = build.private_data(recipe)
     _preflight(recipe, private)
+    _check_device(recipe.performance.device, elsewhere=elsewhere)
+    if not elsewhere:
+        if recipe.data.folder == "":
+            raise ConfigError('recipe key data.folder = "": images of zeros are to plan with; say where stores are')
     stages = _stages(recipe, directory, private)
     for stage in stages.values():
         stage.check()
@@ -120,7 +127,6 @@ def _preflight(recipe: Recipe, private: ImageSet) -> None:
             f" {private.num_classes} classes, so that each gets the same number of images"
         )
     _check_public(recipe, private)
-    _check_device(recipe.performance.device)
     build.private_objective(recipe, private)
     build.timesteps(recipe).icdf(torch.zeros(1), recipe.diffusion.num_train_timesteps)
     sampling_scheduler(build.scheduler(recipe), recipe.sample.sampler, recipe.sample.steps)
@@ -144,10 +150,12 @@ def _check_public(recipe: Recipe, private: ImageSet) -> None:
         )
 
 
-def _check_device(name: str) -> None:
-    """Put a number there and take it back: what that says is the one reliable answer."""
+def _check_device(name: str, *, elsewhere: bool) -> None:
+    """Put a number there and take it back: what that says is the one reliable answer. elsewhere: that it is a name."""
     try:
-        torch.zeros(1, device=name).cpu()
+        device = torch.device(name)
+        if not elsewhere:
+            torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

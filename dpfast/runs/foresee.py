@@ -1,0 +1,57 @@
+"""What a run would take on devices that need not be here: predicted from the planner's traces, nothing is run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from dpfast.kernels.rates import DEVICES
+from dpfast.physical import usual_size
+from dpfast.runs import build
+from dpfast.runs.estimate import image_passes
+from dpfast.runs.run import Run
+
+HERE = "this CPU"
+_STATE = 5  # numbers of four bytes for each parameter: itself, its clipped sum, two moments, its running mean
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """seconds: of the stages that run the diffusion model. step: of a private step. memory: bytes of it at its peak."""
+
+    device: str
+    seconds: dict[str, float]
+    step: float
+    memory: int
+
+
+def foresee(run: Run) -> list[Foreseen]:
+    """Of this machine's CPU, and of every GPU of which rates are known (assumed, not measured)."""
+    return [_on(run, device) for device in (HERE, *DEVICES)]
+
+
+def _on(run: Run, device: str) -> Foreseen:
+    """A physical batch as ``DPTrainer`` makes it there; what is not private takes what its ordinary step does."""
+    recipe, training = run.recipe, run.recipe.private
+    trainer = build.private_trainer(
+        replace(recipe, performance=replace(recipe.performance, device="cpu")),  # fake tensors stand for the device's
+        training,
+        build.tuned(recipe, build.unet(recipe, run.private)),
+        run.private,
+        run.plan,
+        build.private_objective(recipe, run.private),
+    )
+    there = replace(recipe.performance, device="cpu" if device == HERE else "cuda")
+    numbers = math.prod(run.private.image_shape)
+    size = usual_size(there, training.augmult, numbers, run.plan.expected_batch_size)
+    plan = trainer.plan_step(size, device=None if device == HERE else device)
+    rows = size.examples * size.rows
+    private, ordinary = plan.private.seconds / rows, plan.ordinary.seconds / rows
+    passes = image_passes(run)
+    seconds = {
+        "pretrain": passes["pretrain"] * ordinary,
+        "train": passes["train"] * private,
+        "sample": passes["sample"] * ordinary / 3,  # forward alone
+    }
+    state = 4 * _STATE * sum(p.numel() for p in trainer.model.parameters())
+    return Foreseen(device, seconds, seconds["train"] / run.plan.steps, plan.peak + state)
