@@ -37,9 +37,8 @@ def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False) -> Run:
     private = build.private_data(recipe)
     _preflight(recipe, private)
     _check_device(recipe.performance.device, elsewhere=elsewhere)
-    if not elsewhere:
-        if recipe.data.folder == "":
-            raise ConfigError('recipe key data.folder = "": images of zeros are to plan with; say where stores are')
+    if not elsewhere and recipe.data.folder == "":
+        raise ConfigError('recipe key data.folder = "": images of zeros are to plan with; say where stores are')
     stages = _stages(recipe, directory, private)
     for stage in stages.values():
         stage.check()
