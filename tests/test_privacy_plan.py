@@ -9,7 +9,7 @@ import warnings
 import dp_accounting
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from dpfast.errors import ConfigError
 from dpfast.privacy import GaussianRelease, Plan, accounting, composed_epsilon
@@ -52,6 +52,17 @@ def test_the_noise_of_large_settings(size, batch, steps, delta, renyi):
         found = accounting.rdp_noise_multiplier(mechanism, epsilon, delta)
         assert found == pytest.approx(expected, rel=0.01)
         assert 0.9 * found < accounting.calibrate(mechanism, epsilon, delta) < found
+
+
+def test_another_release_with_hardly_any_noise():
+    """Its loss lies far out: on the usual grid it would fill the memory."""
+    release = GaussianRelease(description="almost the data", noise_multiplier=0.02)
+    mu = 1 / release.noise_multiplier  # Gaussian differential privacy: Dong, Roth and Su 2022
+    found = make(other_releases=[release]).epsilon(0)
+    exact = optimize.brentq(
+        lambda e: stats.norm.cdf(mu / 2 - e / mu) - math.exp(e + stats.norm.logcdf(-mu / 2 - e / mu)) - 1e-4, 1000, 2000
+    )
+    assert exact <= found <= 1.001 * exact
 
 
 @pytest.mark.parametrize("neighboring", ["add_remove", "replace"])

@@ -198,6 +198,20 @@ def _rough_epsilon(mechanism: Mechanism, delta: float) -> float:
     return float(mechanism.steps * step.mean - ndtri(delta) * step.deviation * math.sqrt(mechanism.steps))
 
 
+def _rough_epsilon_of(event: Any, count: int = 1, sample_rate: float = 1.0) -> float:
+    """Likewise of another release, as far as it is a Gaussian one; at delta 1e-5."""
+    import dp_accounting as dp
+
+    match event:
+        case dp.SelfComposedDpEvent():
+            return _rough_epsilon_of(event.event, count * event.count, sample_rate)
+        case dp.PoissonSampledDpEvent():
+            return _rough_epsilon_of(event.event, count, sample_rate * event.sampling_probability)
+        case dp.GaussianDpEvent() if event.noise_multiplier:
+            return _rough_epsilon(Mechanism(sample_rate, event.noise_multiplier, count), 1e-5)
+    return 0.0
+
+
 @dataclass(frozen=True)
 class _Losses:
     """A privacy loss distribution by dp-accounting, from its two directions of reading."""
@@ -242,6 +256,7 @@ def _losses(mechanisms: tuple[Mechanism, ...], interval: float) -> _Losses:
     }[neighboring]
     trained = [mechanism for mechanism in mechanisms if mechanism.steps]
     rough = sum(_rough_epsilon(m, 1e-5) for m in trained if m.noise_multiplier)
+    rough += sum(_rough_epsilon_of(event) for m in mechanisms for event in m.others)
     if rough > _INFINITE_FROM or not all(m.noise_multiplier for m in trained):
         return _Losses(lambda _: math.inf, lambda _: 1.0)
     interval *= max(1.0, rough / _FINE_UP_TO)
