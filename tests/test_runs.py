@@ -170,7 +170,9 @@ def test_results_are_kept_as_they_come(tmp_path):
             Results(tmp_path / "r.json")
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (75, "1 min 15 s"), (7260, "2 h 1 min"), (1e8, "1,157 days")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3, "3 s"), (75, "1 min 15 s"), (7260, "2 h 1 min"), (1e8, "1,157 days")]
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text
 
