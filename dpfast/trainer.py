@@ -4,7 +4,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -324,7 +324,7 @@ class DPTrainer:
     def _losses(self, model: nn.Module, *arguments: Any) -> Tensor:
         """The objective's, in the dtype that ``performance`` says."""
         low, kind = self.performance.dtype == "bfloat16", torch.device(self.performance.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=low):
+        with torch.autocast(kind, torch.bfloat16) if low else nullcontext():
             return self.objective(model, *arguments)
 
     def _show_objective(self) -> None:

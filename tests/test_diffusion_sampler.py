@@ -140,6 +140,15 @@ def test_an_error_in_one_shard_ends_the_sampling(scheduler, tmp_path):
     assert len(whole.load()) == 10
 
 
+def test_a_network_that_fails_ends_the_sampling(scheduler, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(PointModel, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        shards(scheduler, tmp_path)
+
+
 def test_precision_is_a_setting_of_the_samples(scheduler, tmp_path):
     shards(scheduler, tmp_path)
     with pytest.raises(DataError, match=r"other settings \(dtype\)"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -36,6 +37,9 @@ def stores(tmp_path_factory):
     for name in ("mnist", "cifar10", "imagenet32", "camelyon17"):
         write_stand_in(name, folder / "source" / name, train=100, test=40)
         prepare_store(name, folder / "source" / name, folder / name, partial=True)
+    shutil.copytree(folder / "cifar10", folder / "copy")
+    manifest = folder / "copy/store.json"
+    manifest.write_text(manifest.read_text().replace('"name": "cifar10"', '"name": "copy"'))
     return folder
 
 
@@ -50,6 +54,23 @@ def test_from_files_to_reports(name, stores, tmp_path):
     model = build.load_unet(run.directory.model)
     assert model.config["num_class_embeds"] == run.private.num_classes + 1
     assert ("public_classifier" in metrics["accuracy"]) == (name == "mnist-small")  # ImageNet has other classes
+
+
+def test_other_public_images_of_the_same_name_begin_anew(stores, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(stores, folder, ignore=shutil.ignore_patterns("source"))
+    settings = [*LEAST, f"data.folder={folder}"]
+    run = execute(load("cifar10-small", settings), tmp_path / "runs", Recorder(), until="pretrain")
+    assert run.stages["pretrain"].done()
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert (
+        open_run(load("cifar10-small", [*LEAST, f"data.folder={moved}"]), tmp_path / "runs").stages["pretrain"].done()
+    )
+    shutil.rmtree(moved / "imagenet32")
+    write_stand_in("imagenet32", tmp_path / "other", train=100, test=40, seed=1)
+    prepare_store("imagenet32", tmp_path / "other", moved / "imagenet32", partial=True)
+    again = open_run(load("cifar10-small", [*LEAST, f"data.folder={moved}"]), tmp_path / "runs")
+    assert not again.stages["pretrain"].done()
 
 
 @pytest.mark.parametrize("method", ["attention", "lora"])
@@ -122,6 +143,10 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(tmp_path):
     [
         (["data.private=cifar100"], "dpfast data prepare cifar100 --source"),
         (["data.public=mnist"], "--size 32"),
+        (["data.public=cifar10"], "without any protection"),
+        (["data.public=copy"], "without any protection"),
+        (["data.public=digits"], "without any protection"),
+        (["private.method=attention"], "no attention"),
         (["data.public=fonts", "public_count=10"], "grey and square"),
         (["data.fold=1"], "only digits have folds"),
     ],

@@ -50,7 +50,7 @@ class Examples:
             labels = torch.cat(wholes, 1) if wholes else torch.zeros(len(candidates), 1)
         _, kinds = labels.unique(dim=0, return_inverse=True)
         firsts = [int((kinds == kind).nonzero()[0]) for kind in kinds.unique()]
-        rest = [i for i in range(len(candidates)) if i not in firsts]
+        rest = sorted(set(range(len(candidates))) - set(firsts))
         return candidates[torch.tensor([*firsts, *rest][:count])]
 
     def _read(self, ids: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """Other ways to fine-tune privately: which parameters move. Call one before the clipper, or the trainer, is made.
 
-Frozen parameters cost neither time nor noise: the noise's norm grows with the square root of the number of trainable
-parameters, the clip norm stays. All of these end in a network that plain diffusers opens.
+Frozen parameters need neither clipping nor noise: the noise's norm grows with the square root of the number of
+trainable parameters, the clip norm stays. All of these end in a network that plain diffusers opens.
 
 The whole network under augmentations and biased timesteps (Ghalebikesabi et al., arXiv 2302.13861) needs nothing from
 here, nor does noise multiplicity (DPDM: Dockhorn et al., arXiv 2210.09929), which is the same less those two tricks: an

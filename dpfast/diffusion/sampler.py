@@ -201,8 +201,10 @@ def fill_shards(
     def fill(number: int, labels: Tensor) -> None:
         if shards.read(number, labels) is None:
             network = networks.get()
-            images = make(network, labels, _shard_seed(settings["seed"], number))
-            networks.put(network)
+            try:
+                images = make(network, labels, _shard_seed(settings["seed"], number))
+            finally:
+                networks.put(network)  # or the next shard would wait for it
             shards.write(number, images, labels)
 
     threads = ThreadPoolExecutor(len(workers))

@@ -122,7 +122,7 @@ class Private:
     method: Literal["full", "attention", "lora"] = "full"
     rank: int = above(0, default=16)
     clipping: Literal["flat", "automatic"] = "flat"
-    stability: float = above(0, default=0.01)
+    stability: float = at_least(1e-8, default=0.01)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,7 +120,7 @@ def sample_rows(images: Tensor, labels: Tensor, classes: Sequence[str], *, colum
     """The first ``columns`` images of each class, one class to a row. images: uint8 ``[n, C, H, W]``."""
     rows = []
     for index, name in enumerate(classes):
-        chosen = images[labels == index][:columns]
+        chosen = images[(labels == index).nonzero().flatten()[:columns]]
         if len(chosen):
             said = f"{len(chosen)} images of class {escape(name)}"
             picture = f'<img src="{data_uri(strip(chosen))}" alt="{said}">'

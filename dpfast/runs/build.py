@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,8 +10,9 @@ from typing import Any, Literal
 import torch
 
 from dpfast.data import Augment, ImageSet, font_digits, real_digits
+from dpfast.data.digits import DIGIT_CLASSES
 from dpfast.data.formats import PUBLISHED
-from dpfast.data.store import MANIFEST, open_store
+from dpfast.data.store import MANIFEST, open_store, read_store
 from dpfast.diffusion.finetune import attention_only, lora
 from dpfast.diffusion.loading import load_unet as load_unet  # noqa: PLC0414  # used as build.load_unet
 from dpfast.diffusion.loading import relabel
@@ -65,7 +67,30 @@ def public_data(recipe: Recipe) -> ImageSet:
 
 def shares_labels(recipe: Recipe) -> bool:
     """Whether public and private images have the same classes."""
-    return recipe.data.public == "fonts" or public_data(recipe).classes == private_data(recipe).classes
+    fonts = recipe.data.public == "fonts"
+    return (DIGIT_CLASSES if fonts else public_data(recipe).classes) == private_data(recipe).classes
+
+
+def shares_images(recipe: Recipe) -> bool:
+    """Whether the public store holds a split of the private one, under whatever name."""
+    data = recipe.data
+    if data.folder == "" or "fonts" in data.public or data.private == "digits":
+        return False
+    public, private = (read_store(Path(data.folder) / name).splits.values() for name in (data.public, data.private))
+    return bool({split.images.sha256 for split in public} & {split.images.sha256 for split in private})
+
+
+def public_identity(recipe: Recipe) -> dict[str, Any]:
+    """What tells the public images and the weights to begin with from others of the same names."""
+    found: dict[str, Any] = {}
+    if recipe.data.public not in ("fonts", "digits") and recipe.data.folder != "":
+        store = read_store(Path(recipe.data.folder) / recipe.data.public)
+        found["public images"] = {name: split.images.sha256 for name, split in store.splits.items()}
+        found["public classes"] = list(store.classes)
+    if recipe.pretrain.weights is not None:
+        files = sorted(Path(recipe.pretrain.weights).glob("**/*.safetensors"))
+        found["initial weights"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return found
 
 
 def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageSet:
@@ -105,6 +130,8 @@ PUBLISHED_SHAPES = {  # images, and how many classes
 
 
 def _as_published(name: str, split: str) -> ImageSet:
+    if name not in PUBLISHED_SHAPES:
+        raise ConfigError(f'recipe key data.folder = "": nothing is published of {name!r}; say where stores are')
     shape, classes = PUBLISHED_SHAPES[name]
     published = PUBLISHED[name].published
     count = published.sizes[split] if published is not None else 0

@@ -18,7 +18,7 @@ from dpfast.runs.run import Run
 def public_classifier(run: Run, progress: Progress) -> Classifier:
     """The classifier of the public images: feature extractor, and where the private classifier starts."""
     keys = ("seed", "data.public", "data.public_count", "evaluate.extractor_steps")
-    key = fingerprint(parts(run.recipe, *keys))
+    key = fingerprint(parts(run.recipe, *keys) | build.public_identity(run.recipe))
     path = run.directory.state / f"public-classifier-{key}"
     public = build.public_data(run.recipe)
     if not path.exists():

@@ -131,7 +131,7 @@ def _trainer(recipe: Recipe) -> DPTrainer:
     from dpfast.runs import build
 
     data = build.private_data(recipe)
-    model, plan = build.unet(recipe, data), build.plan(recipe, len(data))
+    model, plan = build.tuned(recipe, build.unet(recipe, data)), build.plan(recipe, len(data))
     return build.private_trainer(recipe, recipe.private, model, data, plan, build.private_objective(recipe, data))
 
 
@@ -143,8 +143,8 @@ def _physical_batch(trainer: DPTrainer, device: str | None = None) -> str:
 
 
 def describe_cost(run: Run) -> Iterator[tuple[str, str]]:
-    """What a run will cost: epsilon exactly; time and memory as predicted for some devices and, where some steps take
-    less than a minute here, as measured on them.
+    """What a run will cost: epsilon exactly; time and memory as predicted for some devices and, where a step takes less
+    than ``_MEASURED`` seconds here, as measured on some.
     """
     from dpfast.runs.estimate import estimate, image_passes
     from dpfast.runs.foresee import HERE, foresee

@@ -42,7 +42,7 @@ class Estimate:
 def estimate(run: Run) -> Estimate:
     """Measured on this machine; expect half to twice of it."""
     recipe = run.recipe
-    model = build.unet(recipe, run.private).to(recipe.performance.device)
+    model = build.tuned(recipe, build.unet(recipe, run.private)).to(recipe.performance.device)
     classifier = build_classifier(run.private, ClassifierSpec(), seed=0)
     training = _Measured(run, recipe.private, run.plan, model, build.private_objective(recipe, run.private))
     rival = _Measured(run, recipe.baseline, run.baseline_plan, classifier, build.classifier_objective(recipe))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dpfast.clipping.rule import ClipRule
 from dpfast.data import ImageSet
 from dpfast.errors import ConfigError
 from dpfast.files import remove, write_atomic, write_json
@@ -92,12 +93,14 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
     """
     images = {"private images": private.fingerprint()}
     budget = ("private.target_epsilon", "private.target_delta", "private.neighboring")
-    pretrain = parts(recipe, "seed", "model", "diffusion", "pretrain", "data.public", "data.public_count")
-    train = pretrain | parts(recipe, "data", "private") | images
+    public = parts(recipe, "data.public", "data.public_count") | build.public_identity(recipe)
+    pretrain = parts(recipe, "seed", "model", "diffusion", "pretrain", "performance.dtype") | public
+    pretrain |= {"private shape": list(private.image_shape), "private classes": list(private.classes)}
+    train = pretrain | parts(recipe, "data.private", "data.fold", "private") | images
     sample = train | parts(recipe, "sample")
-    baseline = parts(recipe, "seed", "data", "baseline", *budget) | images
+    baseline = parts(recipe, "seed", "data.private", "data.fold", "baseline", "performance.dtype", *budget) | images
     if recipe.baseline.pretrained:
-        baseline |= parts(recipe, "evaluate.extractor_steps", "data.public", "data.public_count")
+        baseline |= parts(recipe, "evaluate.extractor_steps") | public
     evaluate = sample | baseline | parts(recipe, "evaluate") | {"test images": build.test_data(recipe).fingerprint()}
     reports = [at.release_report, at.internal_report, at.metrics]
 
@@ -129,14 +132,23 @@ def _preflight(recipe: Recipe, private: ImageSet) -> None:
     build.private_objective(recipe, private)
     build.timesteps(recipe).icdf(torch.zeros(1), recipe.diffusion.num_train_timesteps)
     sampling_scheduler(build.scheduler(recipe), recipe.sample.sampler, recipe.sample.steps)
-    build.unet(recipe, private)
+    build.tuned(recipe, build.unet(recipe, private))
+    build.classifier_spec(recipe)
+    ClipRule.of(recipe.private.max_grad_norm, recipe.private.clipping, recipe.private.stability)
+    if recipe.pretrain.weights is not None:
+        build.initial_unet(recipe, private)
     if recipe.pretrain.steps:
         build.pretrain_spec(recipe)
 
 
 def _check_public(recipe: Recipe, private: ImageSet) -> None:
-    """What the model is pre-trained on has the shape of what it is fine-tuned on."""
-    shape = private.image_shape
+    """What the model is pre-trained on is not private, and has the shape of what it is fine-tuned on."""
+    shape, name = private.image_shape, recipe.data.public
+    if name == "digits" or name == recipe.data.private or build.shares_images(recipe):
+        raise ConfigError(
+            f"recipe key data.public = {name!r}: these are the private or the test images; pre-training would use them"
+            " without any protection. Name public ones"
+        )
     if recipe.data.public == "fonts":
         if not recipe.data.public_count:
             raise ConfigError("recipe key data.public_count = 0: expected how many fonts to render; 0 is for stores")

@@ -55,8 +55,15 @@ def public_knowledge(run: Run) -> list[str]:
         f"The list of classes ({', '.join(run.private.classes)}).",
         f"The preprocessing: {pixels}, scaled from 0..255 to -1..1, without statistics of the images.",
         "Which images are held out for testing, and those images. They serve to measure, nothing else.",
-        "The images that the model was pre-trained on.",
+        *_before(run),
     ]
+
+
+def _before(run: Run) -> list[str]:
+    """What the model knew before it saw a private image."""
+    pretrain = run.recipe.pretrain
+    known = ["The images that the model was pre-trained on."] if pretrain.steps else []
+    return known + (["The weights that its training began with."] if pretrain.weights is not None else [])
 
 
 def not_accounted(run: Run) -> list[str]:
