@@ -107,9 +107,10 @@ def ranks(samples: Path) -> dict[str, Any]:
 def draw() -> list[Path]:
     """The pictures, and their numbers between the markers of the page."""
     from dpfast.evaluation.studies import CountAccuracy, RankTransfer
+    from dpfast.recipes import load
     from dpfast.report.plots import accuracy_by_count_plot, fid_by_epsilon, rank_transfer_plot
 
-    newest = {(row["figure"], row["epsilon"]): row for row in results.rows("figures")}
+    newest = newest_of(results.rows("figures"))
     metrics = [row["metrics"]["accuracy"] for row in results.rows("digits") if row["epsilon"] == HEADLINE]
     files = {}
     of_epsilon = {epsilon: newest[2, epsilon] for epsilon in EPSILONS if (2, epsilon) in newest}
@@ -119,7 +120,8 @@ def draw() -> list[Path]:
         levels = {"public only": some["public"]}
         levels |= {"no noise": of_epsilon["inf"]["distance"]} if "inf" in of_epsilon else {}
         curves = {"digits recipe": points}
-        files["figure2"] = fid_by_epsilon(curves, levels=levels, delta=1e-4, extractor=some["extractor"])
+        delta = load("digits").private.target_delta
+        files["figure2"] = fid_by_epsilon(curves, levels=levels, delta=delta, extractor=some["extractor"])
     if (3, HEADLINE) in newest:
         row = newest[3, HEADLINE]
         counted = [
@@ -144,6 +146,11 @@ def draw() -> list[Path]:
         (DOCS / f"{name}.png").write_bytes(png)
     results.write_between_markers(DOCS / "digits.md", "figures", table(newest))
     return [DOCS / f"{name}.png" for name in files]
+
+
+def newest_of(rows: list[dict[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
+    """By figure and epsilon."""
+    return {(row["figure"], row["epsilon"]): row for row in rows}
 
 
 def table(newest: dict[tuple[int, str], dict[str, Any]]) -> str:

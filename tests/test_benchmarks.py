@@ -53,6 +53,27 @@ def test_the_tables_of_ops_are_generated(name, make) -> None:
     assert written == getattr(speed, make)(results.rows("kernels"))
 
 
+@pytest.mark.parametrize(
+    ("page", "name", "module"),
+    [
+        ("docs/digits.md", "figures", "figures"),
+        ("benchmarks/README.md", "around", "around"),
+        ("benchmarks/README.md", "ablations", "ablations"),
+    ],
+)
+def test_other_tables_are_generated(page, name, module) -> None:
+    from importlib import import_module
+
+    from benchmarks import results
+
+    made, rows = import_module(f"benchmarks.{module}"), results.rows(name)
+    (written,) = re.findall(
+        rf"<!-- {name}: begin[^\n]*\n(.*?)\n?<!-- {name}: end", (ROOT / page).read_text(), re.DOTALL
+    )
+    if rows:
+        assert written == made.table(made.newest_of(rows) if module == "figures" else rows)
+
+
 def test_figures_are_drawn(tmp_path) -> None:
     from benchmarks import cases, plots, step
 
