@@ -50,7 +50,10 @@ def test_from_files_to_reports(name, stores, tmp_path):
     metrics = json.loads(run.directory.metrics.read_text())
     assert {"synthetic", "public_only", "real", "dp_classifier"} <= metrics["accuracy"].keys()
     assert metrics["epsilon_spent"] <= 10
-    assert run.directory.release_report.exists()
+    page = run.directory.release_report.read_text()
+    assert str(stores) not in page
+    knew = "nothing: there was no pre-training" if name == "mnist" else "public images only"
+    assert f"when it knew {knew}" in page
     model = build.load_unet(run.directory.model)
     assert model.config["num_class_embeds"] == run.private.num_classes + 1
     assert ("public_classifier" in metrics["accuracy"]) == (name == "mnist-small")  # ImageNet has other classes

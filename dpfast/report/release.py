@@ -23,7 +23,7 @@ class ReleaseReport:
 
     samples, public_samples: of the private model, and of the model before it saw a private image.
     losses: of the public pre-training, one a step; empty without it. epsilon_curve: (step, epsilon), empty without
-    noise. recipe: TOML. seconds: by stage; shown to the minute.
+    noise. recipe: TOML. seconds: by stage; shown to the minute. before: what the model knew before private training.
     """
 
     name: str
@@ -34,6 +34,7 @@ class ReleaseReport:
     epsilon_curve: Sequence[tuple[int, float]]
     recipe: str
     seconds: Mapping[str, float]
+    before: str = "public images only"
 
     def html(self) -> str:
         """The whole page."""
@@ -81,13 +82,12 @@ class ReleaseReport:
 
     def _samples(self) -> str:
         ours = html.sample_rows(self.samples.images, self.samples.labels, self.samples.classes)
-        known = "public images only" if self.losses else "nothing: there was no pre-training"
         before = html.sample_rows(self.public_samples.images, self.public_samples.labels, self.public_samples.classes)
         return html.section(
             "Samples",
             '<div class="pair">',
             html.figure(ours, "The released model. One row per class, the first images of each: not hand-picked."),
-            html.figure(before, f"The same model before private training, when it knew {known}."),
+            html.figure(before, f"The same model before private training, when it knew {self.before}."),
             "</div>",
         )
 

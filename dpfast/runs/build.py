@@ -110,6 +110,13 @@ def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageS
     return open_store(folder, split, name=name)
 
 
+def without_paths(recipe: Recipe) -> Recipe:
+    """The same without what it tells of this machine, to be given away."""
+    weights = recipe.pretrain.weights
+    pretrain = replace(recipe.pretrain, weights=None if weights is None else Path(weights).name)
+    return replace(recipe, data=replace(recipe.data, folder="data"), pretrain=pretrain)
+
+
 def planned(recipe: Recipe) -> Recipe:
     """The same on images of zeros where a store is missing, as many as are published; what is not known stays."""
     names = [name for name in (recipe.data.private, recipe.data.public) if name not in ("digits", "fonts")]

@@ -23,7 +23,8 @@ def public_classifier(run: Run, progress: Progress) -> Classifier:
     public = build.public_data(run.recipe)
     if not path.exists():
         seed, spec = build.seed_for(run.recipe, "classifier"), build.public_classifier_spec(run.recipe)
-        save(path, train_classifier(public, spec=spec, seed=seed, progress=progress))
+        device = run.recipe.performance.device
+        save(path, train_classifier(public, spec=spec, seed=seed, device=device, progress=progress).cpu())
     return load(run, path, public)
 
 

@@ -134,7 +134,7 @@ def evaluate(run: Run, progress: Progress) -> None:
                 spec, device = build.classifier_spec(recipe), recipe.performance.device
                 model = train_classifier(images, spec=spec, seed=seed, device=device, progress=progress)
                 results[key] = accuracy(model, test)
-    extractor = classifiers.public_classifier(run, progress)
+    extractor = classifiers.public_classifier(run, progress).to(recipe.performance.device)
     if build.shares_labels(recipe):
         results["accuracy.public_classifier"] = accuracy(extractor, test)
     results["accuracy.dp_classifier"] = accuracy(classifiers.load(run, at.baseline / "model", run.private), test)
@@ -163,9 +163,18 @@ def _release_report(run: Run) -> ReleaseReport:
         public_samples=load_shards(run.directory.public_samples),
         losses=read_json(run.directory.losses, cure="delete it and run the same command again"),
         epsilon_curve=run.plan.epsilon_curve(points=16, early=True) if run.plan.is_private else [],
-        recipe=to_toml(run.recipe),
+        before=_before(run),
+        recipe=to_toml(build.without_paths(run.recipe)),
         seconds={stage.title: stage.seconds for stage in made_it},
     )
+
+
+def _before(run: Run) -> str:
+    """What the model knew before private training, to complete a sentence."""
+    pretrain = run.recipe.pretrain
+    if not pretrain.steps:
+        return "nothing: there was no pre-training" if pretrain.weights is None else "what its first weights knew"
+    return "public images only" if build.shares_labels(run.recipe) else "public images only, and none of these classes"
 
 
 def _internal_report(run: Run, metrics: dict[str, Any], seconds: dict[str, float]) -> InternalReport:
