@@ -1,4 +1,4 @@
-"""How a private step is computed: settings that may change its speed and memory, never its result."""
+"""How a private step is computed: settings that may change its speed, memory and rounding, and nothing else."""
 
 from dataclasses import dataclass
 from numbers import Real
