@@ -29,25 +29,26 @@ DOCS = results.ROOT / "docs"
 def measure() -> Iterator[dict[str, Any]]:
     """A row for each figure and epsilon that is not there yet."""
     done = {(row["figure"], row["epsilon"]) for row in results.rows("figures")}
-    wanted = [epsilon for epsilon in EPSILONS if (2, epsilon) not in done]
-    if not wanted and {(3, HEADLINE), (4, HEADLINE)} <= done:
+    of_epsilon = {epsilon: (2, 3, 4) if epsilon == HEADLINE else (2,) for epsilon in EPSILONS}
+    missing = {epsilon: [n for n in numbers if (n, epsilon) not in done] for epsilon, numbers in of_epsilon.items()}
+    if not any(missing.values()):
         return
     with tempfile.TemporaryDirectory() as folder:
         public = Path(folder) / "public"
         public.mkdir()
         dpfast(public, "pretrain")
-        for epsilon in wanted if {(3, HEADLINE), (4, HEADLINE)} <= done else dict.fromkeys((HEADLINE, *wanted)):
-            private = Path(folder) / epsilon
-            shutil.copytree(public, private)
-            count = most() if epsilon == HEADLINE else COMPARED
-            dpfast(private, "sample", f"target_epsilon={epsilon}", f"sample.count={count}")
-            at = private / "run"
-            samples = at / ("release" if epsilon != "inf" else "not-private") / "samples"
-            if epsilon in wanted:
-                yield {"figure": 2, "epsilon": epsilon, **distances(samples, at / "state/sample/public")}
-            if epsilon == HEADLINE:
-                yield {"figure": 3, "epsilon": epsilon, **by_count(samples)}
-                yield {"figure": 4, "epsilon": epsilon, **ranks(samples)}
+        for epsilon, numbers in missing.items():
+            if numbers:
+                private = Path(folder) / epsilon
+                shutil.copytree(public, private)
+                count = most() if epsilon == HEADLINE else COMPARED
+                dpfast(private, "sample", f"target_epsilon={epsilon}", f"sample.count={count}")
+                for number in numbers:
+                    yield {"figure": number, "epsilon": epsilon, **MEASURES[number](private / "run")}
+
+
+def samples_of(run: Path) -> Path:
+    return next(run / name / "samples" for name in ("release", "not-private") if (run / name).exists())
 
 
 def most() -> int:
@@ -60,7 +61,7 @@ def private_images() -> int:
     return len(real_digits("train"))
 
 
-def distances(samples: Path, public_samples: Path) -> dict[str, Any]:
+def distances(run: Path) -> dict[str, Any]:
     """Of the private model's samples, and of the public one's, to the private images."""
     from dpfast.data import real_digits
     from dpfast.data.shards import load_shards
@@ -73,13 +74,13 @@ def distances(samples: Path, public_samples: Path) -> dict[str, Any]:
     seed, spec = build.seed_for(recipe, "classifier"), build.public_classifier_spec(recipe)
     extractor = train_classifier(build.public_data(recipe), spec=spec, seed=seed)
     found = {}
-    for name, folder in (("distance", samples), ("public", public_samples)):
+    for name, folder in (("distance", samples_of(run)), ("public", run / "state/sample/public")):
         images = load_shards(folder)
         found[name] = frechet_distance(extractor, real, images.select(range(COMPARED)))
     return {**found, "images": COMPARED, "extractor": EXTRACTOR}
 
 
-def by_count(samples: Path) -> dict[str, Any]:
+def by_count(run: Path) -> dict[str, Any]:
     from dpfast.data import real_digits
     from dpfast.data.shards import load_shards
     from dpfast.evaluation import ClassifierSpec
@@ -87,21 +88,24 @@ def by_count(samples: Path) -> dict[str, Any]:
 
     counts = [times * private_images() // 10 * 10 for times in TIMES]
     test = real_digits("test")
-    studied = accuracy_by_count(load_shards(samples), test, counts=counts, spec=ClassifierSpec(), seeds=SEEDS)
+    studied = accuracy_by_count(load_shards(samples_of(run)), test, counts=counts, spec=ClassifierSpec(), seeds=SEEDS)
     points = [{"count": p.count, "accuracies": list(p.accuracies), "ensemble": p.ensemble} for p in studied]
     return {"points": points, "test_images": len(test)}
 
 
-def ranks(samples: Path) -> dict[str, Any]:
+def ranks(run: Path) -> dict[str, Any]:
     from dpfast.data import real_digits
     from dpfast.data.shards import load_shards
     from dpfast.evaluation import ClassifierSpec
     from dpfast.evaluation.studies import classifier_grid, rank_transfer
 
-    synthetic = load_shards(samples).select(range(COMPARED))
+    synthetic = load_shards(samples_of(run)).select(range(COMPARED))
     found = rank_transfer(synthetic, real_digits("test"), classifier_grid(ClassifierSpec(), **GRID))
     names = ("settings", "synthetic", "real", "interval")
     return {name: list(getattr(found, name)) for name in names} | {"rho": found.rho}
+
+
+MEASURES = {2: distances, 3: by_count, 4: ranks}
 
 
 def draw() -> list[Path]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpfast import data_cli
-from dpfast.console import Debug, reported
+from dpfast.console import Debug, reported, table
 from dpfast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def account(
     with reported(debug):
         from dpfast.runs.describe import account as compute
 
-        _table(
+        table(
             compute(
                 steps=steps,
                 delta=delta,
@@ -223,7 +223,7 @@ def plan(
         from dpfast.runs.describe import describe_plan, describe_step
 
         resolved = _load(recipe, settings, None)
-        _table(describe_plan(resolved))
+        table(describe_plan(resolved))
         typer.echo("\n" + describe_step(resolved, device))
 
 
@@ -261,7 +261,7 @@ def doctor(runs: Runs = RUNS, debug: Debug = False) -> None:
     with reported(debug):
         from dpfast.doctor import examine
 
-        _table(examine(runs))
+        table(examine(runs))
 
 
 def _plan_elsewhere(device: str | None, settings: list[str] | None, kernels: bool) -> None:
@@ -313,12 +313,6 @@ def _summary(run: Run, until: str) -> None:
 
     for line in summary(run, until):
         typer.echo(line)
-
-
-def _table(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every command shares: its errors and warnings as lines for people."""
+"""What commands share: errors and warnings as lines for people, names and values as a table."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ def reported(debug: bool) -> Iterator[None]:
                 raise
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from None
+
+
+def table(rows: list[tuple[str, str]]) -> None:
+    """Print names and what is said of each."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpfast.console import Debug, reported
+from dpfast.console import Debug, reported, table
 
 if TYPE_CHECKING:
     from dpfast.data.store import Store
@@ -100,6 +100,7 @@ def show(
     """
     with reported(debug):
         from dpfast.data.store import open_store, read_store
+        from dpfast.tables import columns
 
         found = read_store(store)
         splits = {split: open_store(store, split, verify=verify) for split in found.splits}
@@ -107,7 +108,9 @@ def show(
         counts = {split: images.labels.bincount(minlength=images.num_classes) for split, images in splits.items()}
         rows = [[name, *(f"{count[i]:,}" for count in counts.values())] for i, name in enumerate(found.classes)]
         rows.append(["all classes", *(f"{len(images):,}" for images in splits.values())])
-        _print_columns([["", *counts], *rows])
+        typer.echo("")
+        for line in columns([["", *counts], *rows], words=[0]):
+            typer.echo(line)
         _print_checksums(found, verified=verify)
 
 
@@ -120,8 +123,7 @@ def _print_store(folder: Path, store: Store) -> None:
         ("splits", ", ".join(f"{name} {split.count:,}" for name, split in store.splits.items())),
         ("classes", str(len(store.classes))),
     ]
-    for name, value in rows:
-        typer.echo(f"{name:<8}  {value}")
+    table(rows)
 
 
 def _print_checksums(store: Store, *, verified: bool) -> None:
@@ -133,11 +135,3 @@ def _print_checksums(store: Store, *, verified: bool) -> None:
     for source in store.source:
         files = f" ({source['files']:,} files)" if "files" in source else ""
         typer.echo(f"{source['sha256']}  {source.get('file') or source['folder']}{files}")
-
-
-def _print_columns(rows: list[list[str]]) -> None:
-    from dpfast.tables import columns
-
-    typer.echo("")
-    for line in columns(rows, words=[0]):
-        typer.echo(line)

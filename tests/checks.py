@@ -30,6 +30,22 @@ def clip(model, inputs, *, augmult, max_grad_norm, stability=None, form="auto", 
     return Clipped(torch.cat(norms), sums)
 
 
+def flat_sum(clipper: GhostClipper, inputs, *, losses=losses, mask=None) -> torch.Tensor:
+    """The clipped sum of all parameters, one after the other."""
+    clipper.zero_grad()
+    with clipper:
+        clipper.backward(losses(clipper.model, inputs), example_mask=mask)
+    total = torch.cat([p.grad.flatten() for p in clipper.parameters.values()])
+    clipper.zero_grad()
+    return total
+
+
+def without(inputs, example: int, *, augmult: int):
+    """The rows of all other examples."""
+    keep = [row for row in range(len(inputs[0])) if row // augmult != example]
+    return tuple(x[keep] for x in inputs)
+
+
 def check(model, inputs, *, augmult: int, forms=FORMS, losses=losses, automatic: bool = False) -> None:
     """Half of the examples are clipped: C is the median of the exact norms; so is gamma of automatic clipping."""
     middle = per_example(model, losses, inputs, augmult=augmult, max_grad_norm=1.0).norms.median().item()

@@ -1,11 +1,13 @@
 """Automatic clipping: against the oracle, and what its guarantee says, measured."""
 
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
+import checks
 from cases import CONVOLUTIONS, LAYERS, PATTERNS, losses, unet, unet_inputs
 from checks import check
 from dpfast import DPTrainer, GhostClipper, Performance, Plan
@@ -16,6 +18,7 @@ from oracle import per_example
 
 FORMS = get_args(Form)
 C, GAMMA, K = 0.7, 0.02, 2
+without = partial(checks.without, augmult=K)
 
 
 def clipper_of(model, **options) -> GhostClipper:
@@ -23,13 +26,7 @@ def clipper_of(model, **options) -> GhostClipper:
 
 
 def flat_sum(model, inputs, *, form="auto", losses=losses) -> torch.Tensor:
-    clipper = clipper_of(model, performance=Performance(form=form))
-    clipper.zero_grad()
-    with clipper:
-        clipper.backward(losses(model, inputs))
-    total = torch.cat([p.grad.flatten() for p in clipper.parameters.values()])
-    clipper.zero_grad()
-    return total
+    return checks.flat_sum(clipper_of(model, performance=Performance(form=form)), inputs, losses=losses)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +39,6 @@ def model():
 def inputs():
     torch.manual_seed(1)
     return unet_inputs(5 * K)
-
-
-def without(inputs, example):
-    keep = [r for r in range(len(inputs[0])) if r // K != example]
-    return tuple(x[keep] for x in inputs)
 
 
 CASES = {case.name: case for case in [*LAYERS, *CONVOLUTIONS, *PATTERNS]}

@@ -1,11 +1,13 @@
 """What the guarantee says, measured: neighbours, padding, broken examples, empty batches."""
 
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
+import checks
 from cases import EVERY, losses, unet, unet_inputs
 from dpfast import GhostClipper, Performance
 from dpfast.errors import CaptureError
@@ -13,16 +15,12 @@ from dpfast.performance import Form
 
 FORMS = get_args(Form)
 C, K = 0.05, 2
+without = partial(checks.without, augmult=K)
 
 
 def flat_sum(model, inputs, *, form="auto", mask=None) -> torch.Tensor:
     clipper = GhostClipper(model, max_grad_norm=C, augmult=K, performance=Performance(form=form))
-    clipper.zero_grad()
-    with clipper:
-        clipper.backward(losses(model, inputs), example_mask=mask)
-    total = torch.cat([p.grad.flatten() for p in clipper.parameters.values()])
-    clipper.zero_grad()
-    return total
+    return checks.flat_sum(clipper, inputs, mask=mask)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +33,6 @@ def model():
 def inputs():
     torch.manual_seed(1)
     return unet_inputs(5 * K)
-
-
-def without(inputs, example):
-    keep = [r for r in range(len(inputs[0])) if r // K != example]
-    return tuple(x[keep] for x in inputs)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -6,6 +6,7 @@ import torch
 from typer.testing import CliRunner
 
 from dpfast.cli import app
+from dpfast.data.formats import PUBLISHED
 from dpfast.data.prepare import prepare_store
 from dpfast.data.standin import STAND_INS, draw, write_stand_in
 from dpfast.data.store import open_store
@@ -20,7 +21,8 @@ def test_files_are_read_as_the_real_ones(name, tmp_path):
     write_stand_in(name, tmp_path / "source", train=40, test=20)
     store = prepare_store(name, tmp_path / "source", tmp_path / "store", partial=True)
     assert store.partial
-    assert store.shape == SHAPES[name]
+    assert store.shape == SHAPES[name] == PUBLISHED[name].published.shape
+    assert len(store.classes) == PUBLISHED[name].published.classes
     assert [split.count for split in store.splits.values()] == [40, 20]
     train = open_store(tmp_path / "store", "train", name=name)
     assert train.labels.unique().tolist() == list(range(2 if name == "camelyon17" else 10))

@@ -287,6 +287,7 @@ def test_a_release_is_drawn_as_often_as_planned_and_never_again(path):
         assert ledger.charged_steps == 2
         assert ledger.epsilon() == WITH_RELEASES.epsilon(2)
     assert read_ledger(path).charged_steps == 2
+    assert read_ledger(path).draws == 3
 
 
 def test_a_release_listed_twice_is_two_draws():

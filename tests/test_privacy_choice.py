@@ -8,23 +8,12 @@ import pytest
 import torch
 
 from dpfast.errors import BudgetExhausted, ConfigError, PrivacyError
-from dpfast.privacy import Ledger, Plan, PrivacyStatement, choice_release, entropy, noised_choice, read_ledger
+from dpfast.privacy import Ledger, PrivacyStatement, choice_release, entropy, noised_choice, read_ledger
 from dpfast.testing import injected_entropy
+from test_ledger import make_plan
 
 SIGMA = 30.0
 COUNTS = torch.tensor([410, 450, 300, 445])
-
-
-def make_plan(*releases, **changes):
-    values = {
-        "dataset_size": 1000,
-        "expected_batch_size": 100,
-        "max_grad_norm": 1.0,
-        "steps": 4,
-        "target_delta": 1e-5,
-        "noise_multiplier": 2.0,
-    }
-    return Plan(**{**values, **changes}, other_releases=releases)
 
 
 RELEASE = choice_release(settings=4, sigma=SIGMA)
@@ -52,17 +41,17 @@ def test_one_image_moves_the_counts_by_at_most_what_the_release_says(neighbours)
 
 
 def test_the_plan_pays_for_it_before_the_first_step():
-    plan = make_plan(RELEASE)
+    plan = make_plan(other_releases=[RELEASE])
     exact = dp_accounting.get_epsilon_gaussian(SIGMA / math.sqrt(4), 1e-5)
     assert exact <= plan.epsilon(0) <= exact + 1e-3
     assert Ledger(None, plan).epsilon() == plan.epsilon(0)
     # An exchange moves each count by 1 too: what the accountant assumes of exchanges errs on the safe side.
-    assert make_plan(RELEASE, neighboring="replace").epsilon(0) > exact
+    assert make_plan(other_releases=[RELEASE], neighboring="replace").epsilon(0) > exact
 
 
 def test_it_is_charged_before_the_noise_is_drawn(tmp_path, monkeypatch):
     events = []
-    with Ledger(tmp_path / "ledger", make_plan(RELEASE)) as ledger:
+    with Ledger(tmp_path / "ledger", make_plan(other_releases=[RELEASE])) as ledger:
         charge = ledger.charge_release
         monkeypatch.setattr(ledger, "charge_release", lambda release: events.append("charge") or charge(release))
         monkeypatch.setattr(entropy, "source", lambda n, real=entropy.source: events.append("draw") or real(n))
@@ -82,12 +71,15 @@ def test_it_is_charged_before_the_noise_is_drawn(tmp_path, monkeypatch):
 )
 def test_it_refuses_to_draw_what_is_not_accounted_for(listed, given, monkeypatch):
     monkeypatch.setattr(entropy, "source", None)
-    with Ledger(None, make_plan(*listed)) as ledger, pytest.raises(PrivacyError, match="not accounted for"):
+    with (
+        Ledger(None, make_plan(other_releases=listed)) as ledger,
+        pytest.raises(PrivacyError, match="not accounted for"),
+    ):
         noised_choice(COUNTS, ledger=ledger, **{"sigma": SIGMA, **given})
 
 
 def test_it_is_drawn_once_however_often_the_run_is_resumed(tmp_path):
-    plan = make_plan(RELEASE)
+    plan = make_plan(other_releases=[RELEASE])
     with Ledger(tmp_path / "ledger", plan) as ledger:
         noised_choice(COUNTS, sigma=SIGMA, ledger=ledger)
     with Ledger(tmp_path / "ledger", plan) as ledger, pytest.raises(BudgetExhausted, match="all planned draws"):
@@ -95,7 +87,7 @@ def test_it_is_drawn_once_however_often_the_run_is_resumed(tmp_path):
 
 
 def test_the_noise_has_the_stated_size_and_moves_the_choice():
-    plan = make_plan(RELEASE)
+    plan = make_plan(other_releases=[RELEASE])
     with injected_entropy(1):
         drawn = [noised_choice(COUNTS, sigma=SIGMA, ledger=Ledger(None, plan)) for _ in range(500)]
     noise = np.array([choice.noised_counts for choice in drawn]) - COUNTS.numpy()
@@ -109,12 +101,12 @@ def test_the_noise_has_the_stated_size_and_moves_the_choice():
 
 
 def test_with_little_noise_the_best_wins():
-    with Ledger(None, make_plan(choice_release(settings=4, sigma=2.0))) as ledger:
+    with Ledger(None, make_plan(other_releases=[choice_release(settings=4, sigma=2.0)])) as ledger:
         assert noised_choice(10 * COUNTS, sigma=2.0, ledger=ledger).index == 1
 
 
 def test_the_statement_names_it():
-    with Ledger(None, make_plan(RELEASE)) as ledger:
+    with Ledger(None, make_plan(other_releases=[RELEASE])) as ledger:
         statement = PrivacyStatement.of(ledger, augmult=1, public=[], not_accounted=[])
     assert statement.other_releases == ("noised choice among settings (1 x, noise multiplier 15)",)
 
@@ -127,7 +119,7 @@ def test_wrong_releases_are_refused(settings, sigma):
 
 @pytest.mark.parametrize("counts", [COUNTS.float(), COUNTS[None]])
 def test_counts_that_are_none_are_refused_without_being_told(counts, tmp_path):
-    with Ledger(tmp_path / "ledger", make_plan(RELEASE)) as ledger:
+    with Ledger(tmp_path / "ledger", make_plan(other_releases=[RELEASE])) as ledger:
         with pytest.raises(ConfigError, match=r"int64 \[settings\]") as refused:
             noised_choice(counts, sigma=SIGMA, ledger=ledger)
         assert "410" not in str(refused.value)

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from dpfast.cli import app
 from dpfast.data.prepare import prepare_store
 from dpfast.data.standin import write_stand_in
+from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.models import CAMELYON17, CIFAR10, MNIST
 from dpfast.errors import ConfigError
 from dpfast.recipes import load
-from dpfast.runs import build
 from dpfast.runs.describe import describe_plan
 from dpfast.runs.pipeline import execute, open_run
 from test_runs import Recorder
@@ -54,7 +54,7 @@ def test_from_files_to_reports(name, stores, tmp_path):
     assert str(stores) not in page
     knew = "nothing: there was no pre-training" if name == "mnist" else "public images only"
     assert f"when it knew {knew}" in page
-    model = build.load_unet(run.directory.model)
+    model = load_unet(run.directory.model)
     assert model.config["num_class_embeds"] == run.private.num_classes + 1
     assert ("public_classifier" in metrics["accuracy"]) == (name == "mnist-small")  # ImageNet has other classes
 
@@ -81,7 +81,7 @@ def test_other_ways_to_fine_tune(method, stores, tmp_path):
     """The released model opens in plain diffusers, whatever was trained."""
     settings = [*LEAST, f"data.folder={stores}", "model.attention=[1]", f"private.method={method}", "private.rank=2"]
     run = execute(load("cifar10-small", [*settings, "clipping=automatic"]), tmp_path, Recorder(), until="train")
-    before, after = (build.load_unet(path).state_dict() for path in (run.directory.public_model, run.directory.model))
+    before, after = (load_unet(path).state_dict() for path in (run.directory.public_model, run.directory.model))
     assert before.keys() == after.keys()
     moved = {name for name in before if not before[name].equal(after[name])}
     assert moved

@@ -13,7 +13,6 @@ namespace {
 using std::int64_t;
 using std::uint32_t;
 
-[[maybe_unused]] constexpr int64_t kSerial = 4096;  // numbers below which threads cost more than they save
 constexpr std::uint64_t kWord = 0xffffffff;
 
 // Ten rounds, of words that lie in 64 bits each.

@@ -13,7 +13,6 @@ namespace {
 using std::int64_t;
 using std::uint32_t;
 
-[[maybe_unused]] constexpr int64_t kSerial = 4096;  // numbers below which threads cost more than they save
 
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Few __attribute__((vector_size(2 * kLanes), aligned(4)));

@@ -10,6 +10,7 @@ namespace DPFAST_ISA {
 namespace {
 
 constexpr int kHalf = kLanes / 2;  // doubles in a vector
+[[maybe_unused]] constexpr std::int64_t kSerial = 4096;  // numbers below which threads cost more than they save
 
 typedef std::uint64_t Longs __attribute__((vector_size(8 * kHalf)));
 

@@ -34,10 +34,13 @@ def library_version() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerContents:
-    """What a ledger file says. ``test_entropy``: some of it was written under ``injected_entropy``."""
+    """What a ledger file says. draws: of other releases, all together. ``test_entropy``: some of it was written under
+    ``injected_entropy``.
+    """
 
     plan: Plan
     charged_steps: int
+    draws: int
     test_entropy: bool
 
 
@@ -216,7 +219,8 @@ def read_ledger(path: str | os.PathLike[str]) -> LedgerContents:
     cut_off = _cut_off(path, state, plan, torn)
     if cut_off is not None:
         state.add(cut_off)
-    return LedgerContents(plan=plan, charged_steps=state.steps, test_entropy=state.test_entropy)
+    draws = state.draws.total()
+    return LedgerContents(plan=plan, charged_steps=state.steps, draws=draws, test_entropy=state.test_entropy)
 
 
 class _State:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from dpfast.checkpoint import weights_fingerprint
 from dpfast.data import Augment, ImageSet, font_digits, real_digits
 from dpfast.data.digits import DIGIT_CLASSES
 from dpfast.data.formats import PUBLISHED
 from dpfast.data.store import MANIFEST, open_store, read_store
 from dpfast.diffusion.finetune import attention_only, lora
-from dpfast.diffusion.loading import load_unet as load_unet  # noqa: PLC0414  # used as build.load_unet
-from dpfast.diffusion.loading import relabel
+from dpfast.diffusion.loading import load_unet, relabel
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
 from dpfast.diffusion.pretrain import PretrainSpec
@@ -65,10 +64,14 @@ def public_data(recipe: Recipe) -> ImageSet:
     return ImageSet(every.images[:count], every.labels[:count], every.classes) if count else every
 
 
+def public_classes(recipe: Recipe) -> tuple[str, ...]:
+    """Of the public images; no font is rendered to know them."""
+    return DIGIT_CLASSES if recipe.data.public == "fonts" else _images(recipe, "public", "train").classes
+
+
 def shares_labels(recipe: Recipe) -> bool:
     """Whether public and private images have the same classes."""
-    fonts = recipe.data.public == "fonts"
-    return (DIGIT_CLASSES if fonts else public_data(recipe).classes) == private_data(recipe).classes
+    return public_classes(recipe) == private_data(recipe).classes
 
 
 def shares_images(recipe: Recipe) -> bool:
@@ -81,16 +84,19 @@ def shares_images(recipe: Recipe) -> bool:
 
 
 def public_identity(recipe: Recipe) -> dict[str, Any]:
-    """What tells the public images and the weights to begin with from others of the same names."""
-    found: dict[str, Any] = {}
-    if recipe.data.public not in ("fonts", "digits") and recipe.data.folder != "":
-        store = read_store(Path(recipe.data.folder) / recipe.data.public)
-        found["public images"] = {name: split.images.sha256 for name, split in store.splits.items()}
-        found["public classes"] = list(store.classes)
-    if recipe.pretrain.weights is not None:
-        files = sorted(Path(recipe.pretrain.weights).glob("**/*.safetensors"))
-        found["initial weights"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return found
+    """What tells the public images from others of the same name."""
+    if recipe.data.public in ("fonts", "digits") or recipe.data.folder == "":
+        return {}
+    store = read_store(Path(recipe.data.folder) / recipe.data.public)
+    images = {name: split.images.sha256 for name, split in store.splits.items()}
+    return {"public images": images, "public classes": list(store.classes)}
+
+
+def initial_identity(recipe: Recipe) -> dict[str, Any]:
+    """Likewise of the weights that pre-training begins with."""
+    if recipe.pretrain.weights is None:
+        return {}
+    return {"initial weights": weights_fingerprint(load_unet(recipe.pretrain.weights))}
 
 
 def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageSet:
@@ -118,32 +124,21 @@ def without_paths(recipe: Recipe) -> Recipe:
 
 
 def planned(recipe: Recipe) -> Recipe:
-    """The same on images of zeros where a store is missing, as many as are published; what is not known stays."""
+    """The same on images of zeros, as many as are published, if a store is missing and all are of published data."""
     names = [name for name in (recipe.data.private, recipe.data.public) if name not in ("digits", "fonts")]
     missing = [name for name in names if not (Path(recipe.data.folder) / name / MANIFEST).exists()]
-    if missing and all(name in PUBLISHED_SHAPES for name in names):
+    if missing and all(name in PUBLISHED for name in names):
         return replace(recipe, data=replace(recipe.data, folder=""))
     return recipe
 
 
-PUBLISHED_SHAPES = {  # images, and how many classes
-    "camelyon17": ((3, 32, 32), 2),
-    "cifar10": ((3, 32, 32), 10),
-    "cifar100": ((3, 32, 32), 100),
-    "fashionmnist": ((1, 28, 28), 10),
-    "imagenet32": ((3, 32, 32), 1000),
-    "mnist": ((1, 28, 28), 10),
-}
-
-
 def _as_published(name: str, split: str) -> ImageSet:
-    if name not in PUBLISHED_SHAPES:
+    published = PUBLISHED[name].published if name in PUBLISHED else None
+    if published is None:
         raise ConfigError(f'recipe key data.folder = "": nothing is published of {name!r}; say where stores are')
-    shape, classes = PUBLISHED_SHAPES[name]
-    published = PUBLISHED[name].published
-    count = published.sizes[split] if published is not None else 0
-    labels, names = torch.arange(count) % classes, tuple(map(str, range(classes)))
-    return ImageSet(torch.zeros(1, dtype=torch.uint8).expand(count, *shape), labels, names)
+    count, classes = published.sizes[split], published.classes
+    images = torch.zeros(1, dtype=torch.uint8).expand(count, *published.shape)
+    return ImageSet(images, torch.arange(count) % classes, tuple(map(str, range(classes))))
 
 
 def unet(recipe: Recipe, images: ImageSet) -> Any:

@@ -20,17 +20,16 @@ def public_classifier(run: Run, progress: Progress) -> Classifier:
     keys = ("seed", "data.public", "data.public_count", "evaluate.extractor_steps")
     key = fingerprint(parts(run.recipe, *keys) | build.public_identity(run.recipe))
     path = run.directory.state / f"public-classifier-{key}"
-    public = build.public_data(run.recipe)
     if not path.exists():
         seed, spec = build.seed_for(run.recipe, "classifier"), build.public_classifier_spec(run.recipe)
-        device = run.recipe.performance.device
+        public, device = build.public_data(run.recipe), run.recipe.performance.device
         save(path, train_classifier(public, spec=spec, seed=seed, device=device, progress=progress).cpu())
-    return load(run, path, public)
+    return load(run, path, build.public_classes(run.recipe))
 
 
 def baseline_start(run: Run, progress: Progress) -> Classifier:
     """What the private classifier begins with: the public one, with a new last layer where the labels are others."""
-    model = empty(run, run.private)
+    model = empty(run, run.private.classes)
     if run.recipe.baseline.pretrained:
         weights = public_classifier(run, progress).state_dict()
         if not build.shares_labels(run.recipe):
@@ -39,10 +38,10 @@ def baseline_start(run: Run, progress: Progress) -> Classifier:
     return model
 
 
-def empty(run: Run, images: ImageSet) -> Classifier:
-    """An untrained network for images of that shape and those classes."""
-    seed = build.seed_for(run.recipe, "baseline")
-    return build_classifier(images, ClassifierSpec(), seed=seed)
+def empty(run: Run, classes: tuple[str, ...]) -> Classifier:
+    """An untrained network for these classes; public and private images have one shape."""
+    like = ImageSet(run.private.images[:0], run.private.labels[:0], classes)
+    return build_classifier(like, ClassifierSpec(), seed=build.seed_for(run.recipe, "baseline"))
 
 
 def save(path: Path, model: torch.nn.Module) -> None:
@@ -50,8 +49,8 @@ def save(path: Path, model: torch.nn.Module) -> None:
     checkpoint.save(path, {"model": model.state_dict()}, kind="classifier", fingerprint="")
 
 
-def load(run: Run, path: Path, images: ImageSet) -> Classifier:
-    """A classifier that ``save`` wrote, for images like these, in eval mode."""
-    model = empty(run, images)
+def load(run: Run, path: Path, classes: tuple[str, ...]) -> Classifier:
+    """A classifier that ``save`` wrote, of these classes, in eval mode."""
+    model = empty(run, classes)
     model.load_state_dict(checkpoint.load(path, kind="classifier", fingerprint="")["model"])
     return model.eval()

@@ -16,7 +16,6 @@ from dpfast.progress import Progress
 from dpfast.tables import columns
 
 AUGMULTS = (1, 4, 16, 128)
-_STATE = 5  # numbers of four bytes for each parameter: itself, its clipped sum, two moments, its running mean
 _USED = 0.9  # of the memory
 _KERNELS = 25  # kinds of calls that are shown
 _LEGEND = """
@@ -26,6 +25,11 @@ and the optimizer. calling: seconds of Python in the private step, hidden where 
 gram, direct, materialise: weights whose norms take that form."""
 _LETTERS = """
 GFLOP, MB, ms: of one call, with B examples of M positions (of all their rows), D inputs and P outputs."""
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Of parameters, their clipped sum, Adam's two moments and a running mean, in float32."""
+    return 4 * 5 * sum(p.numel() for p in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Setting:
         at least, at the largest K.
         """
         few = max(AUGMULTS)
-        room = _USED * named(device).memory - 4 * _STATE * self.parameters
+        room = _USED * named(device).memory - state_bytes(self.model)
         return few * 2 ** max(0, int(math.log2(room / self.plan(few, 1, device).peak)))
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from dpfast.kernels.rates import DEVICES
 from dpfast.physical import usual_size
 from dpfast.runs import build
+from dpfast.runs.elsewhere import state_bytes
 from dpfast.runs.estimate import image_passes
 from dpfast.runs.run import Run
+from dpfast.trainer import DPTrainer
 
 HERE = "this CPU"
-_STATE = 5  # numbers of four bytes for each parameter: itself, its clipped sum, two moments, its running mean
 
 
 @dataclass(frozen=True)
@@ -27,23 +28,23 @@ class Foreseen:
 
 def foresee(run: Run) -> list[Foreseen]:
     """Of this machine's CPU, and of every GPU of which rates are known (assumed, not measured)."""
-    return [_on(run, device) for device in (HERE, *DEVICES)]
-
-
-def _on(run: Run, device: str) -> Foreseen:
-    """A physical batch as ``DPTrainer`` makes it there; what is not private takes what its ordinary step does."""
-    recipe, training = run.recipe, run.recipe.private
+    recipe = run.recipe
     trainer = build.private_trainer(
         replace(recipe, performance=replace(recipe.performance, device="cpu")),  # fake tensors stand for the device's
-        training,
+        recipe.private,
         build.tuned(recipe, build.unet(recipe, run.private)),
         run.private,
         run.plan,
         build.private_objective(recipe, run.private),
     )
-    there = replace(recipe.performance, device="cpu" if device == HERE else "cuda")
+    return [_on(run, trainer, device) for device in (HERE, *DEVICES)]
+
+
+def _on(run: Run, trainer: DPTrainer, device: str) -> Foreseen:
+    """A physical batch as ``DPTrainer`` makes it there; what is not private takes what its ordinary step does."""
+    there = replace(run.recipe.performance, device="cpu" if device == HERE else "cuda")
     numbers = math.prod(run.private.image_shape)
-    size = usual_size(there, training.augmult, numbers, run.plan.expected_batch_size)
+    size = usual_size(there, trainer.augmult, numbers, run.plan.expected_batch_size)
     plan = trainer.plan_step(size, device=None if device == HERE else device)
     rows = size.examples * size.rows
     private, ordinary = plan.private.seconds / rows, plan.ordinary.seconds / rows
@@ -53,5 +54,4 @@ def _on(run: Run, device: str) -> Foreseen:
         "train": passes["train"] * private,
         "sample": passes["sample"] * ordinary / 3,  # forward alone
     }
-    state = 4 * _STATE * sum(p.numel() for p in trainer.model.parameters())
-    return Foreseen(device, seconds, seconds["train"] / run.plan.steps, plan.peak + state)
+    return Foreseen(device, seconds, seconds["train"] / run.plan.steps, plan.peak + state_bytes(trainer.model))

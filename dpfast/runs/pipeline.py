@@ -95,6 +95,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
     budget = ("private.target_epsilon", "private.target_delta", "private.neighboring")
     public = parts(recipe, "data.public", "data.public_count") | build.public_identity(recipe)
     pretrain = parts(recipe, "seed", "model", "diffusion", "pretrain", "performance.dtype") | public
+    pretrain |= build.initial_identity(recipe)
     pretrain |= {"private shape": list(private.image_shape), "private classes": list(private.classes)}
     train = pretrain | parts(recipe, "data.private", "data.fold", "private") | images
     sample = train | parts(recipe, "sample")

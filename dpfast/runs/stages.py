@@ -65,11 +65,12 @@ class Stage:
             )
 
     def has_spent(self) -> bool:
-        """Whether a private step was charged, or may have been: an unreadable ledger counts as spent."""
+        """Whether a step or another release was charged, or may have been: an unreadable ledger counts as spent."""
         if self.ledger is None or not self.ledger.exists() or b"\n" not in self.ledger.read_bytes():
             return False
-        try:  # a line behind the first is a step, or a draw of another release
-            return read_ledger(self.ledger).charged_steps > 0 or self.ledger.read_bytes().count(b"\n") > 1
+        try:
+            found = read_ledger(self.ledger)
+            return found.charged_steps + found.draws > 0
         except LedgerError:
             return True
 

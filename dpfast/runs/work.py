@@ -9,6 +9,7 @@ import torch
 
 from dpfast.data.shards import ShardFolder, load_shards
 from dpfast.diffusion.finetune import merge
+from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.pretrain import pretrain as pretrain_model
 from dpfast.diffusion.sampler import generate_shards
 from dpfast.evaluation import accuracy, train_classifier
@@ -57,7 +58,7 @@ def train(run: Run, progress: Progress) -> None:
     trainer = build.private_trainer(
         recipe,
         recipe.private,
-        build.tuned(recipe, build.load_unet(at.public_model)),
+        build.tuned(recipe, load_unet(at.public_model)),
         run.private,
         run.plan,
         build.private_objective(recipe, run.private),
@@ -88,7 +89,7 @@ def sample(run: Run, progress: Progress) -> None:
 
 def _generate(run: Run, model: Path, folder: Path, progress: Progress) -> ShardFolder:
     return generate_shards(
-        build.load_unet(model).to(run.recipe.performance.device),
+        load_unet(model).to(run.recipe.performance.device),
         build.scheduler(run.recipe),
         folder,
         **{**vars(run.recipe.sample), "dtype": getattr(torch, run.recipe.sample.dtype)},
@@ -137,7 +138,9 @@ def evaluate(run: Run, progress: Progress) -> None:
     extractor = classifiers.public_classifier(run, progress).to(recipe.performance.device)
     if build.shares_labels(recipe):
         results["accuracy.public_classifier"] = accuracy(extractor, test)
-    results["accuracy.dp_classifier"] = accuracy(classifiers.load(run, at.baseline / "model", run.private), test)
+    results["accuracy.dp_classifier"] = accuracy(
+        classifiers.load(run, at.baseline / "model", run.private.classes), test
+    )
     for name, images in (("synthetic", synthetic), ("public_only", public)):
         results[f"frechet.{name}"] = frechet_distance(extractor, run.private, images)
     results["frechet.extractor"] = EXTRACTOR if recipe.data.public == "fonts" else f"small-cnn-{recipe.data.public}"

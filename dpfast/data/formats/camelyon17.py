@@ -24,6 +24,7 @@ _SPLITS = ("train", "id_val", "val", "test")
 _CENTERS = {1: "val", 2: "test"}
 _CLASSES = ("normal", "tumor")
 _SIDE = 96
+_STORED = 32
 _CHUNK = 256  # patches: 7 MB when they are decoded
 
 
@@ -123,7 +124,9 @@ CAMELYON17 = Format(
         "https://wilds.stanford.edu/datasets/",
         f"the folder {_FOLDER} with {_METADATA} and patches/",
         {"train": 302_436, "id_val": 33_560, "val": 34_904, "test": 85_054},
+        (3, _STORED, _STORED),
+        len(_CLASSES),
         terms="CC0",
     ),
-    size=32,
+    size=_STORED,
 )

@@ -142,6 +142,8 @@ CIFAR10 = Format(
         _URL,
         "cifar-10-python.tar.gz or cifar-10-binary.tar.gz, as it is or extracted",
         _SIZES,
+        (3, 32, 32),
+        10,
         md5={
             "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
             "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
@@ -161,6 +163,8 @@ CIFAR100 = Format(
         _URL,
         "cifar-100-python.tar.gz or cifar-100-binary.tar.gz, as it is or extracted",
         _SIZES,
+        (3, 32, 32),
+        100,
         md5={
             "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
             "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",

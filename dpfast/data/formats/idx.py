@@ -106,6 +106,8 @@ MNIST = Format(
         "http://yann.lecun.com/exdb/mnist/",
         _FILES,
         _SIZES,
+        (1, 28, 28),
+        10,
         md5={
             "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -137,6 +139,8 @@ FASHION_MNIST = Format(
         "https://github.com/zalandoresearch/fashion-mnist",
         _FILES,
         _SIZES,
+        (1, 28, 28),
+        10,
         terms="MIT licence",
         md5={
             "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",

@@ -110,6 +110,8 @@ IMAGENET32 = Format(
         "https://image-net.org/download-images.php",
         "train_data_batch_1 to train_data_batch_10 and val_data, pickles or .npz",
         {"train": 1_281_167, "val": 50_000},
+        (3, 32, 32),
+        _CLASSES,
         terms="for research and education only, after registration",
     ),
 )

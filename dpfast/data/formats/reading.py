@@ -40,13 +40,16 @@ class Published:
     """What is known of a data set that everybody has under the same name.
 
     url: the page that publishes it; terms: its licence, where that is certain; files: what to place in the source
-    folder; sizes: images of each split; md5: published or widely known checksums by file name.
+    folder; sizes: images of each split; shape: (C, H, W) in the store; classes: how many; md5: published or widely
+    known checksums by file name.
     """
 
     title: str
     url: str
     files: str
     sizes: Mapping[str, int]
+    shape: tuple[int, int, int]
+    classes: int
     terms: str = ""
     md5: Mapping[str, str] = field(default_factory=dict)
 
