@@ -3,6 +3,9 @@
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -314,3 +317,52 @@ def test_distances_are_taken_a_block_at_a_time(monkeypatch):
     overlap(*PAIR, block=50)
     assert max(d.numel() for d in largest) == 50 * 50
     assert len(largest) == 6 * 6 + 6 * 6 + 6 * 6
+
+
+STREAMED = """
+import re, sys
+from pathlib import Path
+import torch
+from dpfast.data import ImageSet
+from dpfast.data.shards import ShardFolder
+from dpfast.evaluation import ClassifierSpec, train_classifier
+from dpfast.evaluation.extractors import module_extractor
+from dpfast.evaluation.scores import ScoreSettings, image_scores
+
+def used():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+def note(*_):
+    global peak
+    peak = max(peak, used())
+
+class Coarse(torch.nn.Module):
+    def forward(self, images):
+        return torch.nn.functional.avg_pool2d(images.float(), 16).flatten(1)
+
+torch.set_num_threads(1)
+count, folder = int(sys.argv[1]), Path(sys.argv[2])
+shards = ShardFolder.claim(
+    folder, {"count": count, "shard_size": 500, "image_shape": [3, 64, 64], "classes": ["a", "b"], "seed": 0}
+)
+for number, labels in shards:
+    shards.write(number, torch.randint(0, 256, (len(labels), 3, 64, 64), dtype=torch.uint8), labels)
+real = ImageSet(torch.randint(0, 256, (1000, 3, 64, 64), dtype=torch.uint8), torch.arange(1000) % 2, ("a", "b"))
+peak = 0
+images = shards.load()
+image_scores(module_extractor("coarse", Coarse()), real, images, settings=ScoreSettings(kid_subsets=2), progress=note)
+train_classifier(images, spec=ClassifierSpec(steps=3, batch_size=8), seed=0, progress=note)
+note()
+print(peak)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
+    """12,000 images are 147 MB, 2,000 are 25."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}  # some keep all memory
+    few, many = (
+        int(subprocess.check_output([sys.executable, "-c", STREAMED, str(count), str(tmp_path / str(count))], env=env))
+        for count in (2000, 12000)
+    )
+    assert many - few < 16e6

@@ -34,7 +34,7 @@ TINY = (
     "name=tiny", "widths=[8, 8]", "norm_groups=4", "public_count=40", "pretrain.steps=3", "pretrain.batch_size=8",
     "private.steps=4", "private.sample_rate=0.05", "private.augmult=2", "target_epsilon=1", "sample.count=20",
     "sample.steps=2", "shard_size=10", "baseline.steps=4", "baseline.sample_rate=0.05", "baseline.augmult=1",
-    "extractor_steps=2", "evaluate.steps=2", "seeds=2",
+    "extractor_steps=2", "evaluate.steps=2", "seeds=2", "counts=[10]",
 )  # fmt: skip
 PLAN = Plan(dataset_size=10, expected_batch_size=1, max_grad_norm=1.0, steps=5, target_delta=1e-3, noise_multiplier=1.0)
 
@@ -239,6 +239,11 @@ def test_metrics_hold_what_later_tools_read(runs):
     assert all(value > 0 for value in metrics["seconds"].values())
     assert metrics["epsilon_composed"] > metrics["epsilon_spent"]
     assert len(metrics["accuracy_by_seed"]["synthetic"]) == 2
+    assert [point["count"] for point in metrics["accuracy_by_count"]] == [10, 20]
+    assert metrics["accuracy_by_count"][-1]["accuracies"] == metrics["accuracy_by_seed"]["synthetic"]
+    for name, scores in metrics["scores"].items():
+        assert (scores["real_images"], scores["synthetic_images"]) == (1437, 20)
+        assert (scores["fid"], scores["extractor"]) == (metrics["frechet"][name], metrics["frechet"]["extractor"])
 
 
 def test_the_release_is_complete_and_every_part_carries_its_statement(runs):

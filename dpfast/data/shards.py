@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpfast.data.images import ImageSet
+from dpfast.data.mapped import on_disk
 from dpfast.errors import DataError
 from dpfast.files import read_json, write_atomic
 
@@ -71,9 +72,16 @@ class ShardFolder:
         write_atomic(self._path(number), file.getbuffer())
 
     def load(self) -> ImageSet:
-        """Every image; raises DataError if some are missing."""
-        images = [self.images(number, labels) for number, labels in self]
-        return ImageSet(torch.cat(images), self.labels, self.classes)
+        """Every image, unpacked on disk beside the shards (``on_disk``); raises DataError if some are missing."""
+        shape = (len(self.labels), *self.settings["image_shape"])
+        blocks = (self.images(number, labels) for number, labels in self)
+        return ImageSet(on_disk(blocks, shape, torch.uint8, self.folder), self.labels, self.classes)
+
+    def first(self, count: int) -> ImageSet:
+        """The first ``count`` images of each class, class by class; reads only the shards that hold them."""
+        heads = self.heads(count)
+        labels = torch.arange(len(heads)).repeat_interleave(torch.tensor([len(images) for images in heads]))
+        return ImageSet(torch.cat(heads), labels, self.classes)
 
     def heads(self, count: int) -> list[Tensor]:
         """The first ``count`` images of each class, from as few shards as hold them; DataError if one is missing."""

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,12 @@ import numpy as np
 import torch
 
 from dpfast.data.images import ImageSet
+from dpfast.data.mapped import map_file
 from dpfast.errors import DataError, FileError
 from dpfast.files import read_json
 
 FORMAT = "dpfast-store-1"
 MANIFEST = "store.json"
-# Without it, as numpy maps files, Linux wants memory for all that might be written: more than there is is refused.
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # Python names it since 3.13
 _CURE = "remove the folder and prepare the store again (dpfast data prepare)"
 
 
@@ -133,17 +130,13 @@ def _split(value: dict[str, Any]) -> StoredSplit:
 
 
 def _mapped(path: Path, stored: StoredFile, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """The array of a file that is as long as its shape asks for: one that is shorter would kill who reads it.
-
-    Mapped to be copied on write: torch wants memory that can be written to, and the file must not be.
-    """
-    flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    """The array of a file that is as long as its shape asks for: one that is shorter would kill who reads it."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             header = _header(file)
             start = file.tell()
-            memory = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+            memory = map_file(file)
     except (OSError, ValueError) as error:
         raise FileError(f"{path} cannot be read ({error}); {_CURE}") from error
     expected = (shape, False, dtype)

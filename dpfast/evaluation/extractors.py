@@ -6,9 +6,11 @@ downloads nothing, ``torchscript_extractor`` reads a file that is there.
 """
 
 import hashlib
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.checkpoint import weights_fingerprint
+from dpfast.data.mapped import on_disk
 from dpfast.errors import DataError, FileError
 from dpfast.evaluation.networks import Classifier
 from dpfast.progress import Progress, silent
@@ -74,7 +77,7 @@ def torchscript_extractor(
 
     return Extractor(
         name=name or path.name,
-        sha256=_file_sha256(path),
+        sha256=file_sha256(path),
         features=lambda images: call(images, return_features=True),
         probabilities=(lambda images: call(images, no_output_bias=True)) if "return_features" in takes else None,
         device=device,
@@ -90,7 +93,7 @@ def feature_blocks(extractor: Extractor, images: Tensor, *, batch_size: int = 25
 
 
 def features(extractor: Extractor, images: Tensor, *, batch_size: int = 256, progress: Progress = silent) -> Tensor:
-    """All of ``feature_blocks`` in one tensor, float32 ``[n, d]`` on the extractor's device."""
+    """All of ``feature_blocks`` in one tensor, float32 ``[n, d]`` on the extractor's device; of a CPU ``on_disk``."""
     return _joined(feature_blocks(extractor, images, batch_size=batch_size), len(images), progress)
 
 
@@ -113,14 +116,22 @@ def _blocks(
 
 def _joined(blocks: Iterator[Tensor], count: int, progress: Progress) -> Tensor:
     """As ``torch.cat``, without a second copy of everything."""
-    whole, done = torch.empty(0), 0
+    head = next(blocks)
+    blocks, shape = _told(chain([head], blocks), count, progress), (count, head.shape[1])
+    if head.device.type == "cpu":
+        return on_disk(blocks, shape, head.dtype, Path(tempfile.gettempdir()))
+    whole = head.new_empty(shape)
+    for part, block in zip(whole.split(len(head)), blocks, strict=True):
+        part.copy_(block)
+    return whole
+
+
+def _told(blocks: Iterable[Tensor], count: int, progress: Progress) -> Iterator[Tensor]:
+    done = 0
     for block in blocks:
-        if not done:
-            whole = block.new_empty(count, block.shape[1])
-        whole[done : done + len(block)] = block
+        yield block
         done += len(block)
         progress(done, count, "reading images")
-    return whole
 
 
 def _checked(extractor: Extractor, values: Tensor, count: int) -> Tensor:
@@ -149,6 +160,7 @@ def _load_torchscript(path: Path, device: str | torch.device) -> Any:
             raise FileError(f"{path}: this is no TorchScript file ({str(error).splitlines()[0]})") from error
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """In hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

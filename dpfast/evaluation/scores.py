@@ -6,7 +6,7 @@ arXiv 2002.09797). Computed from the private images without protection: to judge
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class ScoreSettings:
         wrong = [f"{name}={getattr(self, name)}" for name, low in least.items() if getattr(self, name) < low]
         if wrong:
             raise ConfigError(f"ScoreSettings: {', '.join(wrong)}; expected at least {least}")
+
+    @classmethod
+    def fitting(cls, images: int) -> Self:
+        """The defaults, with no more images in a subset and no more splits than there are images in a set."""
+        return cls(kid_subset_size=min(cls.kid_subset_size, images), splits=min(cls.splits, images))
 
     @property
     def fewest_images(self) -> int:
@@ -89,8 +94,8 @@ def image_scores(
 ) -> ImageScores:
     """All scores of ``synthetic`` against ``real``.
 
-    Images are read ``batch_size`` at a time and may lie in memory-mapped files. Their features are kept (float32, 0.5
-    GB for 60,000 images under Inception), and the scores are made of them block by block on the extractor's device.
+    Images are read ``batch_size`` at a time and may lie in memory-mapped files. Their features (float32, 0.5 GB for
+    60,000 images under Inception) stay on a GPU that made them, else in a file; scores are made of them block by block.
 
     Raises DataError for too few images, or images of different shapes, and for features that are not finite.
     """
@@ -156,8 +161,8 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int = 0) -
     if len(probabilities) < splits:
         raise DataError(f"the Inception score in {splits} splits needs as many images, got {len(probabilities)}")
     order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(seed))
-    shuffled = probabilities.double()[order.to(probabilities.device)]
-    scores = torch.stack([_exponential_information(part) for part in shuffled.tensor_split(splits)])
+    parts = order.to(probabilities.device).tensor_split(splits)
+    scores = torch.stack([_exponential_information(probabilities, part) for part in parts])
     return float(scores.mean()), float(scores.std(correction=0))
 
 
@@ -172,10 +177,14 @@ def _kernel(first: Tensor, second: Tensor) -> Tensor:
     return (first @ second.T / first.shape[1] + 1) ** 3
 
 
-def _exponential_information(probabilities: Tensor) -> Tensor:
-    marginal = probabilities.mean(0)
-    divergences = torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal)
-    return divergences.sum(1).mean().exp()
+def _exponential_information(probabilities: Tensor, ids: Tensor) -> Tensor:
+    """Of the rows ``ids``: the mean of ``p log q``, q the mean of p, is ``q log q``."""
+    total, own = (probabilities.new_zeros(size, dtype=torch.float64) for size in (probabilities.shape[1], 1))
+    for block in ids.split(_BLOCK):
+        rows = probabilities[block].double()
+        total, own = total + rows.sum(0), own + torch.xlogy(rows, rows).sum()
+    mean = total / len(ids)
+    return (own / len(ids) - torch.xlogy(mean, mean).sum()).exp()
 
 
 def _check(real: ImageSet, synthetic: ImageSet, settings: ScoreSettings) -> None:

@@ -129,7 +129,7 @@ class Private:
 class Sample:
     """Drawing synthetic images: post-processing, at no privacy cost. dtype: that the model computes in."""
 
-    count: int = above(0)
+    count: int = at_least(10)
     sampler: Literal["ddim", "ddpm"]
     steps: int = above(0)
     guidance: float = at_least(0)
@@ -158,11 +158,12 @@ class Baseline:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Classifiers trained on synthetic, public and real images.
+    """Classifiers trained on synthetic, public and real images, and scores of the synthetic ones.
 
-    seeds: how many of each are averaged. extractor_steps: of the classifier of public images, whose features the
-    Frechet distance uses. network and all that follows: ``dpfast.evaluation.ClassifierSpec``; flip and crop (pixels):
-    random at every step.
+    seeds: how many of each are averaged. extractor_steps: of the classifier of public images, whose features the scores
+    use. extractor: a TorchScript file to use instead, such as Inception's. counts: numbers of synthetic images, besides
+    all, that classifiers are trained on (figure 3 of the paper). network and what else follows:
+    ``dpfast.evaluation.ClassifierSpec``; flip and crop (pixels): random at every step.
     """
 
     seeds: int = above(0)
@@ -178,6 +179,8 @@ class Evaluate:
     pixel_noise: float = at_least(0, default=0.1)
     flip: bool = False
     crop: int = at_least(0, default=0)
+    counts: tuple[int, ...] = ()
+    extractor: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

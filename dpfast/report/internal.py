@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any, NamedTuple
 
 from dpfast.data import ImageSet
 from dpfast.evaluation.intervals import accuracy_interval, differ
+from dpfast.evaluation.studies import CountAccuracy
 from dpfast.progress import duration
 from dpfast.report import page as html
+from dpfast.report.plots import accuracy_by_count_plot
 from dpfast.report.release import shown_epsilon
 
 WARNING = "contains private data, do not release"
@@ -33,6 +35,21 @@ ROWS = (
     Row("real", "real images", "the private images as they are: no protection"),
 )
 PUBLIC = ROWS[:2]
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+SCORES: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("FID", "fid", _two),
+    ("1000 KID", "kid", lambda kid: _two(None if kid is None else 1000 * kid)),
+    ("Inception score", "inception_score", _two),
+    ("precision", "precision", _two),
+    ("recall", "recall", _two),
+    ("density", "density", _two),
+    ("coverage", "coverage", _two),
+)
 
 
 def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
@@ -58,7 +75,8 @@ class InternalReport:
             html.header(f"Internal report · {self.name}", "What the synthetic images are worth", lead),
             html.cards(self._figures()),
             self._accuracies(),
-            self._frechet(),
+            self._by_count(),
+            self._scores(),
             self._images(),
             self._budget(),
             self._details(),
@@ -115,8 +133,11 @@ class InternalReport:
             return "Each figure is of one classifier."
         return (
             f"Figures of {ROWS[1].name}, of {ROWS[2].name} and of {ROWS[4].name} are means over {seeds} classifiers;"
-            " the other two are of one each."
+            f" the other two are of one each. An ensemble of those of {ROWS[2].name} reads {percent(self._ensemble())}."
         )
+
+    def _ensemble(self) -> float:
+        return float(self.metrics["accuracy_by_count"][-1]["ensemble"])
 
     def _uncertainty(self) -> str:
         return (
@@ -124,19 +145,33 @@ class InternalReport:
             " training, with other noise, gives other figures."
         )
 
-    def _frechet(self) -> str:
-        frechet = self.metrics["frechet"]
-        rows = [
-            ("samples of the public model", f"{frechet['public_only']:.1f}"),
-            ("released samples", f"{frechet['synthetic']:.1f}"),
-        ]
+    def _by_count(self) -> str:
+        points = [CountAccuracy(**point) for point in self.metrics["accuracy_by_count"]]
+        if len(points) == 1:
+            return ""
+        levels = {row.name: self.metrics["accuracy"][row.key] for row in ROWS if row.key in ("dp_classifier", "real")}
+        plot = accuracy_by_count_plot(
+            {"released samples": points}, levels=levels, ensemble=len(points[0].accuracies) > 1
+        )
+        said = "Accuracy by the number of released samples that a classifier was trained on"
+        return html.section(
+            "How many images to train on",
+            html.figure(html.image(plot, said), f"{said}. Of the smaller numbers the first samples of each class."),
+        )
+
+    def _scores(self) -> str:
+        scores = self.metrics["scores"]
+        named = (("samples of the public model", scores["public_only"]), ("released samples", scores["synthetic"]))
+        rows = [(name, *(shown(of[key]) for _, key, shown in SCORES)) for name, of in named]
+        of = scores["synthetic"]
         return html.section(
             "Distance to the real images",
-            html.table(("images", "Fréchet distance"), rows, numbers=(1,)),
+            html.table(("images", *(name for name, _, _ in SCORES)), rows, numbers=range(1, 1 + len(SCORES))),
             html.paragraph(
-                "Distance to the private training images in the features of the extractor"
-                f" “{frechet['extractor']}”, a classifier trained on public images only; smaller is"
-                " closer. Only figures of the same extractor can be compared.",
+                f"Of {of['synthetic_images']:,} samples to the {of['real_images']:,} private training images, in the"
+                f" features of the extractor “{of['extractor']}” (sha256 {of['sha256'][:12]}). Closer is: a smaller FID"
+                " (Fréchet distance) and KID, larger others. Only figures of the same extractor, settings and numbers"
+                " of images can be compared.",
                 note=True,
             ),
         )

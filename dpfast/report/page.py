@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dpfast.report.figures import data_uri, strip
 
+COLUMNS = 12  # images of a class that are shown
+
 _STYLE = """
 :root { --ink: #16232e; --muted: #5b6b78; --accent: #0b6e75; --line: #dde4ea; --soft: #f4f7f9;
   --alarm: #a3161f; color-scheme: light; }
@@ -40,7 +42,8 @@ figcaption { margin-top: .45rem; }
 .strips { display: grid; grid-template-columns: max-content 1fr; gap: 3px .6rem; align-items: center; }
 .strips span { color: var(--muted); font-size: .85rem; font-variant-numeric: tabular-nums; }
 .strips img { display: block; width: 100%; image-rendering: pixelated; }
-svg { display: block; width: 100%; height: auto; }
+svg, .plot { display: block; width: 100%; height: auto; }
+.plot { max-width: 46rem; }
 svg text { font-family: inherit !important; }
 .scroll { overflow-x: auto; }
 table { width: 100%; max-width: 46rem; border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
@@ -116,7 +119,12 @@ def figure(content: str, caption: str) -> str:
     return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def sample_rows(images: Tensor, labels: Tensor, classes: Sequence[str], *, columns: int = 12) -> str:
+def image(png: bytes, label: str) -> str:
+    """A picture, read aloud as ``label``."""
+    return f'<img class="plot" src="{data_uri(png)}" alt="{escape(label)}">'
+
+
+def sample_rows(images: Tensor, labels: Tensor, classes: Sequence[str], *, columns: int = COLUMNS) -> str:
     """The first ``columns`` images of each class, one class to a row. images: uint8 ``[n, C, H, W]``."""
     rows = []
     for index, name in enumerate(classes):

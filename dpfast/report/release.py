@@ -21,7 +21,8 @@ from dpfast.report.markdown import first_section, to_html
 class ReleaseReport:
     """What ``release/report.html`` shows.
 
-    samples, public_samples: of the private model, and of the model before it saw a private image.
+    samples, public_samples: some of the private model's, and of the model's before it saw a private image. count: of
+    all samples.
     losses: of the public pre-training, one a step; empty without it. epsilon_curve: (step, epsilon), empty without
     noise. recipe: TOML. seconds: by stage; shown to the minute. before: what the model knew before private training.
     """
@@ -30,6 +31,7 @@ class ReleaseReport:
     statement: PrivacyStatement
     samples: ImageSet
     public_samples: ImageSet
+    count: int
     losses: Sequence[float]
     epsilon_curve: Sequence[tuple[int, float]]
     recipe: str
@@ -41,7 +43,7 @@ class ReleaseReport:
         private = self.statement.is_private
         banner = None if private else f"{_failure(self.statement)} Do not release."
         lead = (
-            f"{len(self.samples):,} synthetic images and the model that drew them. The model was trained on"
+            f"{self.count:,} synthetic images and the model that drew them. The model was trained on"
             f" {self.statement.dataset_size:,} private images under differential privacy, so that"
             " this folder can be passed on, with the promise below."
             if private
@@ -65,7 +67,7 @@ class ReleaseReport:
             (f"ε = {shown_epsilon(said.epsilon)}", f"privacy loss, at δ = {said.delta:g}"),
             ("one image", "is what the promise protects"),
             (f"{said.dataset_size:,}", "private training images"),
-            (f"{len(self.samples):,}", f"synthetic images in {self.samples.num_classes} classes"),
+            (f"{self.count:,}", f"synthetic images in {self.samples.num_classes} classes"),
         ]
 
     def _meaning(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from dpfast.diffusion.pretrain import PretrainSpec
 from dpfast.diffusion.timesteps import MixtureOfUniforms, TimestepDistribution, Uniform
 from dpfast.errors import ConfigError
 from dpfast.evaluation import ClassifierObjective, ClassifierSpec
+from dpfast.evaluation.extractors import Extractor, file_sha256, torchscript_extractor
 from dpfast.objective import Objective
 from dpfast.privacy.plan import Plan
 from dpfast.progress import Progress, silent
@@ -99,6 +101,18 @@ def initial_identity(recipe: Recipe) -> dict[str, Any]:
     return {"initial weights": weights_fingerprint(load_unet(recipe.pretrain.weights))}
 
 
+def extractor_file(recipe: Recipe) -> Extractor | None:
+    """What ``evaluate.extractor`` names; FileError if it is no TorchScript file."""
+    path, device = recipe.evaluate.extractor, recipe.performance.device
+    return None if path is None else torchscript_extractor(path, device=device)
+
+
+def extractor_identity(recipe: Recipe) -> dict[str, Any]:
+    """What tells it from another one in the same place."""
+    path = recipe.evaluate.extractor
+    return {} if path is None else {"extractor": file_sha256(Path(path))}
+
+
 def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageSet:
     data, name = recipe.data, str(getattr(recipe.data, key))
     if name == "digits":
@@ -120,7 +134,9 @@ def without_paths(recipe: Recipe) -> Recipe:
     """The same without what it tells of this machine, to be given away."""
     weights = recipe.pretrain.weights
     pretrain = replace(recipe.pretrain, weights=None if weights is None else Path(weights).name)
-    return replace(recipe, data=replace(recipe.data, folder="data"), pretrain=pretrain)
+    extractor = recipe.evaluate.extractor
+    evaluate = replace(recipe.evaluate, extractor=None if extractor is None else Path(extractor).name)
+    return replace(recipe, data=replace(recipe.data, folder="data"), pretrain=pretrain, evaluate=evaluate)
 
 
 def planned(recipe: Recipe) -> Recipe:
@@ -252,6 +268,22 @@ def classifier_spec(recipe: Recipe) -> ClassifierSpec:
     )
     values = {name: getattr(recipe.evaluate, name) for name in own}
     return ClassifierSpec(**values, augment=Augment(flip=recipe.evaluate.flip, shift=recipe.evaluate.crop, fill=-1.0))
+
+
+def classifier_seeds(recipe: Recipe) -> tuple[int, ...]:
+    """Of the classifiers of which each figure is the mean."""
+    return tuple(seed_for(recipe, "classifier") + 100 * index for index in range(recipe.evaluate.seeds))
+
+
+def counts(recipe: Recipe) -> tuple[int, ...]:
+    """Numbers of synthetic images that classifiers are trained on: those of ``evaluate.counts`` below all, and all.
+
+    Raises ConfigError for numbers that do not rise.
+    """
+    found = recipe.evaluate.counts
+    if any(low >= high for low, high in itertools.pairwise((0, *found))):
+        raise ConfigError(f"recipe key evaluate.counts = {list(found)}: expected numbers of images above 0 that rise")
+    return (*(count for count in found if count < recipe.sample.count), recipe.sample.count)
 
 
 def public_classifier_spec(recipe: Recipe) -> ClassifierSpec:

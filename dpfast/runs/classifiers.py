@@ -9,6 +9,8 @@ import torch
 from dpfast import checkpoint
 from dpfast.data import ImageSet
 from dpfast.evaluation import Classifier, ClassifierSpec, build_classifier, train_classifier
+from dpfast.evaluation.extractors import Extractor, classifier_extractor
+from dpfast.evaluation.frechet import EXTRACTOR
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, parts
 from dpfast.runs import build
@@ -25,6 +27,15 @@ def public_classifier(run: Run, progress: Progress) -> Classifier:
         public, device = build.public_data(run.recipe), run.recipe.performance.device
         save(path, train_classifier(public, spec=spec, seed=seed, device=device, progress=progress).cpu())
     return load(run, path, build.public_classes(run.recipe))
+
+
+def extractor(run: Run, progress: Progress) -> Extractor:
+    """What the scores look through: the file that the recipe names, or the classifier of the public images."""
+    found, recipe = build.extractor_file(run.recipe), run.recipe
+    if found is not None:
+        return found
+    name = EXTRACTOR if recipe.data.public == "fonts" else f"small-cnn-{recipe.data.public}"
+    return classifier_extractor(name, public_classifier(run, progress), device=recipe.performance.device)
 
 
 def baseline_start(run: Run, progress: Progress) -> Classifier:

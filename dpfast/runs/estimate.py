@@ -23,7 +23,6 @@ from dpfast.recipes.schema import Baseline, Private, Recipe
 from dpfast.runs import build
 from dpfast.runs.run import Run
 
-_CLASSIFIERS = 3  # kinds of images that classifiers are trained on
 _PHYSICAL_BATCHES = 4  # of a private step that are timed; a longer step is scaled up from them
 
 
@@ -47,7 +46,7 @@ def estimate(run: Run) -> Estimate:
     training = _Measured(run, recipe.private, run.plan, model, build.private_objective(recipe, run.private))
     rival = _Measured(run, recipe.baseline, run.baseline_plan, classifier, build.classifier_objective(recipe))
     public, ordinary = build.public_classifier_spec(recipe), build.classifier_spec(recipe)
-    classifiers, passes = _CLASSIFIERS * recipe.evaluate.seeds, image_passes(run)
+    classifiers, passes = _classifiers(recipe), image_passes(run)
     seconds = {
         "pretrain": recipe.pretrain.steps * _timed(_public_step(run, model)),
         "train": training.seconds(),
@@ -68,10 +67,15 @@ def image_passes(run: Run) -> dict[str, int]:
         "train": _private_passes(run.plan, recipe.private),
         "sample": 2 * recipe.sample.count * recipe.sample.steps * (1 if recipe.sample.guidance == 1 else 2),
         "baseline": _private_passes(run.baseline_plan, recipe.baseline),
-        "evaluate": _CLASSIFIERS * recipe.evaluate.seeds * ordinary.steps * ordinary.batch_size,
+        "evaluate": _classifiers(recipe) * ordinary.steps * ordinary.batch_size,
     }
     passes[_maker(recipe)] += public.steps * public.batch_size
     return passes
+
+
+def _classifiers(recipe: Recipe) -> int:
+    """On synthetic images of each count, on public samples and on real images."""
+    return (len(build.counts(recipe)) + 2) * recipe.evaluate.seeds
 
 
 def _private_passes(plan: Plan, training: Private | Baseline) -> int:

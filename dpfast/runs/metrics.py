@@ -24,7 +24,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._values: dict[str, float | str] = {}
+        self._values: dict[str, Any] = {}
         if path.exists():
             values = read_json(path, cure=_CURE)
             if not isinstance(values, dict):
@@ -39,7 +39,7 @@ class Results:
             raise FileError(f"{self._path} lacks {key!r}; {_CURE}")
         return self._values[key]
 
-    def __setitem__(self, key: str, value: float | str) -> None:
+    def __setitem__(self, key: str, value: Any) -> None:
         self._values[key] = value
         write_json(self._path, self._values)
 
@@ -48,10 +48,12 @@ def gather_metrics(run: Run) -> dict[str, Any]:
     """Everything of ``metrics.json`` but the times."""
     results = Results(run.directory.results)
     ours, rival = spent(run), spent(run, baseline=True)
-    by_seed = {
+    by_count = results["accuracy_by_count"]
+    by_seed = {"synthetic": by_count[-1]["accuracies"]} | {
         name: [results[f"accuracy.{name}.{i}"] for i in range(run.recipe.evaluate.seeds)]
-        for name in ("synthetic", "public_only", "real")
+        for name in ("public_only", "real")
     }
+    scores = {name: results[f"scores.{name}"] for name in ("synthetic", "public_only")}
     accuracy = {name: fmean(values) for name, values in by_seed.items()}
     accuracy["dp_classifier"] = results["accuracy.dp_classifier"]
     if build.shares_labels(run.recipe):
@@ -73,7 +75,9 @@ def gather_metrics(run: Run) -> dict[str, Any]:
         "accuracy_by_seed": by_seed,
         "classifier_seeds": run.recipe.evaluate.seeds,
         "test_images": len(build.test_data(run.recipe)),
-        "frechet": {name: results[f"frechet.{name}"] for name in ("synthetic", "public_only", "extractor")},
+        "accuracy_by_count": by_count,
+        "scores": scores,
+        "frechet": {name: of["fid"] for name, of in scores.items()} | {"extractor": scores["synthetic"]["extractor"]},
     }
 
 

@@ -16,7 +16,7 @@ from dpfast.files import remove, write_atomic, write_json
 from dpfast.progress import duration
 from dpfast.recipes import parts, to_toml
 from dpfast.recipes.schema import Recipe
-from dpfast.runs import build, work
+from dpfast.runs import build, evaluation, work
 from dpfast.runs.directory import RunDirectory
 from dpfast.runs.metrics import read_metrics
 from dpfast.runs.run import Run
@@ -103,6 +103,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
     if recipe.baseline.pretrained:
         baseline |= parts(recipe, "evaluate.extractor_steps") | public
     evaluate = sample | baseline | parts(recipe, "evaluate") | {"test images": build.test_data(recipe).fingerprint()}
+    evaluate |= build.extractor_identity(recipe)
     reports = [at.release_report, at.internal_report, at.metrics]
 
     def stage(act: Callable[..., None], values: dict[str, Any], outputs: list[Path], **options: Any) -> Stage:
@@ -114,7 +115,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
         stage(work.train, train, [at.model], title="private training", ledger=at.ledger),
         stage(work.sample, sample, [at.samples, at.public_samples], title="drawing samples"),
         stage(work.baseline, baseline, [at.baseline], title="baseline classifier", ledger=at.baseline_ledger),
-        stage(work.evaluate, evaluate, [at.results], title="evaluation"),
+        stage(evaluation.evaluate, evaluate, [at.results], title="evaluation"),
         stage(work.report, evaluate, reports, title="reports"),
     )
     return {entry.name: entry for entry in stages}
@@ -135,6 +136,8 @@ def _preflight(recipe: Recipe, private: ImageSet) -> None:
     sampling_scheduler(build.scheduler(recipe), recipe.sample.sampler, recipe.sample.steps)
     build.tuned(recipe, build.unet(recipe, private))
     build.classifier_spec(recipe)
+    build.counts(recipe)
+    build.extractor_file(recipe)
     ClipRule.of(recipe.private.max_grad_norm, recipe.private.clipping, recipe.private.stability)
     if recipe.pretrain.weights is not None:
         build.initial_unet(recipe, private)

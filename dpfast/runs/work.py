@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
-from dpfast.data.shards import ShardFolder, load_shards
+from dpfast.data.shards import ShardFolder, open_shards
 from dpfast.diffusion.finetune import merge
 from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.pretrain import pretrain as pretrain_model
 from dpfast.diffusion.sampler import generate_shards
-from dpfast.evaluation import accuracy, train_classifier
 from dpfast.files import follow_umask, read_json, write_atomic, write_json
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, to_toml
 from dpfast.report.figures import contact_sheet
 from dpfast.report.internal import InternalReport
+from dpfast.report.page import COLUMNS
 from dpfast.report.release import ReleaseReport
 from dpfast.runs import build, classifiers
-from dpfast.runs.metrics import Results, gather_metrics
+from dpfast.runs.metrics import gather_metrics
 from dpfast.runs.run import Run
-from dpfast.runs.spent import baseline_statement, model_statement, spent_in_all
+from dpfast.runs.spent import baseline_statement, model_statement
 
 GRID_COLUMNS = 20
 
@@ -120,33 +120,6 @@ def baseline(run: Run, progress: Progress) -> None:
     baseline_statement(run).write(at.baseline)
 
 
-def evaluate(run: Run, progress: Progress) -> None:
-    """Accuracies on the test images and Frechet distances; each result is kept as soon as it is known."""
-    from dpfast.evaluation.frechet import EXTRACTOR, frechet_distance
-
-    recipe, at, results = run.recipe, run.directory, Results(run.directory.results)
-    test = build.test_data(recipe)
-    synthetic, public = load_shards(at.samples), load_shards(at.public_samples)
-    for name, images in (("synthetic", synthetic), ("public_only", public), ("real", run.private)):
-        for index in range(recipe.evaluate.seeds):
-            key = f"accuracy.{name}.{index}"
-            if key not in results:
-                seed = build.seed_for(recipe, "classifier") + 100 * index
-                spec, device = build.classifier_spec(recipe), recipe.performance.device
-                model = train_classifier(images, spec=spec, seed=seed, device=device, progress=progress)
-                results[key] = accuracy(model, test)
-    extractor = classifiers.public_classifier(run, progress).to(recipe.performance.device)
-    if build.shares_labels(recipe):
-        results["accuracy.public_classifier"] = accuracy(extractor, test)
-    results["accuracy.dp_classifier"] = accuracy(
-        classifiers.load(run, at.baseline / "model", run.private.classes), test
-    )
-    for name, images in (("synthetic", synthetic), ("public_only", public)):
-        results[f"frechet.{name}"] = frechet_distance(extractor, run.private, images)
-    results["frechet.extractor"] = EXTRACTOR if recipe.data.public == "fonts" else f"small-cnn-{recipe.data.public}"
-    results["epsilon_composed"] = spent_in_all(run)
-
-
 def report(run: Run, progress: Progress) -> None:
     """Both reports and the metrics."""
     progress(0, 1, "writing")
@@ -158,12 +131,14 @@ def report(run: Run, progress: Progress) -> None:
 
 
 def _release_report(run: Run) -> ReleaseReport:
+    samples, public = open_shards(run.directory.samples), open_shards(run.directory.public_samples)
     made_it = [run.stages[name] for name in ("pretrain", "train", "sample")]
     return ReleaseReport(
         name=run.recipe.name,
         statement=model_statement(run),
-        samples=load_shards(run.directory.samples),
-        public_samples=load_shards(run.directory.public_samples),
+        samples=samples.first(COLUMNS),
+        public_samples=public.first(COLUMNS),
+        count=len(samples.labels),
         losses=read_json(run.directory.losses, cure="delete it and run the same command again"),
         epsilon_curve=run.plan.epsilon_curve(points=16, early=True) if run.plan.is_private else [],
         before=_before(run),
@@ -185,7 +160,7 @@ def _internal_report(run: Run, metrics: dict[str, Any], seconds: dict[str, float
         name=run.recipe.name,
         metrics=metrics,
         private=run.private,
-        samples=load_shards(run.directory.samples),
+        samples=open_shards(run.directory.samples).first(COLUMNS),
         seconds={run.stages[name].title: value for name, value in seconds.items()},
         recipe=to_toml(run.recipe),
     )
