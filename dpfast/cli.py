@@ -150,6 +150,50 @@ _command(
 )
 
 
+Vary = Annotated[
+    list[str],
+    typer.Option(
+        "--vary",
+        metavar="KEY=VALUE,VALUE,...",
+        callback=_settings,
+        help="Values of a key of [sample] or [evaluate] to compare; given several times, every combination.",
+    ),
+]
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    vary: Vary,
+    settings: Set = None,
+    name: Name = None,
+    noised: Annotated[
+        bool,
+        typer.Option("--noised", help="Choose by noised counts of private images, which private.choices pays for."),
+    ] = False,
+    runs: Runs = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Compare settings of sampling and classifiers on synthetic images, which costs no privacy, and choose one.
+
+    \b
+    Examples:
+      dpfast sweep digits --vary evaluate.learning_rate=1e-3,4e-3 --vary evaluate.steps=200,600
+      dpfast sweep runs/eps1/recipe.toml --vary guidance=1,1.25,1.5
+      dpfast sweep digits --name six --set private.choices=6 --vary evaluate.steps=50,100,200,300,400,600 --noised
+    """
+    with reported(debug):
+        resolved = _load(recipe, settings, name)
+        typer.echo("loading ...", err=True)
+        from dpfast.runs.sweep import summary, sweep, variants
+        from dpfast.runs.terminal import TerminalProgress
+
+        varied = {key.strip(): values.split(",") for key, _, values in (entry.partition("=") for entry in vary)}
+        compared = variants(recipe, [*(settings or []), f"name={resolved.name}"], varied)
+        for line in summary(sweep(resolved, compared, runs, TerminalProgress(sys.stderr), noised=noised)):
+            typer.echo(line)
+
+
 @app.command()
 def account(
     steps: Annotated[int, typer.Option(help="Number of private steps.")],

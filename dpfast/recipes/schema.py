@@ -102,7 +102,9 @@ class Private:
 
     method: what is trained, all of the model, its attention (with the class embedding), or low-rank adapters of it of
     this ``rank`` (``dpfast.diffusion.finetune``). clipping: "flat", or "automatic" with ``stability``
-    (``GhostClipper``).
+    (``GhostClipper``). choices: settings among which ``dpfast sweep --noised`` may choose once, by how many private
+    images each classifier reads right, with noise of standard deviation ``choice_noise`` images on each count; what
+    that costs is set aside before the training's noise is calibrated.
     """
 
     target_epsilon: float = above(0)
@@ -123,6 +125,8 @@ class Private:
     rank: int = above(0, default=16)
     clipping: Literal["flat", "automatic"] = "flat"
     stability: float = at_least(1e-8, default=0.01)
+    choices: int = at_least(0, default=0)
+    choice_noise: float = above(0, default=50.0)
 
 
 @dataclass(frozen=True, kw_only=True)

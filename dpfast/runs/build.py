@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,9 @@ from dpfast.errors import ConfigError
 from dpfast.evaluation import ClassifierObjective, ClassifierSpec
 from dpfast.evaluation.extractors import Extractor, file_sha256, torchscript_extractor
 from dpfast.objective import Objective
+from dpfast.privacy.choice import choice_release
 from dpfast.privacy.plan import Plan
+from dpfast.privacy.releases import GaussianRelease
 from dpfast.progress import Progress, silent
 from dpfast.recipes.schema import Baseline, Private, Recipe
 from dpfast.trainer import DPTrainer
@@ -38,6 +41,7 @@ SEEDS = {
     "sample": 4,
     "classifier": 5,
     "baseline": 6,
+    "sweep": 7,
 }
 
 
@@ -233,7 +237,11 @@ def pretrain_spec(recipe: Recipe) -> PretrainSpec:
 
 def plan(recipe: Recipe, dataset_size: int) -> Plan:
     """The privacy of the released model."""
-    return _plan(recipe, recipe.private, dataset_size)
+    training = recipe.private
+    if not training.choices:
+        return _plan(recipe, training, dataset_size)
+    release = choice_release(settings=training.choices, sigma=training.choice_noise)
+    return _plan(recipe, training, dataset_size, [release])
 
 
 def baseline_plan(recipe: Recipe, dataset_size: int) -> Plan:
@@ -241,7 +249,9 @@ def baseline_plan(recipe: Recipe, dataset_size: int) -> Plan:
     return _plan(recipe, recipe.baseline, dataset_size)
 
 
-def _plan(recipe: Recipe, training: Private | Baseline, dataset_size: int) -> Plan:
+def _plan(
+    recipe: Recipe, training: Private | Baseline, dataset_size: int, other_releases: Sequence[GaussianRelease] = ()
+) -> Plan:
     return Plan(
         dataset_size=dataset_size,
         expected_batch_size=training.sample_rate * dataset_size,
@@ -250,6 +260,7 @@ def _plan(recipe: Recipe, training: Private | Baseline, dataset_size: int) -> Pl
         target_epsilon=recipe.private.target_epsilon,
         target_delta=recipe.private.target_delta,
         neighboring=recipe.private.neighboring,
+        other_releases=other_releases,
     )
 
 

@@ -36,7 +36,7 @@ def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False) -> Run:
     recipe = build.planned(recipe) if elsewhere else recipe
     directory = RunDirectory(runs / recipe.name, private=math.isfinite(recipe.private.target_epsilon))
     private = build.private_data(recipe)
-    _preflight(recipe, private)
+    preflight(recipe, private)
     _check_device(recipe.performance.device, elsewhere=elsewhere)
     if not elsewhere and recipe.data.folder == "":
         raise ConfigError('recipe key data.folder = "": images of zeros are to plan with; say where stores are')
@@ -121,7 +121,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
     return {entry.name: entry for entry in stages}
 
 
-def _preflight(recipe: Recipe, private: ImageSet) -> None:
+def preflight(recipe: Recipe, private: ImageSet) -> None:
     """Refuse now what would otherwise fail after hours, or after the budget is spent."""
     from dpfast.diffusion.sampler import sampling_scheduler
 

@@ -14,7 +14,7 @@ from dpfast.diffusion.pretrain import pretrain as pretrain_model
 from dpfast.diffusion.sampler import generate_shards
 from dpfast.files import follow_umask, read_json, write_atomic, write_json
 from dpfast.progress import Progress
-from dpfast.recipes import fingerprint, to_toml
+from dpfast.recipes import Recipe, fingerprint, to_toml
 from dpfast.report.figures import contact_sheet
 from dpfast.report.internal import InternalReport
 from dpfast.report.page import COLUMNS
@@ -81,21 +81,24 @@ def _save_model(model: Any, folder: Path) -> None:
 def sample(run: Run, progress: Progress) -> None:
     """Synthetic images of the private model (released) and of the public one (to compare)."""
     at = run.directory
-    rows = _generate(run, at.model, at.samples, progress).heads(GRID_COLUMNS)
+    rows = draw_samples(run, run.recipe, at.model, at.samples, progress).heads(GRID_COLUMNS)
     write_atomic(at.samples / "grid.png", contact_sheet([r for r in rows if len(r)], scale=4))
     model_statement(run).write(at.samples)
-    _generate(run, at.public_model, at.public_samples, progress)
+    draw_samples(run, run.recipe, at.public_model, at.public_samples, progress)
 
 
-def _generate(run: Run, model: Path, folder: Path, progress: Progress) -> ShardFolder:
+def draw_samples(
+    run: Run, recipe: Recipe, model: Path, folder: Path, progress: Progress, *, part: str = "sample"
+) -> ShardFolder:
+    """Samples of a saved model as ``recipe`` says. part: whose seed they are drawn from (``build.SEEDS``)."""
     return generate_shards(
-        load_unet(model).to(run.recipe.performance.device),
-        build.scheduler(run.recipe),
+        load_unet(model).to(recipe.performance.device),
+        build.scheduler(recipe),
         folder,
-        **{**vars(run.recipe.sample), "dtype": getattr(torch, run.recipe.sample.dtype)},
+        **{**vars(recipe.sample), "dtype": getattr(torch, recipe.sample.dtype)},
         image_shape=run.private.image_shape,
         classes=run.private.classes,
-        seed=build.seed_for(run.recipe, "sample"),
+        seed=build.seed_for(recipe, part),
         progress=progress,
     )
 
