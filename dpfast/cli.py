@@ -195,6 +195,25 @@ def sweep(
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, such as runs/demo.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compared.html"),
+    debug: Debug = False,
+) -> None:
+    """Put finished runs side by side: accuracies, distances, and FID by epsilon. For inside the house.
+
+    \b
+    Examples:
+      dpfast compare runs/eps1 runs/eps10 runs/no-noise --out runs/compared.html
+    """
+    with reported(debug):
+        from dpfast.report.comparison import compare as write
+
+        write(folders, out)
+        typer.echo(f"Must not leave (private):  {out}")
+
+
+@app.command()
 def account(
     steps: Annotated[int, typer.Option(help="Number of private steps.")],
     delta: Annotated[float, typer.Option(help="Chance of failure that is tolerated.")],

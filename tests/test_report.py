@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from dpfast.cli import app
 from dpfast.data import ImageSet
+from dpfast.files import write_json
 from dpfast.privacy import Ledger, Plan, PrivacyStatement
 from dpfast.report import page
+from dpfast.report.comparison import Comparison
 from dpfast.report.figures import contact_sheet, curve, strip
 from dpfast.report.internal import ROWS, WARNING, InternalReport, indistinguishable
 from dpfast.report.markdown import first_section, to_html
@@ -58,7 +62,7 @@ def scores(fid):
     return {
         "fid": fid, "kid": 0.0412, "kid_std": 0.001, "inception_score": 7.31, "inception_score_std": 0.1,
         "precision": 0.61, "recall": 0.52, "density": 0.83, "coverage": 0.74, "real_images": 1437,
-        "synthetic_images": 3000, "extractor": "digits-cnn-fonts", "sha256": "0123456789abcdef" * 4,
+        "synthetic_images": 3000, "settings": {}, "extractor": "digits-cnn-fonts", "sha256": "0123456789abcdef" * 4,
     }  # fmt: skip
 
 
@@ -230,3 +234,42 @@ def test_markdown_shows_html_instead_of_obeying_it():
 
 def test_text_is_escaped():
     assert "<i>" not in page.page("<i>", [page.paragraph("<i>"), page.code("<i>")])
+
+
+def compared(**epsilons):
+    runs = {}
+    for name, epsilon in epsilons.items():
+        runs[name] = METRICS | {
+            "epsilon_spent": epsilon,
+            "scores": {"synthetic": scores(3.2), "public_only": scores(9)},
+        }
+    return runs
+
+
+def test_runs_are_compared_by_epsilon():
+    html = Comparison(metrics=compared(ten=9.99, one=0.99, clipped="inf")).html()
+    text = visible(html)
+    assert text.startswith(WARNING)
+    assert text.index(" one ") < text.index(" ten ") < text.index(" clipped ")
+    assert "FID of the released samples by epsilon" in html
+
+
+def test_distances_of_other_extractors_make_no_curve():
+    runs = compared(ten=9.99, one=0.99)
+    runs["one"]["scores"]["synthetic"]["sha256"] = "other"
+    html = Comparison(metrics=runs).html()
+    assert "cannot be compared" in html
+    assert 'class="plot"' not in html
+
+
+def test_the_command_compares_finished_runs_only(tmp_path):
+    for name, epsilon in (("one", 0.99), ("ten", 9.99)):
+        write_json(tmp_path / name / "internal" / "metrics.json", compared(x=epsilon)["x"])
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["compare", str(tmp_path / "one"), str(tmp_path / "ten"), "--out", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "FID by epsilon" in page.read_text()
+    for folders, said in ((["one"], "two runs or more"), (["one", "none"], "is no finished run")):
+        result = CliRunner().invoke(app, ["compare", *(str(tmp_path / folder) for folder in folders)])
+        assert result.exit_code == 2
+        assert said in result.output
