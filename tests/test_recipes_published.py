@@ -4,16 +4,19 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from dpfast.cli import app
 from dpfast.data.prepare import prepare_store
 from dpfast.data.standin import write_stand_in
+from dpfast.data.store_writer import StoreWriter
 from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.models import CAMELYON17, CIFAR10, MNIST
 from dpfast.errors import ConfigError
 from dpfast.recipes import load
+from dpfast.runs import build
 from dpfast.runs.describe import describe_plan
 from dpfast.runs.pipeline import execute, open_run
 from test_runs import Recorder
@@ -74,6 +77,28 @@ def test_other_public_images_of_the_same_name_begin_anew(stores, tmp_path):
     prepare_store("imagenet32", tmp_path / "other", moved / "imagenet32", partial=True)
     again = open_run(load("cifar10-small", [*LEAST, f"data.folder={moved}"]), tmp_path / "runs")
     assert not again.stages["pretrain"].done()
+
+
+def test_some_of_the_public_images_are_of_all_classes(tmp_path):
+    """Of a store that is sorted by class; each once, the same for the same seed."""
+    numbers = np.arange(1000)
+    pixels = np.zeros((1000, 3, 32, 32), np.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = numbers // 256, numbers % 256
+    with StoreWriter(tmp_path / "imagenet32", name="imagenet32", classes=tuple("0123456789")) as writer:
+        writer.add("train", 1000, [(pixels, numbers // 100)])
+        writer.finish(source=[])
+
+    def drawn(count, *settings):
+        return build.public_data(load("cifar10", [f"data.folder={tmp_path}", f"public_count={count}", *settings]))
+
+    some = drawn(100)
+    assert some.labels.bincount(minlength=10).min() > 0
+    places = 256 * some.images[:, 0, 0, 0].long() + some.images[:, 0, 0, 1]
+    assert len(places.unique()) == len(some) == 100
+    assert some.labels.equal(places // 100)
+    assert some.images.untyped_storage().nbytes() == 100 * 3 * 32 * 32
+    assert some.fingerprint() == drawn(100).fingerprint() != drawn(100, "seed=1").fingerprint()
+    assert drawn(0).fingerprint() == drawn(1000).fingerprint() == drawn(1001).fingerprint()
 
 
 @pytest.mark.parametrize("method", ["attention", "lora"])

@@ -55,13 +55,22 @@ def test_data(recipe: Recipe) -> ImageSet:
 
 
 def public_data(recipe: Recipe) -> ImageSet:
-    """The images that the model is pre-trained on."""
+    """The images that the model is pre-trained on: all of a store, or a copy of ``data.public_count`` of them."""
     count = recipe.data.public_count
     if recipe.data.public == "fonts":
         size = private_data(recipe).image_shape[-1]
         return font_digits(count, seed=seed_for(recipe, "public data"), size=size)
     every = _images(recipe, "public", "train")
-    return ImageSet(every.images[:count], every.labels[:count], every.classes) if count else every
+    if not 0 < count < len(every):
+        return every
+    generator = torch.Generator().manual_seed(seed_for(recipe, "public data"))
+    drawn = torch.randperm(len(every), generator=generator)[:count]  # the first might be of one class
+    return every.select(drawn.sort().values)  # in the order that they have on disk
+
+
+def public_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """Of the public images in a store; none is read to know it."""
+    return _images(recipe, "public", "train").image_shape
 
 
 def public_classes(recipe: Recipe) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ def _check_public(recipe: Recipe, private: ImageSet) -> None:
             raise ConfigError("recipe key data.public_count = 0: expected how many fonts to render; 0 is for stores")
         if shape[0] != 1 or shape[1] != shape[2]:
             raise ConfigError(f'recipe key data.public = "fonts": they are grey and square, private images {shape}')
-    elif (other := build.public_data(recipe).image_shape) != shape:
+    elif (other := build.public_shape(recipe)) != shape:
         raise ConfigError(
             f"recipe key data.public = {recipe.data.public!r}: its images are {other}, the private ones {shape};"
             f" prepare one of the stores anew with dpfast data prepare ... --size {shape[-1]}"
