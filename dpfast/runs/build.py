@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ SEEDS = {
     "classifier": 5,
     "baseline": 6,
 }
+ZEROS = "zeros:"  # before the name of a published data set: images of zeros in its place, to plan with
 
 
 def seed_for(recipe: Recipe, part: str) -> int:
@@ -86,7 +87,7 @@ def shares_labels(recipe: Recipe) -> bool:
 def shares_images(recipe: Recipe) -> bool:
     """Whether the public store holds a split of the private one, under whatever name."""
     data = recipe.data
-    if data.folder == "" or "fonts" in data.public or data.private == "digits":
+    if not (_is_stored(data.public) and _is_stored(data.private)):
         return False
     public, private = (read_store(Path(data.folder) / name).splits.values() for name in (data.public, data.private))
     return bool({split.images.sha256 for split in public} & {split.images.sha256 for split in private})
@@ -94,7 +95,7 @@ def shares_images(recipe: Recipe) -> bool:
 
 def public_identity(recipe: Recipe) -> dict[str, Any]:
     """What tells the public images from others of the same name."""
-    if recipe.data.public in ("fonts", "digits") or recipe.data.folder == "":
+    if not _is_stored(recipe.data.public):
         return {}
     store = read_store(Path(recipe.data.folder) / recipe.data.public)
     images = {name: split.images.sha256 for name, split in store.splits.items()}
@@ -108,12 +109,16 @@ def initial_identity(recipe: Recipe) -> dict[str, Any]:
     return {"initial weights": weights_fingerprint(load_unet(recipe.pretrain.weights))}
 
 
+def _is_stored(name: str) -> bool:
+    return name not in ("digits", "fonts") and not name.startswith(ZEROS)
+
+
 def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageSet:
     data, name = recipe.data, str(getattr(recipe.data, key))
     if name == "digits":
         return real_digits(split, fold=data.fold)
-    if data.folder == "":
-        return _as_published(name, split)
+    if name.startswith(ZEROS):
+        return _as_published(name.removeprefix(ZEROS), split)
     folder = Path(data.folder) / name
     if not (folder / MANIFEST).exists():
         raise ConfigError(
@@ -133,21 +138,36 @@ def without_paths(recipe: Recipe) -> Recipe:
 
 
 def planned(recipe: Recipe) -> Recipe:
-    """The same on images of zeros, as many as are published, if a store is missing and all are of published data."""
-    names = [name for name in (recipe.data.private, recipe.data.public) if name not in ("digits", "fonts")]
-    missing = [name for name in names if not (Path(recipe.data.folder) / name / MANIFEST).exists()]
-    if missing and all(name in PUBLISHED for name in names):
-        return replace(recipe, data=replace(recipe.data, folder=""))
-    return recipe
+    """The same with images of zeros, as many as are published, in the place of each published data set not there."""
+    data = recipe.data
+
+    def present(name: str) -> str:
+        missing = name in PUBLISHED and not (Path(data.folder) / name / MANIFEST).exists()
+        return ZEROS + name if missing else name
+
+    return replace(recipe, data=replace(data, private=present(data.private), public=present(data.public)))
+
+
+def is_planned(recipe: Recipe) -> bool:
+    """Whether images of zeros stand in the place of some."""
+    return any(name.startswith(ZEROS) for name in (recipe.data.private, recipe.data.public))
+
+
+@dataclass(frozen=True, eq=False)
+class _Zeros(ImageSet):
+    """Images of zeros, which share the memory of one number; equal ones are told by their shape and classes."""
+
+    def fingerprint(self) -> str:
+        return f"zeros {tuple(self.images.shape)}, {self.num_classes} classes"
 
 
 def _as_published(name: str, split: str) -> ImageSet:
     published = PUBLISHED[name].published if name in PUBLISHED else None
     if published is None:
-        raise ConfigError(f'recipe key data.folder = "": nothing is published of {name!r}; say where stores are')
+        raise ConfigError(f"{ZEROS}{name}: nothing is published of {name!r}; name one of {', '.join(PUBLISHED)}")
     count, classes = published.sizes[split], published.classes
     images = torch.zeros(1, dtype=torch.uint8).expand(count, *published.shape)
-    return ImageSet(images, torch.arange(count) % classes, tuple(map(str, range(classes))))
+    return _Zeros(images, torch.arange(count) % classes, tuple(map(str, range(classes))))
 
 
 def unet(recipe: Recipe, images: ImageSet) -> Any:
