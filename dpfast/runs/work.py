@@ -122,7 +122,8 @@ def baseline(run: Run, progress: Progress) -> None:
 
 def evaluate(run: Run, progress: Progress) -> None:
     """Accuracies on the test images and Frechet distances; each result is kept as soon as it is known."""
-    from dpfast.evaluation.frechet import EXTRACTOR, frechet_distance
+    from dpfast.evaluation.extractors import extractor_name
+    from dpfast.evaluation.frechet import frechet_distance
 
     recipe, at, results = run.recipe, run.directory, Results(run.directory.results)
     test = build.test_data(recipe)
@@ -142,8 +143,8 @@ def evaluate(run: Run, progress: Progress) -> None:
         classifiers.load(run, at.baseline / "model", run.private.classes), test
     )
     for name, images in (("synthetic", synthetic), ("public_only", public)):
-        results[f"frechet.{name}"] = frechet_distance(extractor, run.private, images)
-    results["frechet.extractor"] = EXTRACTOR if recipe.data.public == "fonts" else f"small-cnn-{recipe.data.public}"
+        results[f"frechet.{name}"] = frechet_distance(extractor, run.private, images, public=recipe.data.public)
+    results["frechet.extractor"] = extractor_name(recipe.data.public)
     results["epsilon_composed"] = spent_in_all(run)
 
 
