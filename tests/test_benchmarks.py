@@ -75,16 +75,17 @@ def test_other_tables_are_generated(page, name, module) -> None:
         assert written == made.table(made.newest_of(rows) if module == "figures" else rows)
 
 
-def test_the_input_of_a_step_is_measured(monkeypatch) -> None:
+@pytest.mark.parametrize("examples", [4, 1])
+def test_the_input_of_a_step_is_measured(monkeypatch, examples) -> None:
     from benchmarks import data
     from benchmarks.cases import Row
 
     monkeypatch.setattr(data, "COUNT", data.CHUNK)
-    row = Row("digits", 4, 2)
+    row = Row("digits", examples, 2)
     steps = data.parts(row)
-    assert len(steps["gather and views"]()) == 8
+    assert len(steps["gather and views"]()) == 2 * examples
     first, second = (steps["gather"]()[0] for _ in range(2))
-    assert first.shape == second.shape == (4, 1, 8, 8)
+    assert first.shape == second.shape == (examples, 1, 8, 8)
     assert not first.equal(second)
     found = data.measured(row, rounds=1)
     assert found["shares"].keys() == set(data.PARTS)
