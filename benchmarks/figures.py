@@ -66,7 +66,8 @@ def distances(run: Path) -> dict[str, Any]:
     from dpfast.data import real_digits
     from dpfast.data.shards import load_shards
     from dpfast.evaluation import train_classifier
-    from dpfast.evaluation.frechet import EXTRACTOR, frechet_distance
+    from dpfast.evaluation.extractors import extractor_name
+    from dpfast.evaluation.frechet import frechet_distance
     from dpfast.recipes import load
     from dpfast.runs import build
 
@@ -77,7 +78,7 @@ def distances(run: Path) -> dict[str, Any]:
     for name, folder in (("distance", samples_of(run)), ("public", run / "state/sample/public")):
         images = load_shards(folder)
         found[name] = frechet_distance(extractor, real, images.select(range(COMPARED)))
-    return {**found, "images": COMPARED, "extractor": EXTRACTOR}
+    return {**found, "images": COMPARED, "extractor": extractor_name(recipe.data.public)}
 
 
 def by_count(run: Path) -> dict[str, Any]:

@@ -364,7 +364,7 @@ def _dry_run(recipe: Recipe, runs: Path) -> None:
 
     run = open_run(recipe, runs, elsewhere=True)  # a value that cannot be used is refused before anything is printed
     typer.echo(to_toml(recipe))
-    if run.recipe.data.folder != recipe.data.folder:
+    if run.recipe.data != recipe.data:
         typer.echo(f"not all data are in {recipe.data.folder}: planned for as many images as are published", err=True)
     typer.echo("planning a step, and measuring a few on random images ...", err=True)
     for name, value in describe_cost(run):

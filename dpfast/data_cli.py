@@ -1,4 +1,4 @@
-"""The commands ``dpfast data``: data sets as they are published, and the stores that are made of them."""
+"""The commands ``dpfast data``: data sets as they are published, the stores made of them, and samples as pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpfast.console import Debug, reported, table
 if TYPE_CHECKING:
     from dpfast.data.store import Store
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare data sets for training, and look at them.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data sets before training, and samples after.")
 
 
 @app.command()
@@ -112,6 +112,31 @@ def show(
         for line in columns([["", *counts], *rows], words=[0]):
             typer.echo(line)
         _print_checksums(found, verified=verify)
+
+
+@app.command()
+def export(
+    samples: Annotated[Path, typer.Argument(help="Folder of samples with their privacy statement, as a run makes it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures; those that are there stay as they are.")],
+    debug: Debug = False,
+) -> None:
+    """Write samples as PNG files, a folder for each class, with their privacy statement beside.
+
+    \b
+    Examples:
+      dpfast data export runs/demo/release/samples --out digits
+      dpfast data export runs/cifar10/release/samples --out /scratch/synthetic-cifar10
+    """
+    with reported(debug):
+        from dpfast.data.export import write_class_folders
+        from dpfast.runs.terminal import TerminalProgress
+
+        progress = TerminalProgress(sys.stderr)
+        try:
+            count = write_class_folders(samples, out, progress=progress)
+        finally:
+            progress.close()
+        typer.echo(f"{out}: {count:,} images in class folders, and the privacy statement that goes with them")
 
 
 def _print_store(folder: Path, store: Store) -> None:

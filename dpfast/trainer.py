@@ -225,19 +225,25 @@ class DPTrainer:
     @functools.cached_property
     def physical_size(self) -> Size:
         """Of a full physical batch: what ``performance`` says, or fits its memory budget; less once memory ran out."""
-        size = usual_size(self.performance, self.augmult, self._numbers_per_example, self.plan.expected_batch_size)
+        expected = self.plan.expected_batch_size
+        return self.fitting(usual_size(self.performance, self.augmult, self._numbers_per_example, expected))
+
+    def fitting(self, size: Size, *, device: str | None = None) -> Size:
+        """The largest physical batch up to ``size`` that is predicted to keep to the memory budget (device: as for
+        ``plan_step``); where none does, the smallest, with a warning.
+        """
         budget = self.performance.memory_budget
         if budget is None:
             return size
-        fitting = largest_fitting(size, lambda smaller: self.plan_step(smaller).peak <= budget)
+        fitting = largest_fitting(size, lambda smaller: self.plan_step(smaller, device=device).peak <= budget)
         if fitting is None:
             rows = {math.ceil(self.augmult / 2**i) for i in range(self.augmult.bit_length() + 1)}
-            peak, fewest = min((self.plan_step(Size(1, few)).peak, few) for few in rows)
+            peak, fewest = min((self.plan_step(Size(1, few), device=device).peak, few) for few in rows)
             fitting = Size(1, fewest)
             warnings.warn(
                 f"memory_budget={budget} is less than what any physical batch is predicted to take: the smallest needs"
                 f" {peak:,} bytes (rows of one example at a time: {fewest}), and is taken",
-                stacklevel=3,
+                stacklevel=4,
             )
         return fitting
 

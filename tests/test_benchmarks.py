@@ -58,6 +58,7 @@ def test_the_tables_of_ops_are_generated(name, make) -> None:
     [
         ("docs/digits.md", "figures", "figures"),
         ("benchmarks/README.md", "around", "around"),
+        ("benchmarks/README.md", "data", "data"),
         ("benchmarks/README.md", "ablations", "ablations"),
     ],
 )
@@ -72,6 +73,41 @@ def test_other_tables_are_generated(page, name, module) -> None:
     )
     if rows:
         assert written == made.table(made.newest_of(rows) if module == "figures" else rows)
+
+
+@pytest.mark.parametrize("examples", [4, 1])
+def test_the_input_of_a_step_is_measured(monkeypatch, examples) -> None:
+    from benchmarks import data
+    from benchmarks.cases import Row
+
+    monkeypatch.setattr(data, "COUNT", data.CHUNK)
+    row = Row("digits", examples, 2)
+    steps = data.parts(row)
+    assert len(steps["gather and views"]()) == 2 * examples
+    first, second = (steps["gather"]()[0] for _ in range(2))
+    assert first.shape == second.shape == (examples, 1, 8, 8)
+    assert not first.equal(second)
+    found = data.measured(row, rounds=1)
+    assert found["shares"].keys() == set(data.PARTS)
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+
+
+def test_the_input_is_measured_in_the_batches_of_training() -> None:
+    from benchmarks import data
+
+    found = {(row.model, row.augmult): row.examples for row in data.ROWS}
+    assert [found["unet6m", k] for k in (1, 16, 128)] == [21, 1, 1]
+    assert [found["digits", k] for k in (1, 16, 128)] == [1024, 64, 8]
+
+
+def test_a_share_stands_beside_its_seconds() -> None:
+    from benchmarks import data, shares
+
+    row = {"row": "a", "seconds": dict.fromkeys(data.PARTS, 2e-3), "shares": dict.fromkeys(data.PARTS, 0.004)}
+    row["seconds"][shares.STEP] = 0.5
+    older = row | {"seconds": row["seconds"] | {shares.STEP: 0.1}}
+    _, _, line = data.table([older, row]).splitlines()
+    assert line == f"| a | 500 |{4 * ' 2.00 ms, 0.4% |'}"
 
 
 def test_figures_are_drawn(tmp_path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import published
@@ -20,6 +21,7 @@ from dpfast import cli
 from dpfast.data import ImageSet
 from dpfast.data.formats import PUBLISHED
 from dpfast.data.prepare import prepare_store
+from dpfast.data.shards import ShardFolder
 from dpfast.data.store import open_store, read_store
 from dpfast.data.store_writer import StoreWriter
 from dpfast.errors import DataError, FileError, RunLocked
@@ -370,7 +372,25 @@ def test_errors_of_the_commands_are_lines(tmp_path):
     assert "error: " in call("show", tmp_path, code=2).stderr
 
 
-@pytest.mark.parametrize("command", ["prepare", "show"])
+def test_export_writes_pictures_with_what_they_promise(tmp_path):
+    samples = tmp_path / "samples"
+    made = ShardFolder.claim(samples, {"count": 12, "shard_size": 5, "classes": ["an ox", "b"]})
+    pixels = torch.tensor(PIXELS)
+    for (number, numbers), part in zip(made, pixels.split(5), strict=True):
+        made.write(number, part, numbers)
+    assert "holds no PRIVACY.md" in call("export", samples, "--out", tmp_path / "out", code=2).stderr
+    for name in ("PRIVACY.md", "privacy.json"):
+        (samples / name).write_text(name)
+    said = call("export", samples, "--out", tmp_path / "out").stdout
+    assert f"{tmp_path / 'out'}: 12 images" in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"an_ox", "b", "PRIVACY.md", "privacy.json"}
+    for number, image in enumerate(pixels):
+        picture = Image.open(tmp_path / "out" / ("an_ox", "b")[number % 2] / f"{number:07d}.png")
+        assert np.array_equal(np.asarray(picture), image.permute(1, 2, 0))
+    assert "manifest.json; make samples" in call("export", tmp_path, "--out", tmp_path / "out", code=2).stderr
+
+
+@pytest.mark.parametrize("command", ["prepare", "show", "export"])
 def test_help_has_examples_and_names_every_published_data_set(command):
     said = call(command, "--help").stdout
     assert f"dpfast data {command}" in said

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -138,6 +142,69 @@ def test_an_error_in_one_shard_ends_the_sampling(scheduler, tmp_path):
         shards(scheduler, tmp_path, devices=["cpu", "cpu"], progress=stop)
     _, whole = shards(scheduler, tmp_path)
     assert len(whole.load()) == 10
+
+
+@pytest.mark.parametrize("devices", [[], ["cpu", "cpu"]])
+def test_batches_are_reported_while_shards_are_drawn(scheduler, tmp_path, devices):
+    """Of all devices together, in the thread that asked for them; a shard that is there counts as one."""
+    heard, threads = [], set()
+
+    def progress(*told):
+        heard.append(told)
+        threads.add(threading.get_ident())
+
+    shards(scheduler, tmp_path, batch_size=1, devices=devices, progress=progress)
+    assert heard == [(done, 10, "sampling") for done in range(1, 11)]
+    assert threads == {threading.get_ident()}
+    (tmp_path / "shard-00001.npz").unlink()
+    heard.clear()
+    shards(scheduler, tmp_path, batch_size=1, progress=progress)
+    assert [done for done, *_ in heard] == [4, 5, 6, 7, 8, 10]
+
+
+def test_a_shard_counts_as_drawn_once_it_is_written(scheduler, tmp_path):
+    written = []
+
+    def progress(done, *_):
+        written.append((done, len(list(tmp_path.glob("*.npz")))))
+
+    shards(scheduler, tmp_path, shard_size=10, batch_size=5, progress=progress)
+    assert written == [(5, 0), (10, 1)]
+
+
+@pytest.mark.parametrize("devices", [[], ["cpu", "cpu"]])
+def test_an_interrupt_waits_for_one_batch_of_each_device(scheduler, tmp_path, monkeypatch, devices):
+    """Ctrl-C in the second of a hundred; what is then made is what would have been."""
+    begun, forward, lock = [], PointModel.forward, threading.Lock()
+
+    def slow(self, noisy, t, labels):
+        with lock:
+            begun.append(len(noisy))
+            if len(begun) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # the main thread hears of it meanwhile
+        return forward(self, noisy, t, labels)
+
+    monkeypatch.setattr(PointModel, "forward", slow)
+    options = {"count": 200, "shard_size": 100, "batch_size": 1, "steps": 1, "devices": devices}
+    with pytest.raises(KeyboardInterrupt):
+        shards(scheduler, tmp_path / "a", **options)
+    assert len(begun) <= 2 + len(devices)
+    assert not list((tmp_path / "a").glob("*.npz"))
+    monkeypatch.undo()
+    _, whole = shards(scheduler, tmp_path / "a", **options)
+    _, other = shards(scheduler, tmp_path / "b", **options)
+    assert whole.load().fingerprint() == other.load().fingerprint()
+
+
+def test_a_model_is_left_in_its_mode_when_sampling_is_stopped(scheduler):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    model = PointModel(scheduler, [-0.5, 0.5, 0.0]).train()
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, scheduler, torch.zeros(3).long(), image_shape=SHAPE, num_classes=2, steps=1, progress=stop)
+    assert model.training
 
 
 def test_a_network_that_fails_ends_the_sampling(scheduler, tmp_path, monkeypatch):

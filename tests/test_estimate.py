@@ -1,5 +1,8 @@
 """What --dry-run announces is measured on the steps that the run will take."""
 
+from dataclasses import astuple
+from types import SimpleNamespace
+
 import pytest
 
 from dpfast.data.keyed import RowKeys
@@ -7,9 +10,13 @@ from dpfast.diffusion import DiffusionObjective
 from dpfast.evaluation import ClassifierObjective
 from dpfast.physical import NUMBERS
 from dpfast.recipes import load
+from dpfast.runs import build
 from dpfast.runs import estimate as module
+from dpfast.runs.elsewhere import state_bytes
 from dpfast.runs.estimate import estimate
+from dpfast.runs.foresee import HERE, foresee
 from dpfast.runs.pipeline import open_run
+from dpfast.trainer import DPTrainer
 from test_runs import TINY
 
 LARGE = ("private.sample_rate=1", "private.augmult=8", "baseline.sample_rate=0.5", "baseline.augmult=2")
@@ -52,3 +59,32 @@ def test_long_steps_are_scaled_up_without_their_fixed_part(tmp_path, monkeypatch
     monkeypatch.setattr(module._Measured, "_step", lambda self, batch: 5.0 + 0.01 * batch)
     measured = module._Measured(run, run.recipe.private, run.plan, None, None)
     assert measured.seconds() == pytest.approx(4 * (5.0 + 0.01 * 1437))
+
+
+@pytest.mark.parametrize(
+    ("budget", "sizes"),
+    [
+        ("none", [(128, 8), (1437, 8)]),
+        ("10_000", [(1, 8), (12, 8)]),
+        ("5_000", [(1, 4), (6, 8)]),
+    ],
+)
+def test_what_is_foreseen_keeps_to_the_memory_budget(tmp_path, monkeypatch, budget, sizes):
+    """In the physical batches that DPTrainer makes, of as many images or rows as are predicted to fit each device."""
+
+    def plan_step(self, size=None, *, device=None):
+        size = size or self.physical_size
+        peak = (100 if device else 1000) * size.examples * size.rows
+        second = SimpleNamespace(seconds=1)
+        return SimpleNamespace(peak=peak, private=second, ordinary=second)
+
+    monkeypatch.setattr(DPTrainer, "plan_step", plan_step)
+    run = open_run(load("digits", [*TINY, *LARGE, f"memory_budget={budget}"]), tmp_path)
+    objective, model = build.private_objective(run.recipe, run.private), build.unet(run.recipe, run.private)
+    trainer = build.private_trainer(run.recipe, run.recipe.private, model, run.private, run.plan, objective)
+    here, *others = foresee(run)
+    assert here.device == HERE
+    assert astuple(trainer.physical_size) == sizes[0]
+    for foreseen, (examples, rows), each in ((here, sizes[0], 1000), *((of, sizes[1], 100) for of in others)):
+        assert foreseen.memory == each * examples * rows + state_bytes(model)
+        assert foreseen.seconds["train"] == pytest.approx(4 * 1437 * 8 / (examples * rows))

@@ -1,5 +1,8 @@
 """The classifier and the Frechet distance."""
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,8 @@ from dpfast.evaluation import (
     predict_classes,
     train_classifier,
 )
-from dpfast.evaluation.frechet import EXTRACTOR, frechet_distance
+from dpfast.evaluation.extractors import extractor_name
+from dpfast.evaluation.frechet import frechet_distance
 from dpfast.evaluation.intervals import accuracy_interval, differ
 
 QUICK = ClassifierSpec(widths=(8, 16), steps=80, batch_size=64)
@@ -84,7 +88,16 @@ def test_frechet_against_its_formula(reader, fold):
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
     assert value == pytest.approx(expected, rel=1e-4)
     assert value > 10 * abs(frechet_distance(reader, real, real))
-    assert EXTRACTOR == "digits-cnn-fonts"
+
+
+def test_an_extractor_is_named_by_the_public_images_it_knows(reader, fold):
+    assert extractor_name("fonts") == "digits-cnn-fonts"
+    assert extractor_name("imagenet32") == "small-cnn-imagenet32"
+    broken = copy.deepcopy(reader)
+    torch.nn.init.constant_(next(broken.parameters()), math.nan)
+    for public, said in (({}, "digits-cnn-fonts"), ({"public": "imagenet32"}, "small-cnn-imagenet32")):
+        with pytest.raises(DataError, match=said):
+            frechet_distance(broken, fold[0], fold[1], **public)
 
 
 def test_frechet_needs_two_images(reader, fold):

@@ -4,16 +4,20 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from dpfast.cli import app
+from dpfast.data import ImageSet
 from dpfast.data.prepare import prepare_store
 from dpfast.data.standin import write_stand_in
+from dpfast.data.store_writer import StoreWriter
 from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.models import CAMELYON17, CIFAR10, MNIST
 from dpfast.errors import ConfigError
 from dpfast.recipes import load
+from dpfast.runs import build
 from dpfast.runs.describe import describe_plan
 from dpfast.runs.pipeline import execute, open_run
 from test_runs import Recorder
@@ -76,6 +80,28 @@ def test_other_public_images_of_the_same_name_begin_anew(stores, tmp_path):
     assert not again.stages["pretrain"].done()
 
 
+def test_some_of_the_public_images_are_of_all_classes(tmp_path):
+    """Of a store that is sorted by class; each once, the same for the same seed."""
+    numbers = np.arange(1000)
+    pixels = np.zeros((1000, 3, 32, 32), np.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = numbers // 256, numbers % 256
+    with StoreWriter(tmp_path / "imagenet32", name="imagenet32", classes=tuple("0123456789")) as writer:
+        writer.add("train", 1000, [(pixels, numbers // 100)])
+        writer.finish(source=[])
+
+    def drawn(count, *settings):
+        return build.public_data(load("cifar10", [f"data.folder={tmp_path}", f"public_count={count}", *settings]))
+
+    some = drawn(100)
+    assert some.labels.bincount(minlength=10).min() > 0
+    places = 256 * some.images[:, 0, 0, 0].long() + some.images[:, 0, 0, 1]
+    assert len(places.unique()) == len(some) == 100
+    assert some.labels.equal(places // 100)
+    assert some.images.untyped_storage().nbytes() == 100 * 3 * 32 * 32
+    assert some.fingerprint() == drawn(100).fingerprint() != drawn(100, "seed=1").fingerprint()
+    assert drawn(0).fingerprint() == drawn(1000).fingerprint() == drawn(1001).fingerprint()
+
+
 @pytest.mark.parametrize("method", ["attention", "lora"])
 def test_other_ways_to_fine_tune(method, stores, tmp_path):
     """The released model opens in plain diffusers, whatever was trained."""
@@ -106,8 +132,8 @@ def test_the_noise_of_the_full_recipes(name, images, renyi, tmp_path):
     used, others = map(float, re.fullmatch(r"([\d.]+), by .* would ask for ([\d.]+)\)", said).groups())
     assert others == pytest.approx(renyi, rel=0.02)
     assert used == run.plan.noise_multiplier < others
-    with pytest.raises(ConfigError, match="images of zeros"):
-        open_run(load(name, ["data.folder=", "performance.device=cpu"]), tmp_path)
+    with pytest.raises(ConfigError, match=f"data.private = 'zeros:{name}'.*zeros are to plan with"):
+        open_run(run.recipe, tmp_path)
 
 
 def test_a_dry_run_predicts_for_each_kind_of_device(stores, tmp_path):
@@ -139,6 +165,37 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(tmp_path):
     assert result.exit_code == 0, result.output
     assert "as many images as are published" in result.stderr
     assert "measured" not in result.stdout
+
+
+@pytest.mark.parametrize(("gone", "there"), [("imagenet32", "cifar10"), ("cifar10", "imagenet32")])
+def test_images_of_zeros_stand_for_missing_stores_alone(gone, there, stores, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / there).symlink_to(stores / there)
+    settings = [*LEAST, "target_delta=1e-6", f"data.folder={tmp_path / 'data'}"]
+    run = open_run(load("cifar10-small", settings), tmp_path, elsewhere=True)
+    assert {run.recipe.data.private, run.recipe.data.public} == {f"zeros:{gone}", there}
+    sizes = {"cifar10": 50_000, "imagenet32": 1_281_167} | {there: 100}
+    private, public = run.private, build.public_data(run.recipe)
+    assert [len(private), len(public)] == [sizes["cifar10"], sizes["imagenet32"]]
+    assert [bool(private.images[:5].any()), bool(public.images[:5].any())] == [there == "cifar10", gone == "cifar10"]
+
+
+def test_images_of_zeros_are_not_read_to_be_planned_with(tmp_path, monkeypatch):
+    """Camelyon17 would be 0.9 GB of them."""
+    monkeypatch.setattr(ImageSet, "fingerprint", lambda self: pytest.fail(f"{len(self)} images were read"))
+    run = open_run(load("camelyon17", ["data.folder=nowhere"]), tmp_path, elsewhere=True)
+    others = build.private_data(load("camelyon17", ["data.private=zeros:cifar10"]))
+    assert run.private.fingerprint() == build.private_data(run.recipe).fingerprint() != others.fingerprint()
+    assert run.private.images.untyped_storage().nbytes() == 1
+
+
+def test_only_published_data_can_be_planned_for_without_them(tmp_path):
+    for change, said in (
+        ("data.public=mine", "no store in nowhere/mine"),
+        ("data.public=zeros:mine", "'mine'; name one"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            open_run(load("cifar10", ["data.folder=nowhere", change]), tmp_path, elsewhere=True)
 
 
 @pytest.mark.parametrize(

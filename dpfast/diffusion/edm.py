@@ -229,10 +229,11 @@ def generate_edm_shards(
         "batch_size": batch_size, "dtype": str(dtype).removeprefix("torch."), "model": weights_fingerprint(model),
     }  # fmt: skip
 
-    def make(network: nn.Module, labels: Tensor, seed: int) -> Tensor:
+    def make(network: nn.Module, labels: Tensor, seed: int, report: Progress) -> Tensor:
         return generate_edm(
             network, labels, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
             preconditioning=preconditioning, guidance=guidance, seed=seed, batch_size=batch_size, dtype=dtype,
+            progress=report,
         )  # fmt: skip
 
     return fill_shards(model, Path(folder), settings, make, compile=compile, devices=devices, progress=progress)

@@ -3,8 +3,9 @@
 import copy
 import hashlib
 import queue
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -88,12 +89,14 @@ def in_batches(
     was_training = model.training
     model.eval()
     done, images = 0, []
-    for batch in labels.split(batch_size):
-        noise = torch.randn(len(batch), *image_shape, generator=generator).to(device)
-        images.append(to_uint8(sample(batch.to(device), noise, generator)).cpu())
-        done += len(batch)
-        progress(done, len(labels), "sampling")
-    model.train(was_training)
+    try:
+        for batch in labels.split(batch_size):
+            noise = torch.randn(len(batch), *image_shape, generator=generator).to(device)
+            images.append(to_uint8(sample(batch.to(device), noise, generator)).cpu())
+            done += len(batch)
+            progress(done, len(labels), "sampling")
+    finally:
+        model.train(was_training)
     return torch.cat(images) if images else torch.empty(0, *image_shape, dtype=torch.uint8)
 
 
@@ -145,11 +148,11 @@ def generate_shards(
 ) -> ShardFolder:
     """``count`` images in a ``ShardFolder``, exactly ``count / len(classes)`` of each class.
 
-    Shards that are there are not made again, so an interrupted call can be repeated. No more than a shard for each
-    device is in memory.
+    Shards that are there are not made again, so an interrupted call can be repeated: every device ends with the batch
+    that it is in, and the shard of it is lost. No more than a shard for each device is in memory.
     dtype: as in ``generate``; compile: by ``torch.compile``; devices: that share the shards, each with a copy of the
     model and a thread of its own (by default the model's device). Each shard has a seed of its own: who draws it does
-    not matter.
+    not matter. progress: called in the caller's thread after each batch, after the last of a shard once it is written.
 
     Raises:
         ConfigError: the classes do not divide ``count``.
@@ -162,10 +165,10 @@ def generate_shards(
         "dtype": str(dtype).removeprefix("torch."), "model": weights_fingerprint(model),
     }  # fmt: skip
 
-    def make(network: nn.Module, labels: Tensor, seed: int) -> Tensor:
+    def make(network: nn.Module, labels: Tensor, seed: int, report: Progress) -> Tensor:
         return generate(
             network, scheduler, labels, image_shape=image_shape, num_classes=len(classes), sampler=sampler,
-            steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, dtype=dtype,
+            steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, dtype=dtype, progress=report,
         )  # fmt: skip
 
     return fill_shards(model, Path(folder), settings, make, compile=compile, devices=devices, progress=progress)
@@ -175,16 +178,16 @@ def fill_shards(
     model: nn.Module,
     folder: Path,
     settings: dict[str, Any],
-    make: Callable[[nn.Module, Tensor, int], Tensor],
+    make: Callable[[nn.Module, Tensor, int, Progress], Tensor],
     *,
     compile: bool,  # noqa: A002 (as in Performance)
     devices: Sequence[str],
     progress: Progress,
 ) -> ShardFolder:
-    """A ``ShardFolder``, whose shards that are not there yet come from ``make(network, labels, seed)``.
+    """A ``ShardFolder``, whose shards that are not there yet come from ``make(network, labels, seed, report)``.
 
-    settings: count, shard_size, classes, seed and all else that the images depend on. The rest, and what is raised, is
-    that of ``generate_shards``.
+    settings: count, shard_size, classes, seed and all else that the images depend on. report: the shard's own
+    ``Progress``, which raises where the work is to end. The rest, and what is raised, is that of ``generate_shards``.
     """
     count, shard_size, classes = (settings[name] for name in ("count", "shard_size", "classes"))
     if count % len(classes) or count < 1 or shard_size < 1:
@@ -198,22 +201,57 @@ def fill_shards(
     for worker in workers:
         networks.put(cast(nn.Module, torch.compile(worker)) if compile else worker)
 
-    def fill(number: int, labels: Tensor) -> None:
+    def fill(number: int, labels: Tensor, report: Progress) -> None:
         if shards.read(number, labels) is None:
             network = networks.get()
             try:
-                images = make(network, labels, _shard_seed(settings["seed"], number))
+                images = make(network, labels, _shard_seed(settings["seed"], number), report)
             finally:
                 networks.put(network)  # or the next shard would wait for it
             shards.write(number, images, labels)
 
-    threads = ThreadPoolExecutor(len(workers))
-    try:
-        for done, _ in enumerate(threads.map(fill, *zip(*shards, strict=True)), 1):
-            progress(min(done * shard_size, count), count, "sampling")
-    finally:
-        threads.shutdown(cancel_futures=True)
+    _in_threads(fill, shards, len(workers), progress)
     return shards
+
+
+def _in_threads(
+    fill: Callable[[int, Tensor, Progress], None], shards: ShardFolder, workers: int, progress: Progress
+) -> None:
+    """``fill(number, labels, report)`` of every shard. ``progress`` hears of all, in this thread; what is raised, here
+    or in one of them, ends the others after their batch.
+    """
+    count = len(shards.labels)
+    drawn: dict[int, int] = {}  # by shard
+    news: queue.SimpleQueue[tuple[int, int] | BaseException] = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def work(number: int, labels: Tensor) -> None:
+        def report(step: int, of: int, _: str, /) -> None:
+            if step < of:  # the last batch counts once the shard is written
+                if stopped.is_set():
+                    raise CancelledError
+                news.put((number, step))
+
+        try:
+            fill(number, labels, report)
+            news.put((number, len(labels)))
+        except BaseException as error:  # raised below
+            news.put(error)
+
+    threads = ThreadPoolExecutor(workers)
+    try:
+        for shard in shards:
+            threads.submit(work, *shard)
+        while sum(drawn.values()) < count:
+            heard = news.get()
+            if isinstance(heard, BaseException):
+                raise heard
+            number, images = heard
+            drawn[number] = images
+            progress(sum(drawn.values()), count, "sampling")
+    finally:
+        stopped.set()
+        threads.shutdown(cancel_futures=True)
 
 
 def _shard_seed(seed: int, number: int) -> int:

@@ -55,6 +55,11 @@ def classifier_extractor(name: str, classifier: Classifier, *, device: str | tor
     )
 
 
+def extractor_name(public: str) -> str:
+    """Of the classifier of these public images, named as in a recipe: "fonts", or a store."""
+    return "digits-cnn-fonts" if public == "fonts" else f"small-cnn-{public}"
+
+
 def torchscript_extractor(
     path: str | Path, *, name: str | None = None, device: str | torch.device = "cpu"
 ) -> Extractor:

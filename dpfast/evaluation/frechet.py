@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from dpfast.data.images import ImageSet
 from dpfast.errors import DataError
-from dpfast.evaluation.extractors import classifier_extractor, feature_blocks
+from dpfast.evaluation.extractors import classifier_extractor, extractor_name, feature_blocks
 from dpfast.evaluation.networks import Classifier
 
-EXTRACTOR = "digits-cnn-fonts"
 
-
-def frechet_distance(classifier: Classifier, first: ImageSet, second: ImageSet, *, batch_size: int = 2000) -> float:
-    """``frechet_of_features`` of two sets, features from ``classifier`` (trained on public fonts).
+def frechet_distance(
+    classifier: Classifier, first: ImageSet, second: ImageSet, *, public: str = "fonts", batch_size: int = 2000
+) -> float:
+    """``frechet_of_features`` of two sets, features from ``classifier``, which was trained on these public images.
 
     Raises DataError for sets of fewer than two images.
     """
@@ -26,7 +26,7 @@ def frechet_distance(classifier: Classifier, first: ImageSet, second: ImageSet, 
         raise DataError(
             f"the Frechet distance needs two images or more in each set, got {len(first)} and {len(second)}"
         )
-    extractor = classifier_extractor(EXTRACTOR, classifier)
+    extractor = classifier_extractor(extractor_name(public), classifier)
     one, other = (feature_blocks(extractor, images.images, batch_size=batch_size) for images in (first, second))
     return frechet_of_features(one, other)
 

@@ -41,9 +41,10 @@ def _ranged(accepts: Callable[[float], bool], expected: str, default: Any) -> An
 class Data:
     """private: the data to protect, "digits" or the name of a store in ``folder`` (``dpfast data prepare``): its split
     "train"; on "test" accuracies are measured. public: what the model is pre-trained on, "fonts" (for digits) or a
-    store. public_count: images of it, 0 for all. folder: "" stands for images of zeros, as many as are published, to
-    plan with. fold: of digits, 0 to 4 to choose settings on a fold of the private
-    training part (the test images are then never read); left out for a real run.
+    store. public_count: images of it, drawn by the seed, 0 for all. fold: of digits, 0 to 4 to choose settings on a
+    fold of the private training part (the test images are then never read); left out for a real run.
+
+    "zeros:cifar10" is no store: as many images of zeros as are published under that name, to plan with.
     """
 
     private: str

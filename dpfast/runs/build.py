@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ SEEDS = {
     "baseline": 6,
     "sweep": 7,
 }
+ZEROS = "zeros:"  # before the name of a published data set: images of zeros in its place, to plan with
 
 
 def seed_for(recipe: Recipe, part: str) -> int:
@@ -61,13 +62,22 @@ def test_data(recipe: Recipe) -> ImageSet:
 
 
 def public_data(recipe: Recipe) -> ImageSet:
-    """The images that the model is pre-trained on."""
+    """The images that the model is pre-trained on: all of a store, or a copy of ``data.public_count`` of them."""
     count = recipe.data.public_count
     if recipe.data.public == "fonts":
         size = private_data(recipe).image_shape[-1]
         return font_digits(count, seed=seed_for(recipe, "public data"), size=size)
     every = _images(recipe, "public", "train")
-    return ImageSet(every.images[:count], every.labels[:count], every.classes) if count else every
+    if not 0 < count < len(every):
+        return every
+    generator = torch.Generator().manual_seed(seed_for(recipe, "public data"))
+    drawn = torch.randperm(len(every), generator=generator)[:count]  # the first might be of one class
+    return every.select(drawn.sort().values)  # in the order that they have on disk
+
+
+def public_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """Of the public images in a store; none is read to know it."""
+    return _images(recipe, "public", "train").image_shape
 
 
 def public_classes(recipe: Recipe) -> tuple[str, ...]:
@@ -83,7 +93,7 @@ def shares_labels(recipe: Recipe) -> bool:
 def shares_images(recipe: Recipe) -> bool:
     """Whether the public store holds a split of the private one, under whatever name."""
     data = recipe.data
-    if data.folder == "" or "fonts" in data.public or data.private == "digits":
+    if not (_is_stored(data.public) and _is_stored(data.private)):
         return False
     public, private = (read_store(Path(data.folder) / name).splits.values() for name in (data.public, data.private))
     return bool({split.images.sha256 for split in public} & {split.images.sha256 for split in private})
@@ -91,7 +101,7 @@ def shares_images(recipe: Recipe) -> bool:
 
 def public_identity(recipe: Recipe) -> dict[str, Any]:
     """What tells the public images from others of the same name."""
-    if recipe.data.public in ("fonts", "digits") or recipe.data.folder == "":
+    if not _is_stored(recipe.data.public):
         return {}
     store = read_store(Path(recipe.data.folder) / recipe.data.public)
     images = {name: split.images.sha256 for name, split in store.splits.items()}
@@ -117,12 +127,16 @@ def extractor_identity(recipe: Recipe) -> dict[str, Any]:
     return {} if path is None else {"extractor": file_sha256(Path(path))}
 
 
+def _is_stored(name: str) -> bool:
+    return name not in ("digits", "fonts") and not name.startswith(ZEROS)
+
+
 def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageSet:
     data, name = recipe.data, str(getattr(recipe.data, key))
     if name == "digits":
         return real_digits(split, fold=data.fold)
-    if data.folder == "":
-        return _as_published(name, split)
+    if name.startswith(ZEROS):
+        return _as_published(name.removeprefix(ZEROS), split)
     folder = Path(data.folder) / name
     if not (folder / MANIFEST).exists():
         raise ConfigError(
@@ -144,21 +158,36 @@ def without_paths(recipe: Recipe) -> Recipe:
 
 
 def planned(recipe: Recipe) -> Recipe:
-    """The same on images of zeros, as many as are published, if a store is missing and all are of published data."""
-    names = [name for name in (recipe.data.private, recipe.data.public) if name not in ("digits", "fonts")]
-    missing = [name for name in names if not (Path(recipe.data.folder) / name / MANIFEST).exists()]
-    if missing and all(name in PUBLISHED for name in names):
-        return replace(recipe, data=replace(recipe.data, folder=""))
-    return recipe
+    """The same with images of zeros, as many as are published, in the place of each published data set not there."""
+    data = recipe.data
+
+    def present(name: str) -> str:
+        missing = name in PUBLISHED and not (Path(data.folder) / name / MANIFEST).exists()
+        return ZEROS + name if missing else name
+
+    return replace(recipe, data=replace(data, private=present(data.private), public=present(data.public)))
+
+
+def is_planned(recipe: Recipe) -> bool:
+    """Whether images of zeros stand in the place of some."""
+    return any(name.startswith(ZEROS) for name in (recipe.data.private, recipe.data.public))
+
+
+@dataclass(frozen=True, eq=False)
+class _Zeros(ImageSet):
+    """Images of zeros, which share the memory of one number; equal ones are told by their shape and classes."""
+
+    def fingerprint(self) -> str:
+        return f"zeros {tuple(self.images.shape)}, {self.num_classes} classes"
 
 
 def _as_published(name: str, split: str) -> ImageSet:
     published = PUBLISHED[name].published if name in PUBLISHED else None
     if published is None:
-        raise ConfigError(f'recipe key data.folder = "": nothing is published of {name!r}; say where stores are')
+        raise ConfigError(f"{ZEROS}{name}: nothing is published of {name!r}; name one of {', '.join(PUBLISHED)}")
     count, classes = published.sizes[split], published.classes
     images = torch.zeros(1, dtype=torch.uint8).expand(count, *published.shape)
-    return ImageSet(images, torch.arange(count) % classes, tuple(map(str, range(classes))))
+    return _Zeros(images, torch.arange(count) % classes, tuple(map(str, range(classes))))
 
 
 def unet(recipe: Recipe, images: ImageSet) -> Any:

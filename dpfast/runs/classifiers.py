@@ -9,8 +9,7 @@ import torch
 from dpfast import checkpoint
 from dpfast.data import ImageSet
 from dpfast.evaluation import Classifier, ClassifierSpec, build_classifier, train_classifier
-from dpfast.evaluation.extractors import Extractor, classifier_extractor
-from dpfast.evaluation.frechet import EXTRACTOR
+from dpfast.evaluation.extractors import Extractor, classifier_extractor, extractor_name
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, parts
 from dpfast.runs import build
@@ -34,7 +33,7 @@ def extractor(run: Run, progress: Progress) -> Extractor:
     found, recipe = build.extractor_file(run.recipe), run.recipe
     if found is not None:
         return found
-    name = EXTRACTOR if recipe.data.public == "fonts" else f"small-cnn-{recipe.data.public}"
+    name = extractor_name(recipe.data.public)
     return classifier_extractor(name, public_classifier(run, progress), device=recipe.performance.device)
 
 

@@ -42,10 +42,11 @@ def foresee(run: Run) -> list[Foreseen]:
 
 def _on(run: Run, trainer: DPTrainer, device: str) -> Foreseen:
     """A physical batch as ``DPTrainer`` makes it there; what is not private takes what its ordinary step does."""
-    there = replace(run.recipe.performance, device="cpu" if device == HERE else "cuda")
-    numbers = math.prod(run.private.image_shape)
-    size = usual_size(there, trainer.augmult, numbers, run.plan.expected_batch_size)
-    plan = trainer.plan_step(size, device=None if device == HERE else device)
+    kind, elsewhere = ("cpu", None) if device == HERE else ("cuda", device)
+    there, numbers = replace(run.recipe.performance, device=kind), math.prod(run.private.image_shape)
+    usual = usual_size(there, trainer.augmult, numbers, run.plan.expected_batch_size)
+    size = trainer.fitting(usual, device=elsewhere)
+    plan = trainer.plan_step(size, device=elsewhere)
     rows = size.examples * size.rows
     private, ordinary = plan.private.seconds / rows, plan.ordinary.seconds / rows
     passes = image_passes(run)

@@ -27,19 +27,23 @@ from dpfast.runs.terminal import TerminalProgress
 def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False) -> Run:
     """The run of ``recipe`` in the folder ``runs``, checked as far as that needs no work. Nothing is written.
 
-    elsewhere: it will not be carried out here, where its device may be missing, and its data (``build.planned``).
+    elsewhere: it will not be carried out here, where its device may be missing, and data (``build.planned``).
 
     Raises:
         ConfigError: a value that a later stage would stumble over, or one that differs from what this run has
             already spent budget on.
     """
-    recipe = build.planned(recipe) if elsewhere else recipe
+    if elsewhere:
+        recipe = build.planned(recipe)
+    elif build.is_planned(recipe):
+        raise ConfigError(
+            f"recipe keys data.private = {recipe.data.private!r}, data.public = {recipe.data.public!r}:"
+            f" {build.ZEROS[:-1]} are to plan with (--dry-run); name stores"
+        )
     directory = RunDirectory(runs / recipe.name, private=math.isfinite(recipe.private.target_epsilon))
     private = build.private_data(recipe)
     preflight(recipe, private)
     _check_device(recipe.performance.device, elsewhere=elsewhere)
-    if not elsewhere and recipe.data.folder == "":
-        raise ConfigError('recipe key data.folder = "": images of zeros are to plan with; say where stores are')
     stages = _stages(recipe, directory, private)
     for stage in stages.values():
         stage.check()
@@ -158,7 +162,7 @@ def _check_public(recipe: Recipe, private: ImageSet) -> None:
             raise ConfigError("recipe key data.public_count = 0: expected how many fonts to render; 0 is for stores")
         if shape[0] != 1 or shape[1] != shape[2]:
             raise ConfigError(f'recipe key data.public = "fonts": they are grey and square, private images {shape}')
-    elif (other := build.public_data(recipe).image_shape) != shape:
+    elif (other := build.public_shape(recipe)) != shape:
         raise ConfigError(
             f"recipe key data.public = {recipe.data.public!r}: its images are {other}, the private ones {shape};"
             f" prepare one of the stores anew with dpfast data prepare ... --size {shape[-1]}"
