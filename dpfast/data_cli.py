@@ -117,7 +117,7 @@ def show(
 @app.command()
 def export(
     samples: Annotated[Path, typer.Argument(help="Folder of samples with their privacy statement, as a run makes it.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures; those that are there stay as they are.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures: empty, or of an earlier export of the same.")],
     debug: Debug = False,
 ) -> None:
     """Write samples as PNG files, a folder for each class, with their privacy statement beside.

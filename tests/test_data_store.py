@@ -378,12 +378,14 @@ def test_export_writes_pictures_with_what_they_promise(tmp_path):
     pixels = torch.tensor(PIXELS)
     for (number, numbers), part in zip(made, pixels.split(5), strict=True):
         made.write(number, part, numbers)
-    assert "holds no PRIVACY.md" in call("export", samples, "--out", tmp_path / "out", code=2).stderr
+    assert "PRIVACY.md is missing" in call("export", samples, "--out", tmp_path / "out", code=2).stderr
     for name in ("PRIVACY.md", "privacy.json"):
         (samples / name).write_text(name)
     said = call("export", samples, "--out", tmp_path / "out").stdout
     assert f"{tmp_path / 'out'}: 12 images" in said
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"an_ox", "b", "PRIVACY.md", "privacy.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "an_ox", "b", "manifest.json", "PRIVACY.md", "privacy.json",
+    }  # fmt: skip
     for number, image in enumerate(pixels):
         picture = Image.open(tmp_path / "out" / ("an_ox", "b")[number % 2] / f"{number:07d}.png")
         assert np.array_equal(np.asarray(picture), image.permute(1, 2, 0))

@@ -271,6 +271,21 @@ def test_class_folders(scheduler, tmp_path):
     assert (tmp_path / "out" / "PRIVACY.md").exists()
 
 
+def test_class_folders_of_other_samples_are_not_mixed(scheduler, tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        shards(scheduler, tmp_path / name, seed=seed)
+        for file in ("PRIVACY.md", "privacy.json"):
+            (tmp_path / name / file).write_text(name)
+    write_class_folders(tmp_path / "a", tmp_path / "out")
+    with pytest.raises(DataError, match=r"other settings \(seed\)"):
+        write_class_folders(tmp_path / "b", tmp_path / "out")
+    assert (tmp_path / "out" / "PRIVACY.md").read_text() == "a"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.png").touch()
+    with pytest.raises(DataError, match="not empty"):
+        write_class_folders(tmp_path / "a", tmp_path / "full")
+
+
 def test_classes_that_would_share_a_folder(scheduler, tmp_path):
     shards(scheduler, tmp_path, classes=("a/b", "a b"))
     with pytest.raises(DataError, match="told apart"):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from dpfast.data.pictures import encode
-from dpfast.data.shards import ShardFolder, open_shards
+from dpfast.data.shards import MANIFEST, ShardFolder, claim, open_shards
 from dpfast.errors import DataError
 from dpfast.files import write_atomic
 from dpfast.progress import Progress, silent
@@ -18,14 +18,17 @@ def write_class_folders(samples: Path, folder: Path, *, progress: Progress = sil
     Images that are there are not written again, and no more than a shard is in memory. Returns the number of images.
 
     Raises:
-        DataError: the samples are incomplete or without a statement, or two classes would share a folder.
+        DataError: the samples are incomplete or without a statement, two classes would share a folder, or there is
+            something else in it.
     """
     shards = open_shards(samples)
     names = _folder_names(shards)
-    for name in STATEMENT:
-        if not (samples / name).exists():
-            raise DataError(f"{samples} holds no {name}: samples leave with what they promise; make them by a run")
-        write_atomic(folder / name, (samples / name).read_bytes())
+    statement = {name: _statement(samples / name) for name in STATEMENT}
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        raise DataError(f"{folder} is not empty, and not of an earlier export: give another folder")
+    claim(folder, shards.settings)
+    for name, content in statement.items():
+        write_atomic(folder / name, content)
     done = 0
     for number, labels in shards:
         for image, label in zip(shards.images(number, labels), labels.tolist(), strict=True):
@@ -35,6 +38,12 @@ def write_class_folders(samples: Path, folder: Path, *, progress: Progress = sil
             done += 1
         progress(done, len(shards.labels), "writing images")
     return done
+
+
+def _statement(path: Path) -> bytes:
+    if not path.exists():
+        raise DataError(f"{path} is missing: samples leave with what they promise; make them by a run")
+    return path.read_bytes()
 
 
 def _folder_names(shards: ShardFolder) -> list[str]:

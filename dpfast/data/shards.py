@@ -15,7 +15,7 @@ from dpfast.data.mapped import on_disk
 from dpfast.errors import DataError
 from dpfast.files import read_json, write_atomic
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 class ShardFolder:
@@ -33,17 +33,7 @@ class ShardFolder:
     @classmethod
     def claim(cls, folder: Path, settings: dict[str, Any]) -> Self:
         """The folder for these settings, new or begun earlier. Raises DataError if it was made with others."""
-        settings = json.loads(json.dumps(settings, default=str))  # as a manifest gives them back
-        manifest = folder / _MANIFEST
-        if not manifest.exists():
-            write_atomic(manifest, json.dumps(settings, indent=1) + "\n")
-        found = _manifest(folder)
-        if found != settings:
-            differing = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
-            raise DataError(
-                f"{folder} holds samples made with other settings ({', '.join(differing)}); "
-                "choose another folder, or remove this one to make them anew"
-            )
+        settings = claim(folder, settings)
         return cls(folder, settings)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
@@ -107,10 +97,26 @@ class ShardFolder:
         return self.folder / f"shard-{number:05d}.npz"
 
 
+def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Note in the folder what its samples are made with (the value is what JSON gives back); DataError for others."""
+    settings = json.loads(json.dumps(settings, default=str))
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        write_atomic(manifest, json.dumps(settings, indent=1) + "\n")
+    found = _manifest(folder)
+    if found != settings:
+        differing = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
+        raise DataError(
+            f"{folder} holds samples made with other settings ({', '.join(differing)}); "
+            "choose another folder, or remove this one to make them anew"
+        )
+    return settings
+
+
 def open_shards(folder: Path) -> ShardFolder:
     """A folder that was made before; raises DataError if it holds no manifest."""
-    if not (folder / _MANIFEST).exists():
-        raise DataError(f"{folder} holds no {_MANIFEST}; make samples with generate_shards first")
+    if not (folder / MANIFEST).exists():
+        raise DataError(f"{folder} holds no {MANIFEST}; make samples with generate_shards first")
     return ShardFolder(folder, _manifest(folder))
 
 
@@ -120,5 +126,5 @@ def load_shards(folder: Path) -> ImageSet:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = read_json(folder / _MANIFEST, cure="remove the folder to make the samples anew")
+    manifest: dict[str, Any] = read_json(folder / MANIFEST, cure="remove the folder to make the samples anew")
     return manifest
