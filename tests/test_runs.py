@@ -82,10 +82,11 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
-def stage(folder, value=1, ledger=False):
+def stage(folder, value=1, ledger=False, new=None, defaults=None):
     path = folder / "train" / "ledger.jsonl" if ledger else None
-    parts = {"private.steps": value}
-    return Stage("train", folder / "train", parts, title="training", act=fail, outputs=[folder / "out"], ledger=path)
+    values, outputs = {"private.steps": value, **(new or {})}, [folder / "out"]
+    options = {"outputs": outputs, "defaults": defaults, "ledger": path}
+    return Stage("train", folder / "train", values, title="training", act=fail, **options)
 
 
 def finish(entry, output):
@@ -144,6 +145,32 @@ def test_a_changed_recipe_is_refused_once_budget_is_spent(tmp_path, charged):
 
 
 def test_a_damaged_ledger_counts_as_spent(tmp_path):
+@pytest.mark.parametrize(
+    ("value", "defaults", "was"),
+    [
+        ("flat", {"private.clipping": "flat"}, None),
+        ("automatic", {"private.clipping": "flat"}, "'flat'"),
+        ("flat", {}, "None"),
+    ],
+)
+def test_a_key_that_is_newer_than_the_record_is_no_change_at_its_default(tmp_path, value, defaults, was):
+    old = stage(tmp_path, ledger=True)
+    finish(old, tmp_path / "out")
+    with Ledger(tmp_path / "train" / "ledger.jsonl", PLAN) as ledger:
+        ledger.charge(1)
+    new = stage(tmp_path, ledger=True, new={"private.clipping": value}, defaults=defaults)
+    assert new.done() == (was is None)
+    if was is None:
+        new.check()
+        assert new.parts == old.parts, "checkpoints carry their fingerprint"
+    else:
+        with pytest.raises(ConfigError, match=rf"private\.clipping was {was}, is now '{value}'"):
+            new.check()
+    changed = stage(tmp_path, value=2, ledger=True, new={"private.clipping": value}, defaults=defaults)
+    with pytest.raises(ConfigError, match=r"private\.steps was 1, is now 2"):
+        changed.check()
+
+
     finish(stage(tmp_path, ledger=True), tmp_path / "out")
     (tmp_path / "train" / "ledger.jsonl").write_text("nonsense\n")
     with pytest.raises(ConfigError, match="already spent"):

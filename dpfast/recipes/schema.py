@@ -1,7 +1,8 @@
 """What a recipe may say: one frozen dataclass per TOML table, each value with its type and range.
 
 Types and ranges are checked when a recipe is loaded (``dpfast.recipes.convert``). ``None`` stands for "left
-out of the file".
+out of the file". A key that is added to a table has the default that does what was done before there was the key: runs
+that were recorded without it go on (``dpfast.runs.stages``). For that reason a default never changes.
 """
 
 from __future__ import annotations

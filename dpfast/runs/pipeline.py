@@ -14,7 +14,7 @@ from dpfast.data import ImageSet
 from dpfast.errors import ConfigError
 from dpfast.files import remove, write_atomic, write_json
 from dpfast.progress import duration
-from dpfast.recipes import parts, to_toml
+from dpfast.recipes import defaults, parts, to_toml
 from dpfast.recipes.schema import Recipe
 from dpfast.runs import build, work
 from dpfast.runs.directory import RunDirectory
@@ -107,7 +107,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
 
     def stage(act: Callable[..., None], values: dict[str, Any], outputs: list[Path], **options: Any) -> Stage:
         name = act.__name__
-        return Stage(name, at.state / name, values, act=act, outputs=outputs, **options)
+        return Stage(name, at.state / name, values, act=act, outputs=outputs, defaults=defaults(values), **options)
 
     stages = (
         stage(work.pretrain, pretrain, [at.public_model, at.losses], title="pre-training on public images"),
