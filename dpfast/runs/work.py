@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpfast.data.shards import ShardFolder, load_shards
 from dpfast.diffusion.finetune import merge
 from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.pretrain import pretrain as pretrain_model
-from dpfast.diffusion.sampler import generate_shards
 from dpfast.evaluation import accuracy, train_classifier
 from dpfast.files import follow_umask, read_json, write_atomic, write_json
 from dpfast.progress import Progress
@@ -88,14 +85,11 @@ def sample(run: Run, progress: Progress) -> None:
 
 
 def _generate(run: Run, model: Path, folder: Path, progress: Progress) -> ShardFolder:
-    return generate_shards(
+    return build.sampling(run.recipe).shards(
         load_unet(model).to(run.recipe.performance.device),
-        build.scheduler(run.recipe),
-        folder,
-        **{**vars(run.recipe.sample), "dtype": getattr(torch, run.recipe.sample.dtype)},
+        folder=folder,
         image_shape=run.private.image_shape,
         classes=run.private.classes,
-        seed=build.seed_for(run.recipe, "sample"),
         progress=progress,
     )
 
