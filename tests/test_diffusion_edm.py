@@ -12,7 +12,7 @@ from dpfast.data import Augment, RowKeys, font_digits
 from dpfast.data.images import to_signed
 from dpfast.data.shards import load_shards
 from dpfast.diffusion import EDMObjective, UNetSpec, build_unet, generate_edm
-from dpfast.diffusion.edm import HeunSampler, Preconditioning, generate_edm_shards
+from dpfast.diffusion.edm import HeunSampler, Preconditioning, edm_scheduler, generate_edm_shards
 from dpfast.errors import ConfigError, DataError
 from oracle import Clipped, assert_as_good_as_torch, per_example
 
@@ -230,6 +230,7 @@ def test_calls_and_churn(churn) -> None:
 
     noise = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     first, again, other = (sampler.sample(counted, noise, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert sampler.calls == 319
     assert len(asked) == 3 * 319
     assert torch.equal(first, again)
     assert torch.equal(first, other) == (churn == 0)
@@ -265,6 +266,50 @@ def test_churn_raises_the_level_as_the_paper_says() -> None:
 def test_samplers_that_cannot_be(options, message) -> None:
     with pytest.raises(ConfigError, match=message):
         HeunSampler(**options)
+
+
+# diffusers
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 0.3])
+def test_diffusers_scheduler_takes_eulers_steps_of_the_same_denoiser(sigma_data) -> None:
+    """What it asks the network, the image it makes of the answer and the step to the next level, at every level."""
+    torch.manual_seed(0)
+    c, sampler = Preconditioning(sigma_data), HeunSampler(steps=6)
+    scheduler = edm_scheduler(c, sampler)
+    scheduler.set_timesteps(6)
+    x = 80 * torch.randn(3, *SHAPE)
+    for t, (sigma, after) in zip(scheduler.timesteps, itertools.pairwise(sampler.sigmas()), strict=True):
+        torch.testing.assert_close(t, c.c_noise(sigma).float())
+        asked = scheduler.scale_model_input(x, t)
+        torch.testing.assert_close(asked, (c.c_in(sigma) * x.double()).float())
+        denoised = c.denoised(asked.sin().double(), x.double(), sigma)
+        euler = x + (after - sigma) * (x - denoised) / sigma
+        step = scheduler.step(asked.sin(), t, x)
+        torch.testing.assert_close(step.pred_original_sample, denoised.float())
+        torch.testing.assert_close(step.prev_sample, euler.float())
+        x = step.prev_sample
+
+
+def test_heuns_method_over_diffusers_scheduler_draws_the_same_images() -> None:
+    model, labels = build_unet(UNetSpec(widths=(8, 8), norm_groups=4), seed=0).eval(), torch.arange(6)
+    c, sampler = Preconditioning(0.3), HeunSampler(steps=6)
+    scheduler = edm_scheduler(c, sampler)
+
+    def denoise(x, level):
+        sigma = torch.tensor(level)
+        output = model(scheduler.precondition_inputs(x.float(), sigma), scheduler.precondition_noise(sigma), labels)
+        return scheduler.precondition_outputs(x.float(), output.sample, sigma).double()
+
+    noise = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        theirs = sampler.sample(denoise, noise)
+    ours = generate_edm(
+        model, labels, image_shape=(1, 8, 8), num_classes=10, sampler=sampler, preconditioning=c, seed=1
+    )
+    levels = (theirs.clamp(-1, 1) + 1) * 127.5
+    assert ours.double().std() > 10  # images, not one grey
+    assert (ours - levels).abs().max() <= 0.5 + 1e-2  # rounded to the nearest
 
 
 # Images

@@ -4,6 +4,7 @@ from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dpfast.data.keyed import RowKeys
 from dpfast.diffusion import DiffusionObjective
@@ -17,7 +18,7 @@ from dpfast.runs.estimate import estimate
 from dpfast.runs.foresee import HERE, foresee
 from dpfast.runs.pipeline import open_run
 from dpfast.trainer import DPTrainer
-from test_runs import TINY
+from test_runs import EDM, TINY
 
 LARGE = ("private.sample_rate=1", "private.augmult=8", "baseline.sample_rate=0.5", "baseline.augmult=2")
 
@@ -52,6 +53,30 @@ def test_every_stage_is_measured_with_the_batches_it_will_have(tmp_path, rows):
     assert cost.image_passes["baseline"] == 4 * 1437 + 2 * 128  # the public classifier is made there
     assert cost.memory > 1e8
     assert list(tmp_path.iterdir()) == []
+
+
+def test_heuns_calls_are_those_that_are_counted_and_timed(tmp_path, monkeypatch):
+    class Network(torch.nn.Linear):
+        rows = 0
+
+        def forward(self, x, t, labels):
+            self.rows += len(x)
+            return x
+
+    def once(draw):
+        draw()
+        return 6.0
+
+    monkeypatch.setattr(module, "_timed", once)
+    for settings, calls in (((), 2 * 20 * 7), (("guidance=2",), 4 * 20 * 7)):
+        run = open_run(load("digits", [*TINY, *EDM, "sample.steps=4", *settings]), tmp_path)
+        assert module.image_passes(run)["sample"] == calls
+        network = Network(1, 1)
+        assert module._sampling_time(run, network) == pytest.approx(6.0 / network.rows)
+        assert network.rows == 20 * 3
+    (here,) = [of for of in foresee(run) if of.device == HERE]
+    assert here.seconds["train"] > 0
+    assert here.seconds["sample"] / calls == pytest.approx(here.seconds["pretrain"] / (3 * 8) / 3)
 
 
 def test_long_steps_are_scaled_up_without_their_fixed_part(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from dpfast.errors import ConfigError
-from dpfast.recipes import all_keys, fingerprint, flatten, load, names, parts, to_toml
+from dpfast.recipes import all_keys, defaults, fingerprint, flatten, load, names, parts, to_toml
 from dpfast.recipes.loader import _FOLDER
 
 
@@ -17,6 +17,17 @@ def test_bundled_recipes_load_and_survive_being_written(name, tmp_path):
     path.write_text(to_toml(recipe))
     assert load(path) == recipe
     assert load(name) != recipe
+
+
+def test_the_process_and_its_settings_survive_being_written(tmp_path):
+    recipe = load("digits", ["process=edm", "sampler=heun", "sigma_data=0.3", "p_mean=-2", "p_std=1.5"])
+    path = tmp_path / "copy.toml"
+    path.write_text(to_toml(recipe))
+    assert load(path) == recipe
+    diffusion = load(path).diffusion
+    assert (diffusion.process, diffusion.sigma_data, diffusion.p_mean, diffusion.p_std) == ("edm", 0.3, -2, 1.5)
+    usual = load("digits").diffusion
+    assert (usual.process, usual.sigma_data, usual.p_mean, usual.p_std) == ("ddpm", 0.5, -1.2, 1.2)
 
 
 @pytest.mark.parametrize("name", names())
@@ -54,6 +65,9 @@ def test_digits_holds_the_headline_setting():
         ("target_epsilon=nan", ["private.target_epsilon", "above 0", "nan"]),
         ("private.flip=1", ["private.flip", "true or false", "1"]),
         ("sampler=dimm", ["sample.sampler", "'ddim'", "nearest"]),
+        ("process=emd", ["diffusion.process", "'ddpm' or 'edm'", "nearest: 'edm'"]),
+        ("sigma_data=0", ["diffusion.sigma_data", "above 0", "at most 1"]),
+        ("p_mean=nan", ["diffusion.p_mean", "from -10 to below 10", "nan"]),
         ("fold=5", ["data.fold", "below 5", "5"]),
         ("name=../up", ["name", "../up"]),
         ("private=3", ["data.private"]),
@@ -117,6 +131,17 @@ def test_parts_and_fingerprint_follow_the_values():
     assert parts(first, "pretrain", "seed") == parts(second, "pretrain", "seed")
     assert fingerprint(parts(first, "private")) != fingerprint(parts(second, "private"))
     assert fingerprint(parts(first, "private")) == fingerprint(parts(load("digits"), "private"))
+
+
+def test_defaults_are_those_of_whole_tables():
+    """Of a table in part, a record may lack keys that there were."""
+    found = defaults(parts(load("digits"), "seed", "diffusion", "data.private", "data.fold", "performance.dtype"))
+    assert found == {
+        "diffusion.process": "ddpm",
+        "diffusion.sigma_data": 0.5,
+        "diffusion.p_mean": -1.2,
+        "diffusion.p_std": 1.2,
+    }
 
 
 def test_all_keys_are_those_of_a_recipe():

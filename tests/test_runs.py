@@ -21,9 +21,9 @@ from dpfast.data import real_digits
 from dpfast.errors import ConfigError, FileError, RunLocked
 from dpfast.privacy import Ledger, Plan, read_ledger
 from dpfast.progress import coarse_duration, duration
-from dpfast.recipes import load
+from dpfast.recipes import load, parts
 from dpfast.report.internal import ROWS
-from dpfast.runs import build
+from dpfast.runs import build, pipeline
 from dpfast.runs.directory import RunDirectory
 from dpfast.runs.metrics import Results
 from dpfast.runs.pipeline import execute, open_run
@@ -36,6 +36,7 @@ TINY = (
     "sample.steps=2", "shard_size=10", "baseline.steps=4", "baseline.sample_rate=0.05", "baseline.augmult=1",
     "extractor_steps=2", "evaluate.steps=2", "seeds=2", "counts=[10]",
 )  # fmt: skip
+EDM = ("process=edm", "sampler=heun")
 PLAN = Plan(dataset_size=10, expected_batch_size=1, max_grad_norm=1.0, steps=5, target_delta=1e-3, noise_multiplier=1.0)
 
 
@@ -82,10 +83,11 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
-def stage(folder, value=1, ledger=False):
+def stage(folder, value=1, ledger=False, new=None, defaults=None):
     path = folder / "train" / "ledger.jsonl" if ledger else None
-    parts = {"private.steps": value}
-    return Stage("train", folder / "train", parts, title="training", act=fail, outputs=[folder / "out"], ledger=path)
+    values, outputs = {"private.steps": value, **(new or {})}, [folder / "out"]
+    options = {"outputs": outputs, "defaults": defaults, "ledger": path}
+    return Stage("train", folder / "train", values, title="training", act=fail, **options)
 
 
 def finish(entry, output):
@@ -141,6 +143,32 @@ def test_a_changed_recipe_is_refused_once_budget_is_spent(tmp_path, charged):
     with pytest.raises(ConfigError), changed.working(silent):
         pass
     assert read_ledger(tmp_path / "train" / "ledger.jsonl").charged_steps == charged
+
+
+@pytest.mark.parametrize(
+    ("value", "defaults", "was"),
+    [
+        ("flat", {"private.clipping": "flat"}, None),
+        ("automatic", {"private.clipping": "flat"}, "'flat'"),
+        ("flat", {}, "None"),
+    ],
+)
+def test_a_key_that_is_newer_than_the_record_is_no_change_at_its_default(tmp_path, value, defaults, was):
+    old = stage(tmp_path, ledger=True)
+    finish(old, tmp_path / "out")
+    with Ledger(tmp_path / "train" / "ledger.jsonl", PLAN) as ledger:
+        ledger.charge(1)
+    new = stage(tmp_path, ledger=True, new={"private.clipping": value}, defaults=defaults)
+    assert new.done() == (was is None)
+    if was is None:
+        new.check()
+        assert new.parts == old.parts, "checkpoints carry their fingerprint"
+    else:
+        with pytest.raises(ConfigError, match=rf"private\.clipping was {was}, is now '{value}'"):
+            new.check()
+    changed = stage(tmp_path, value=2, ledger=True, new={"private.clipping": value}, defaults=defaults)
+    with pytest.raises(ConfigError, match=r"private\.steps was 1, is now 2"):
+        changed.check()
 
 
 def test_a_damaged_ledger_counts_as_spent(tmp_path):
@@ -365,6 +393,10 @@ def test_other_test_images_are_measured_anew(runs, monkeypatch):
         ("sample.count=25", "multiple of the 10 classes"),
         ("sample.steps=2000", "sampling steps"),
         ("timesteps=[[1.0, 500, 2000]]", "timestep mixture"),
+        ("process=edm", r"sample\.sampler = 'ddim': expected 'heun' .*--set sample\.sampler=heun"),
+        ("sampler=heun", r"sample\.sampler = 'heun': expected 'ddim' or 'ddpm' .*--set sample\.sampler=ddim"),
+        ((*EDM, "timesteps=[[1.0, 0, 500]]"), r"private\.timesteps = \[\[1.0, 0.0, 500.0\]\]: expected \[\]"),
+        ((*EDM, "sample.steps=1"), "HeunSampler: steps=1: expected 2 or more"),
         ("norm_groups=3", "norm_groups"),
         ("performance.device=nowhere", "performance.device = 'nowhere': it cannot be used here"),
         pytest.param(
@@ -375,9 +407,54 @@ def test_other_test_images_are_measured_anew(runs, monkeypatch):
     ],
 )
 def test_what_would_fail_late_is_refused_before_anything_is_spent(tmp_path, change, said):
+    changes = [change] if isinstance(change, str) else change
     with pytest.raises(ConfigError, match=said):
-        open_run(load("digits", [*TINY, change]), tmp_path)
+        open_run(load("digits", [*TINY, *changes]), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [("pretrain", 3), ("train", 2)])
+def test_a_run_goes_on_that_was_begun_before_there_was_a_key(tmp_path, monkeypatch, stop):
+    """Stopped in pre-training once its checkpoint is there, and in the training once budget is spent."""
+    new = ("diffusion.process", "diffusion.sigma_data", "diffusion.p_mean", "diffusion.p_std")
+    with monkeypatch.context() as before:
+        before.setattr(pipeline, "parts", lambda *of: {k: v for k, v in parts(*of).items() if k not in new})
+        with pytest.raises(KeyboardInterrupt):
+            execute(load("digits", TINY), tmp_path, Recorder(stop))
+    if stop[0] == "train":
+        with pytest.raises(ConfigError, match=r"diffusion\.process was 'ddpm', is now 'edm'\n.*--name"):
+            execute(load("digits", [*TINY, *EDM]), tmp_path, Recorder())
+    recorder = Recorder()
+    execute(load("digits", TINY), tmp_path, recorder, until="train")
+    assert not [name for name, _ in recorder.steps if name == "pretrain"], "nothing of it is done again"
+    assert read_ledger(tmp_path / "tiny" / "state" / "train" / "ledger.jsonl").charged_steps == 4
+
+
+def test_an_edm_run_from_recipe_to_images(tmp_path):
+    """Whoever has its release folder draws from it with diffusers alone."""
+    from diffusers import EDMEulerScheduler, UNet2DModel
+
+    settings = [*TINY, *EDM, "sigma_data=0.4", "guidance=1.5", "sample.steps=3", "baseline.steps=1", "seeds=1"]
+    with pytest.raises(KeyboardInterrupt):
+        execute(load("digits", settings), tmp_path, Recorder(("train", 2)))
+    folder = execute(load("digits", settings), tmp_path, Recorder()).directory.model
+    recorder = Recorder()
+    execute(load("digits", settings), tmp_path, recorder, until="sample")
+    assert recorder.said == [f"{name}: done before" for name in ("pretrain", "train", "sample")]
+    for change in ("sigma_data=0.5", "p_mean=-1"):
+        with pytest.raises(ConfigError, match=rf"{change.partition('=')[0]} was .*, is now"):
+            open_run(load("digits", [*settings, change]), tmp_path)
+    model = UNet2DModel.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    scheduler = EDMEulerScheduler.from_pretrained(folder, local_files_only=True)
+    assert scheduler.config.sigma_data == 0.4
+    scheduler.set_timesteps(3)
+    images = scheduler.init_noise_sigma * torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = model(scheduler.scale_model_input(images, t), t, torch.tensor([3, 4])).sample
+            images = scheduler.step(output, t, images).prev_sample
+    assert images.isfinite().all()
+    assert images.abs().max() < 10  # of the order of pixels, not of sigma_max
 
 
 def test_a_run_without_pretraining_says_so(tmp_path):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from dpfast.diffusion.sampler import fill_shards, guided, in_batches
 from dpfast.diffusion.timesteps import draw_levels
 from dpfast.errors import ConfigError
 from dpfast.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from diffusers import EDMEulerScheduler
 
 _LEAST_LEVEL = 2.0**-32  # of a uniform number: 0 would be no noise at all
 
@@ -109,7 +113,7 @@ class EDMObjective(ImageObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class HeunSampler:
-    """Heun's second-order method on the probability flow (algorithm 1), in ``2 steps - 1`` calls of the network.
+    """Heun's second-order method on the probability flow (algorithm 1).
 
     sigma_min, sigma_max, rho: the noise levels (eq. 5). s_churn, s_tmin, s_tmax, s_noise: noise that is added on the
     way (algorithm 2); without churn samples are a function of the noise they start from.
@@ -136,6 +140,11 @@ class HeunSampler:
             problems.append(f"s_churn={self.s_churn}, s_noise={self.s_noise}: expected 0 or more")
         if problems:
             raise ConfigError("HeunSampler: " + "; ".join(problems))
+
+    @property
+    def calls(self) -> int:
+        """Of the network: two for each step but the last."""
+        return 2 * self.steps - 1
 
     def sigmas(self) -> Tensor:
         """float64 ``[steps + 1]``, falling from sigma_max to sigma_min, then 0 (eq. 5)."""
@@ -166,6 +175,24 @@ class HeunSampler:
         raised = sigma * (1 + min(self.s_churn / self.steps, math.sqrt(2) - 1))
         fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
         return x + math.sqrt(raised**2 - sigma**2) * self.s_noise * fresh, raised
+
+
+def edm_scheduler(
+    preconditioning: Preconditioning | None = None, sampler: HeunSampler | None = None
+) -> "EDMEulerScheduler":
+    """Diffusers' scheduler for a network trained by ``EDMObjective``: the same preconditioning and noise levels, and
+    for steps those of Euler (with churn as an argument of its ``step``). Its timesteps are c_noise.
+    """
+    from diffusers import EDMEulerScheduler
+
+    sampler, preconditioning = sampler or HeunSampler(), preconditioning or Preconditioning()
+    return EDMEulerScheduler(
+        sigma_min=sampler.sigma_min,
+        sigma_max=sampler.sigma_max,
+        rho=sampler.rho,
+        sigma_data=preconditioning.sigma_data,
+        prediction_type="epsilon",  # its name for F; "v_prediction" is -F
+    )
 
 
 def generate_edm(

@@ -8,7 +8,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -52,6 +52,16 @@ def parts(recipe: Recipe, *sections: str) -> dict[str, Any]:
     """The values of the named tables or keys, flattened, as JSON would give them back."""
     flat = {k: v for k, v in flatten(recipe).items() if k in sections or k.rpartition(".")[0] in sections}
     return cast(dict[str, Any], json.loads(json.dumps(flat)))
+
+
+def defaults(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the schema says of keys that are left out, for every table that ``parts`` hold whole; flattened likewise."""
+    found: dict[str, Any] = {}
+    for name, table in get_type_hints(Recipe).items():
+        keys = {f"{name}.{entry.name}": entry.default for entry in fields(table)} if is_dataclass(table) else {}
+        if keys.keys() <= parts.keys():
+            found |= {key: value for key, value in keys.items() if value is not MISSING}
+    return cast(dict[str, Any], json.loads(json.dumps(found)))
 
 
 def _find(recipe: str) -> Path:

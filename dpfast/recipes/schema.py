@@ -1,7 +1,8 @@
 """What a recipe may say: one frozen dataclass per TOML table, each value with its type and range.
 
 Types and ranges are checked when a recipe is loaded (``dpfast.recipes.convert``). ``None`` stands for "left
-out of the file".
+out of the file". A key that is added to a table has the default that does what was done before there was the key: runs
+that were recorded without it go on (``dpfast.runs.stages``). For that reason a default never changes.
 """
 
 from __future__ import annotations
@@ -74,19 +75,29 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion:
-    """The noising process, and the share of rows whose label is dropped (for classifier-free guidance)."""
+    """The noising process, and the share of rows whose label is dropped (for classifier-free guidance).
 
+    process: "ddpm", to which num_train_timesteps, schedule and prediction belong, or "edm" (``dpfast.diffusion.edm``)
+    with the preconditioning of ``sigma_data``, the standard deviation of pixels in -1..1, and ln(sigma) of mean
+    ``p_mean`` and standard deviation ``p_std`` in both trainings. What belongs to the other one is not looked at.
+    """
+
+    process: Literal["ddpm", "edm"] = "ddpm"
     num_train_timesteps: int = above(0)
     schedule: Literal["linear", "squaredcos_cap_v2"]
     prediction: Literal["epsilon", "v_prediction"]
     label_drop: float = within(0, 1)
+    sigma_data: float = between(0, 1, default=0.5)
+    p_mean: float = within(-10, 10, default=-1.2)
+    p_std: float = between(0, 10, default=1.2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
     """Ordinary training on public images: AdamW with a one-cycle learning rate.
 
-    steps: 0 leaves it out. weights: a folder of a diffusers UNet2DModel to begin with, instead of random weights.
+    steps: 0 leaves it out. weights: a folder of a diffusers UNet2DModel to begin with, instead of random weights; one
+    of another ``diffusion.process`` has to learn its noise levels anew.
     """
 
     steps: int = at_least(0)
@@ -99,7 +110,7 @@ class Pretrain:
 
 @dataclass(frozen=True, kw_only=True)
 class Private:
-    """DP-SGD fine-tuning. timesteps: [] for uniform, else [weight, low, high] triples.
+    """DP-SGD fine-tuning. timesteps: of "ddpm", [] for uniform, else [weight, low, high] triples.
 
     method: what is trained, all of the model, its attention (with the class embedding), or low-rank adapters of it of
     this ``rank`` (``dpfast.diffusion.finetune``). clipping: "flat", or "automatic" with ``stability``
@@ -132,10 +143,14 @@ class Private:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Drawing synthetic images: post-processing, at no privacy cost. dtype: that the model computes in."""
+    """Drawing synthetic images: post-processing, at no privacy cost. dtype: that the model computes in.
+
+    sampler: "ddim" or "ddpm" of the process "ddpm", in ``steps`` calls of the model; "heun" of "edm", in
+    ``2 steps - 1`` (18 steps are usual).
+    """
 
     count: int = at_least(10)
-    sampler: Literal["ddim", "ddpm"]
+    sampler: Literal["ddim", "ddpm", "heun"]
     steps: int = above(0)
     guidance: float = at_least(0)
     shard_size: int = above(0)

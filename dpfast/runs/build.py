@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from dpfast.checkpoint import weights_fingerprint
 from dpfast.data import Augment, ImageSet, font_digits, real_digits
 from dpfast.data.digits import DIGIT_CLASSES
 from dpfast.data.formats import PUBLISHED
+from dpfast.data.shards import ShardFolder
 from dpfast.data.store import MANIFEST, open_store, read_store
+from dpfast.diffusion.edm import (
+    EDMObjective,
+    HeunSampler,
+    Preconditioning,
+    edm_scheduler,
+    generate_edm,
+    generate_edm_shards,
+)
 from dpfast.diffusion.finetune import attention_only, lora
 from dpfast.diffusion.loading import load_unet, relabel
 from dpfast.diffusion.models import NoiseSpec, UNetSpec, build_scheduler, build_unet
 from dpfast.diffusion.objective import DiffusionObjective
 from dpfast.diffusion.pretrain import PretrainSpec
+from dpfast.diffusion.sampler import generate, generate_shards, sampling_scheduler
 from dpfast.diffusion.timesteps import MixtureOfUniforms, TimestepDistribution, Uniform
 from dpfast.errors import ConfigError
 from dpfast.evaluation import ClassifierObjective, ClassifierSpec
@@ -224,6 +236,8 @@ def tuned(recipe: Recipe, model: Any) -> Any:
 
 def scheduler(recipe: Recipe) -> Any:
     """The noising process, a diffusers scheduler."""
+    if recipe.diffusion.process == "edm":
+        return edm_scheduler(preconditioning(recipe))
     return build_scheduler(
         NoiseSpec(
             num_train_timesteps=recipe.diffusion.num_train_timesteps,
@@ -233,29 +247,66 @@ def scheduler(recipe: Recipe) -> Any:
     )
 
 
-def public_objective(recipe: Recipe, images: ImageSet) -> DiffusionObjective:
-    """The loss of pre-training: uniform timesteps, no augmentation."""
-    return DiffusionObjective(
-        scheduler=scheduler(recipe), num_classes=images.num_classes, label_drop=recipe.diffusion.label_drop
-    )
+def preconditioning(recipe: Recipe) -> Preconditioning:
+    """Of the process "edm"."""
+    return Preconditioning(recipe.diffusion.sigma_data)
 
 
-def private_objective(recipe: Recipe, images: ImageSet) -> DiffusionObjective:
+def public_objective(recipe: Recipe, images: ImageSet) -> DiffusionObjective | EDMObjective:
+    """The loss of pre-training: uniform timesteps, or the process's own noise levels; no augmentation."""
+    return _objective(recipe, images, Uniform())
+
+
+def private_objective(recipe: Recipe, images: ImageSet) -> DiffusionObjective | EDMObjective:
     """The loss of private fine-tuning."""
-    return DiffusionObjective(
-        scheduler=scheduler(recipe),
-        num_classes=images.num_classes,
-        label_drop=recipe.diffusion.label_drop,
-        timesteps=timesteps(recipe),
-        stratified=recipe.private.stratified,
-        augment=Augment(flip=recipe.private.flip, shift=recipe.private.shift),
-    )
+    augment = Augment(flip=recipe.private.flip, shift=recipe.private.shift)
+    return _objective(recipe, images, timesteps(recipe), stratified=recipe.private.stratified, augment=augment)
+
+
+def _objective(
+    recipe: Recipe, images: ImageSet, timesteps: TimestepDistribution, **options: Any
+) -> DiffusionObjective | EDMObjective:
+    diffusion = recipe.diffusion
+    options |= {"num_classes": images.num_classes, "label_drop": diffusion.label_drop}
+    if diffusion.process == "edm":
+        options |= {"p_mean": diffusion.p_mean, "p_std": diffusion.p_std}
+        return EDMObjective(preconditioning=preconditioning(recipe), **options)
+    return DiffusionObjective(scheduler=scheduler(recipe), timesteps=timesteps, **options)
 
 
 def timesteps(recipe: Recipe) -> TimestepDistribution:
     """The timestep distribution of private fine-tuning."""
     mixture = recipe.private.timesteps
     return MixtureOfUniforms([(w, int(low), int(high)) for w, low, high in mixture]) if mixture else Uniform()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn from the model, with all that ``[sample]`` says given already.
+
+    images: ``(model, labels=..., image_shape=..., num_classes=...) -> images``. shards: ``(model, folder=...,
+    image_shape=..., classes=...) -> ShardFolder``. Both take what their function has beside. calls: of the model for an
+    image, without guidance.
+    """
+
+    images: Callable[..., Tensor]
+    shards: Callable[..., ShardFolder]
+    calls: int
+
+
+def sampling(recipe: Recipe, part: str = "sample") -> Sampling:
+    """By ``sample.sampler``, from the seed of that part. Raises ``ConfigError`` for steps that it cannot take."""
+    sample = recipe.sample
+    files: dict[str, Any] = {"count": sample.count, "shard_size": sample.shard_size}
+    options: dict[str, Any] = {"guidance": sample.guidance, "batch_size": sample.batch_size}
+    options |= {"dtype": getattr(torch, sample.dtype), "seed": seed_for(recipe, part)}
+    if sample.sampler == "heun":
+        heun = HeunSampler(steps=sample.steps)
+        options |= {"sampler": heun, "preconditioning": preconditioning(recipe)}
+        return Sampling(partial(generate_edm, **options), partial(generate_edm_shards, **options, **files), heun.calls)
+    options |= {"scheduler": scheduler(recipe), "sampler": sample.sampler, "steps": sample.steps}
+    sampling_scheduler(options["scheduler"], sample.sampler, sample.steps)
+    return Sampling(partial(generate, **options), partial(generate_shards, **options, **files), sample.steps)
 
 
 def pretrain_spec(recipe: Recipe) -> PretrainSpec:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from dpfast.data import ImageSet, RowKeys
-from dpfast.diffusion.sampler import generate
 from dpfast.evaluation import ClassifierSpec, build_classifier, train_classifier
 from dpfast.objective import Objective
 from dpfast.physical import usual_size
@@ -65,7 +64,7 @@ def image_passes(run: Run) -> dict[str, int]:
     passes = {
         "pretrain": recipe.pretrain.steps * recipe.pretrain.batch_size,
         "train": _private_passes(run.plan, recipe.private),
-        "sample": 2 * recipe.sample.count * recipe.sample.steps * (1 if recipe.sample.guidance == 1 else 2),
+        "sample": 2 * recipe.sample.count * build.sampling(recipe).calls * (1 if recipe.sample.guidance == 1 else 2),
         "baseline": _private_passes(run.baseline_plan, recipe.baseline),
         "evaluate": _classifiers(recipe) * ordinary.steps * ordinary.batch_size,
     }
@@ -156,21 +155,19 @@ def _public_step(run: Run, model: nn.Module) -> Callable[[], None]:
 
 
 def _sampling_time(run: Run, model: nn.Module) -> float:
-    """Seconds for one image and one step of the sampler."""
-    count, steps = min(run.recipe.sample.batch_size, run.recipe.sample.count), 2
+    """Seconds for one image and one call of the model."""
+    sample = replace(run.recipe.sample, steps=2, guidance=1.0)
+    sampling, count = build.sampling(replace(run.recipe, sample=sample)), min(sample.batch_size, sample.count)
 
     def draw() -> None:
-        generate(
+        sampling.images(
             model,
-            build.scheduler(run.recipe),
-            _random_images(run, count).labels,
+            labels=_random_images(run, count).labels,
             image_shape=run.private.image_shape,
             num_classes=run.private.num_classes,
-            steps=steps,
-            batch_size=count,
         )
 
-    return _timed(draw) / (count * steps)
+    return _timed(draw) / (count * sampling.calls)
 
 
 def _classifier_time(run: Run, spec: ClassifierSpec) -> float:

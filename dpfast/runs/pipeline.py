@@ -14,7 +14,7 @@ from dpfast.data import ImageSet
 from dpfast.errors import ConfigError
 from dpfast.files import remove, write_atomic, write_json
 from dpfast.progress import duration
-from dpfast.recipes import parts, to_toml
+from dpfast.recipes import defaults, parts, to_toml
 from dpfast.recipes.schema import Recipe
 from dpfast.runs import build, evaluation, work
 from dpfast.runs.directory import RunDirectory
@@ -112,7 +112,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
 
     def stage(act: Callable[..., None], values: dict[str, Any], outputs: list[Path], **options: Any) -> Stage:
         name = act.__name__
-        return Stage(name, at.state / name, values, act=act, outputs=outputs, **options)
+        return Stage(name, at.state / name, values, act=act, outputs=outputs, defaults=defaults(values), **options)
 
     stages = (
         stage(work.pretrain, pretrain, [at.public_model, at.losses], title="pre-training on public images"),
@@ -127,17 +127,16 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
 
 def preflight(recipe: Recipe, private: ImageSet) -> None:
     """Refuse now what would otherwise fail after hours, or after the budget is spent."""
-    from dpfast.diffusion.sampler import sampling_scheduler
-
     if recipe.sample.count % private.num_classes:
         raise ConfigError(
             f"recipe key sample.count = {recipe.sample.count}: expected a multiple of the"
             f" {private.num_classes} classes, so that each gets the same number of images"
         )
     _check_public(recipe, private)
+    _check_process(recipe)
     build.private_objective(recipe, private)
     build.timesteps(recipe).icdf(torch.zeros(1), recipe.diffusion.num_train_timesteps)
-    sampling_scheduler(build.scheduler(recipe), recipe.sample.sampler, recipe.sample.steps)
+    build.sampling(recipe)
     build.tuned(recipe, build.unet(recipe, private))
     build.classifier_spec(recipe)
     build.counts(recipe)
@@ -166,6 +165,22 @@ def _check_public(recipe: Recipe, private: ImageSet) -> None:
         raise ConfigError(
             f"recipe key data.public = {recipe.data.public!r}: its images are {other}, the private ones {shape};"
             f" prepare one of the stores anew with dpfast data prepare ... --size {shape[-1]}"
+        )
+
+
+def _check_process(recipe: Recipe) -> None:
+    """DDPM has timesteps, and samplers that walk them; EDM has neither."""
+    process, sampler, mixture = recipe.diffusion.process, recipe.sample.sampler, recipe.private.timesteps
+    samplers, other = (("heun",), "ddpm") if process == "edm" else (("ddim", "ddpm"), "edm")
+    if sampler not in samplers:
+        raise ConfigError(
+            f"recipe key sample.sampler = {sampler!r}: expected {' or '.join(map(repr, samplers))} where"
+            f" diffusion.process = {process!r}: --set sample.sampler={samplers[0]}, or --set diffusion.process={other}"
+        )
+    if process == "edm" and mixture:
+        raise ConfigError(
+            f"recipe key private.timesteps = {[list(part) for part in mixture]}: expected [] where"
+            " diffusion.process = 'edm', whose noise levels are those of p_mean and p_std: --set private.timesteps=[]"
         )
 
 

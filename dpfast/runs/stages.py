@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ class Stage:
     """One stage, remembered in ``folder/stage.json`` with the recipe parts that it depends on.
 
     parts: recipe values and fingerprints; the stage is redone when one of them changes.
+    defaults: of the parts whose keys may be newer than a record. Its version did what the default says, so one that it
+        lacks and that is at its default is no change. Only of tables that are recorded whole: of another a key may be
+        lacking that there was, whatever its value.
     title: its name for readers. act: ``(run, progress) -> None`` does the work.
     outputs: what it leaves behind, the main thing first; the stage is redone when one of them is missing.
     ledger: set for a stage that spends privacy budget. Once it holds a step the parts can no longer
@@ -36,16 +39,20 @@ class Stage:
         title: str,
         act: Callable[..., None],
         outputs: Sequence[Path],
+        defaults: Mapping[str, Any] | None = None,
         ledger: Path | None = None,
     ) -> None:
         self.name = name
         self.title = title
         self.act = act
         self.folder = folder
-        self.parts = parts
         self.outputs = tuple(outputs)
         self.ledger = ledger
         self._record = folder / "stage.json"
+        self._defaults = defaults or {}
+        known, new = self._read().get("parts") or parts, self._defaults.items()
+        # As the record has them, which keeps the fingerprint that its checkpoints carry.
+        self.parts = {key: value for key, value in parts.items() if key in known or (key, value) not in new}
         self._started = self._beat = 0.0
         self._before = 0.0
 
@@ -138,7 +145,7 @@ class Stage:
             return [f"what they were is unknown: {self._record} is missing or damaged, restore it"]
         keys = [*old, *(key for key in self.parts if key not in old)]
         return [
-            f"{key} was {old.get(key)!r}, is now {self.parts.get(key)!r}"
+            f"{key} was {old.get(key, self._defaults.get(key))!r}, is now {self.parts.get(key)!r}"
             for key in keys
             if old.get(key) != self.parts.get(key)
         ]

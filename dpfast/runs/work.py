@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpfast.data.shards import ShardFolder, open_shards
 from dpfast.diffusion.finetune import merge
 from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.pretrain import pretrain as pretrain_model
-from dpfast.diffusion.sampler import generate_shards
 from dpfast.files import follow_umask, read_json, write_atomic, write_json
 from dpfast.progress import Progress
 from dpfast.recipes import Recipe, fingerprint, to_toml
@@ -91,14 +88,11 @@ def draw_samples(
     run: Run, recipe: Recipe, model: Path, folder: Path, progress: Progress, *, part: str = "sample"
 ) -> ShardFolder:
     """Samples of a saved model as ``recipe`` says. part: whose seed they are drawn from (``build.SEEDS``)."""
-    return generate_shards(
+    return build.sampling(recipe, part).shards(
         load_unet(model).to(recipe.performance.device),
-        build.scheduler(recipe),
-        folder,
-        **{**vars(recipe.sample), "dtype": getattr(torch, recipe.sample.dtype)},
+        folder=folder,
         image_shape=run.private.image_shape,
         classes=run.private.classes,
-        seed=build.seed_for(recipe, part),
         progress=progress,
     )
 
