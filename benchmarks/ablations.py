@@ -37,7 +37,8 @@ def measured(settings: tuple[str, ...], seed: int, public: Path) -> dict[str, An
     from dpfast.data.shards import load_shards
     from dpfast.evaluation import accuracy, train_classifier
     from dpfast.recipes import load
-    from dpfast.runs import build
+    from dpfast.runs import build, inputs
+    from dpfast.runs.seeds import seed_for
 
     begin = time.monotonic()
     settings = (f"seed={seed}", *settings)
@@ -47,9 +48,9 @@ def measured(settings: tuple[str, ...], seed: int, public: Path) -> dict[str, An
         dpfast(Path(folder), "sample", *settings)
         synthetic = load_shards(Path(folder) / "run/release/samples")
     recipe = load("digits", settings)
-    test, found = build.test_data(recipe), []
+    test, found = inputs.test_data(recipe), []
     for number in range(recipe.evaluate.seeds):
-        own = build.seed_for(recipe, "classifier") + 100 * number
+        own = seed_for(recipe, "classifier") + 100 * number
         found.append(accuracy(train_classifier(synthetic, spec=build.classifier_spec(recipe), seed=own), test))
     return {"accuracy": statistics.mean(found), "by_classifier": found, "minutes": (time.monotonic() - begin) / 60}
 

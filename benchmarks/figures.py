@@ -69,11 +69,12 @@ def distances(run: Path) -> dict[str, Any]:
     from dpfast.evaluation.extractors import extractor_name
     from dpfast.evaluation.frechet import frechet_distance
     from dpfast.recipes import load
-    from dpfast.runs import build
+    from dpfast.runs import build, inputs
+    from dpfast.runs.seeds import seed_for
 
     recipe, real = load("digits"), real_digits("train")
-    seed, spec = build.seed_for(recipe, "classifier"), build.public_classifier_spec(recipe)
-    extractor = train_classifier(build.public_data(recipe), spec=spec, seed=seed)
+    seed, spec = seed_for(recipe, "classifier"), build.public_classifier_spec(recipe)
+    extractor = train_classifier(inputs.public_data(recipe), spec=spec, seed=seed)
     found = {}
     for name, folder in (("distance", samples_of(run)), ("public", run / "state/sample/public")):
         images = load_shards(folder)

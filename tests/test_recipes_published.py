@@ -17,7 +17,7 @@ from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.models import CAMELYON17, CIFAR10, MNIST
 from dpfast.errors import ConfigError
 from dpfast.recipes import load
-from dpfast.runs import build
+from dpfast.runs import inputs
 from dpfast.runs.describe import describe_plan
 from dpfast.runs.pipeline import execute, open_run
 from test_runs import Recorder
@@ -90,7 +90,7 @@ def test_some_of_the_public_images_are_of_all_classes(tmp_path):
         writer.finish(source=[])
 
     def drawn(count, *settings):
-        return build.public_data(load("cifar10", [f"data.folder={tmp_path}", f"public_count={count}", *settings]))
+        return inputs.public_data(load("cifar10", [f"data.folder={tmp_path}", f"public_count={count}", *settings]))
 
     some = drawn(100)
     assert some.labels.bincount(minlength=10).min() > 0
@@ -175,7 +175,7 @@ def test_images_of_zeros_stand_for_missing_stores_alone(gone, there, stores, tmp
     run = open_run(load("cifar10-small", settings), tmp_path, elsewhere=True)
     assert {run.recipe.data.private, run.recipe.data.public} == {f"zeros:{gone}", there}
     sizes = {"cifar10": 50_000, "imagenet32": 1_281_167} | {there: 100}
-    private, public = run.private, build.public_data(run.recipe)
+    private, public = run.private, inputs.public_data(run.recipe)
     assert [len(private), len(public)] == [sizes["cifar10"], sizes["imagenet32"]]
     assert [bool(private.images[:5].any()), bool(public.images[:5].any())] == [there == "cifar10", gone == "cifar10"]
 
@@ -184,8 +184,8 @@ def test_images_of_zeros_are_not_read_to_be_planned_with(tmp_path, monkeypatch):
     """Camelyon17 would be 0.9 GB of them."""
     monkeypatch.setattr(ImageSet, "fingerprint", lambda self: pytest.fail(f"{len(self)} images were read"))
     run = open_run(load("camelyon17", ["data.folder=nowhere"]), tmp_path, elsewhere=True)
-    others = build.private_data(load("camelyon17", ["data.private=zeros:cifar10"]))
-    assert run.private.fingerprint() == build.private_data(run.recipe).fingerprint() != others.fingerprint()
+    others = inputs.private_data(load("camelyon17", ["data.private=zeros:cifar10"]))
+    assert run.private.fingerprint() == inputs.private_data(run.recipe).fingerprint() != others.fingerprint()
     assert run.private.images.untyped_storage().nbytes() == 1
 
 

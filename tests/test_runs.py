@@ -23,7 +23,7 @@ from dpfast.privacy import Ledger, Plan, read_ledger
 from dpfast.progress import coarse_duration, duration
 from dpfast.recipes import load, parts
 from dpfast.report.internal import ROWS
-from dpfast.runs import build, pipeline
+from dpfast.runs import inputs, pipeline
 from dpfast.runs.directory import RunDirectory
 from dpfast.runs.metrics import Results
 from dpfast.runs.pipeline import execute, open_run
@@ -375,15 +375,15 @@ def test_what_a_spent_budget_depends_on_cannot_change(runs, change):
 
 
 def test_other_private_images_under_the_same_recipe_are_refused(runs, monkeypatch):
-    others = build.private_data(load("digits", TINY))
+    others = inputs.private_data(load("digits", TINY))
     others.images[0, 0, 0, 0] ^= 1
-    monkeypatch.setattr(build, "private_data", lambda recipe: others)
+    monkeypatch.setattr(inputs, "private_data", lambda recipe: others)
     with pytest.raises(ConfigError, match="private images was"):
         execute(load("digits", TINY), runs, Recorder())
 
 
 def test_other_test_images_are_measured_anew(runs, monkeypatch):
-    monkeypatch.setattr(build, "test_data", lambda recipe: real_digits("test").select(range(300)))
+    monkeypatch.setattr(inputs, "test_data", lambda recipe: real_digits("test").select(range(300)))
     assert not open_run(load("digits", TINY), runs).stages["evaluate"].done()
 
 

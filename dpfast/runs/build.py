@@ -7,17 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpfast.checkpoint import weights_fingerprint
-from dpfast.data import Augment, ImageSet, font_digits, real_digits
-from dpfast.data.digits import DIGIT_CLASSES
-from dpfast.data.formats import PUBLISHED
+from dpfast.data import Augment, ImageSet
 from dpfast.data.shards import ShardFolder
-from dpfast.data.store import MANIFEST, open_store, read_store
 from dpfast.diffusion.edm import (
     EDMObjective,
     HeunSampler,
@@ -42,86 +39,12 @@ from dpfast.privacy.plan import Plan
 from dpfast.privacy.releases import GaussianRelease
 from dpfast.progress import Progress, silent
 from dpfast.recipes.schema import Baseline, Private, Recipe
+from dpfast.runs.seeds import seed_for
 from dpfast.trainer import DPTrainer
-
-# Parts of a run that draw at random from the recipe's seed do so from streams of their own.
-SEEDS = {
-    "model": 0,
-    "public data": 1,
-    "pretrain": 2,
-    "private": 3,
-    "sample": 4,
-    "classifier": 5,
-    "baseline": 6,
-    "sweep": 7,
-}
-ZEROS = "zeros:"  # before the name of a published data set: images of zeros in its place, to plan with
-
-
-def seed_for(recipe: Recipe, part: str) -> int:
-    """The seed of one part of the run."""
-    return recipe.seed * 1000 + SEEDS[part]
-
-
-def private_data(recipe: Recipe) -> ImageSet:
-    """The images to protect."""
-    return _images(recipe, "private", "train")
-
-
-def test_data(recipe: Recipe) -> ImageSet:
-    """The images that accuracies are measured on: the test split, or with ``data.fold`` that fold."""
-    return _images(recipe, "private", "test")
-
-
-def public_data(recipe: Recipe) -> ImageSet:
-    """The images that the model is pre-trained on: all of a store, or a copy of ``data.public_count`` of them."""
-    count = recipe.data.public_count
-    if recipe.data.public == "fonts":
-        size = private_data(recipe).image_shape[-1]
-        return font_digits(count, seed=seed_for(recipe, "public data"), size=size)
-    every = _images(recipe, "public", "train")
-    if not 0 < count < len(every):
-        return every
-    generator = torch.Generator().manual_seed(seed_for(recipe, "public data"))
-    drawn = torch.randperm(len(every), generator=generator)[:count]  # the first might be of one class
-    return every.select(drawn.sort().values)  # in the order that they have on disk
-
-
-def public_shape(recipe: Recipe) -> tuple[int, int, int]:
-    """Of the public images in a store; none is read to know it."""
-    return _images(recipe, "public", "train").image_shape
-
-
-def public_classes(recipe: Recipe) -> tuple[str, ...]:
-    """Of the public images; no font is rendered to know them."""
-    return DIGIT_CLASSES if recipe.data.public == "fonts" else _images(recipe, "public", "train").classes
-
-
-def shares_labels(recipe: Recipe) -> bool:
-    """Whether public and private images have the same classes."""
-    return public_classes(recipe) == private_data(recipe).classes
-
-
-def shares_images(recipe: Recipe) -> bool:
-    """Whether the public store holds a split of the private one, under whatever name."""
-    data = recipe.data
-    if not (_is_stored(data.public) and _is_stored(data.private)):
-        return False
-    public, private = (read_store(Path(data.folder) / name).splits.values() for name in (data.public, data.private))
-    return bool({split.images.sha256 for split in public} & {split.images.sha256 for split in private})
-
-
-def public_identity(recipe: Recipe) -> dict[str, Any]:
-    """What tells the public images from others of the same name."""
-    if not _is_stored(recipe.data.public):
-        return {}
-    store = read_store(Path(recipe.data.folder) / recipe.data.public)
-    images = {name: split.images.sha256 for name, split in store.splits.items()}
-    return {"public images": images, "public classes": list(store.classes)}
 
 
 def initial_identity(recipe: Recipe) -> dict[str, Any]:
-    """Likewise of the weights that pre-training begins with."""
+    """What tells the weights that pre-training begins with from others of the same name."""
     if recipe.pretrain.weights is None:
         return {}
     return {"initial weights": weights_fingerprint(load_unet(recipe.pretrain.weights))}
@@ -139,27 +62,6 @@ def extractor_identity(recipe: Recipe) -> dict[str, Any]:
     return {} if path is None else {"extractor": file_sha256(Path(path))}
 
 
-def _is_stored(name: str) -> bool:
-    return name not in ("digits", "fonts") and not name.startswith(ZEROS)
-
-
-def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageSet:
-    data, name = recipe.data, str(getattr(recipe.data, key))
-    if name == "digits":
-        return real_digits(split, fold=data.fold)
-    if name.startswith(ZEROS):
-        return _as_published(name.removeprefix(ZEROS), split)
-    folder = Path(data.folder) / name
-    if not (folder / MANIFEST).exists():
-        raise ConfigError(
-            f"recipe key data.{key} = {name!r}: no store in {folder}. Prepare it from the files of the data set"
-            f" (dpfast data prepare {name} --source ...), or say where stores are (--set data.folder=...)"
-        )
-    if data.fold is not None:
-        raise ConfigError("recipe key data.fold: only digits have folds; leave it out")
-    return open_store(folder, split, name=name)
-
-
 def without_paths(recipe: Recipe) -> Recipe:
     """The same without what it tells of this machine, to be given away."""
     weights = recipe.pretrain.weights
@@ -167,39 +69,6 @@ def without_paths(recipe: Recipe) -> Recipe:
     extractor = recipe.evaluate.extractor
     evaluate = replace(recipe.evaluate, extractor=None if extractor is None else Path(extractor).name)
     return replace(recipe, data=replace(recipe.data, folder="data"), pretrain=pretrain, evaluate=evaluate)
-
-
-def planned(recipe: Recipe) -> Recipe:
-    """The same with images of zeros, as many as are published, in the place of each published data set not there."""
-    data = recipe.data
-
-    def present(name: str) -> str:
-        missing = name in PUBLISHED and not (Path(data.folder) / name / MANIFEST).exists()
-        return ZEROS + name if missing else name
-
-    return replace(recipe, data=replace(data, private=present(data.private), public=present(data.public)))
-
-
-def is_planned(recipe: Recipe) -> bool:
-    """Whether images of zeros stand in the place of some."""
-    return any(name.startswith(ZEROS) for name in (recipe.data.private, recipe.data.public))
-
-
-@dataclass(frozen=True, eq=False)
-class _Zeros(ImageSet):
-    """Images of zeros, which share the memory of one number; equal ones are told by their shape and classes."""
-
-    def fingerprint(self) -> str:
-        return f"zeros {tuple(self.images.shape)}, {self.num_classes} classes"
-
-
-def _as_published(name: str, split: str) -> ImageSet:
-    published = PUBLISHED[name].published if name in PUBLISHED else None
-    if published is None:
-        raise ConfigError(f"{ZEROS}{name}: nothing is published of {name!r}; name one of {', '.join(PUBLISHED)}")
-    count, classes = published.sizes[split], published.classes
-    images = torch.zeros(1, dtype=torch.uint8).expand(count, *published.shape)
-    return _Zeros(images, torch.arange(count) % classes, tuple(map(str, range(classes))))
 
 
 def unet(recipe: Recipe, images: ImageSet) -> Any:

@@ -12,20 +12,21 @@ from dpfast.evaluation import Classifier, ClassifierSpec, build_classifier, trai
 from dpfast.evaluation.extractors import Extractor, classifier_extractor, extractor_name
 from dpfast.progress import Progress
 from dpfast.recipes import fingerprint, parts
-from dpfast.runs import build
+from dpfast.runs import build, inputs
 from dpfast.runs.run import Run
+from dpfast.runs.seeds import seed_for
 
 
 def public_classifier(run: Run, progress: Progress) -> Classifier:
     """The classifier of the public images: feature extractor, and where the private classifier starts."""
     keys = ("seed", "data.public", "data.public_count", "evaluate.extractor_steps")
-    key = fingerprint(parts(run.recipe, *keys) | build.public_identity(run.recipe))
+    key = fingerprint(parts(run.recipe, *keys) | inputs.public_identity(run.recipe))
     path = run.directory.state / f"public-classifier-{key}"
     if not path.exists():
-        seed, spec = build.seed_for(run.recipe, "classifier"), build.public_classifier_spec(run.recipe)
-        public, device = build.public_data(run.recipe), run.recipe.performance.device
+        seed, spec = seed_for(run.recipe, "classifier"), build.public_classifier_spec(run.recipe)
+        public, device = inputs.public_data(run.recipe), run.recipe.performance.device
         save(path, train_classifier(public, spec=spec, seed=seed, device=device, progress=progress).cpu())
-    return load(run, path, build.public_classes(run.recipe))
+    return load(run, path, inputs.public_classes(run.recipe))
 
 
 def extractor(run: Run, progress: Progress) -> Extractor:
@@ -42,7 +43,7 @@ def baseline_start(run: Run, progress: Progress) -> Classifier:
     model = empty(run, run.private.classes)
     if run.recipe.baseline.pretrained:
         weights = public_classifier(run, progress).state_dict()
-        if not build.shares_labels(run.recipe):
+        if not inputs.shares_labels(run.recipe):
             weights |= {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
         model.load_state_dict(weights)
     return model
@@ -51,7 +52,7 @@ def baseline_start(run: Run, progress: Progress) -> Classifier:
 def empty(run: Run, classes: tuple[str, ...]) -> Classifier:
     """An untrained network for these classes; public and private images have one shape."""
     like = ImageSet(run.private.images[:0], run.private.labels[:0], classes)
-    return build_classifier(like, ClassifierSpec(), seed=build.seed_for(run.recipe, "baseline"))
+    return build_classifier(like, ClassifierSpec(), seed=seed_for(run.recipe, "baseline"))
 
 
 def save(path: Path, model: torch.nn.Module) -> None:

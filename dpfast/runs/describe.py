@@ -75,9 +75,9 @@ def _sample_rate(sample_rate: float | None, batch_size: float | None, dataset_si
 
 def describe_plan(recipe: Recipe) -> Rows:
     """The plan of a recipe."""
-    from dpfast.runs import build
+    from dpfast.runs import build, inputs
 
-    plan = build.plan(recipe, len(build.private_data(recipe)))
+    plan = build.plan(recipe, len(inputs.private_data(recipe)))
     curve = plan.epsilon_curve(5) if plan.is_private else []
     return [
         ("private images", str(plan.dataset_size)),
@@ -128,9 +128,9 @@ def describe_bench(recipe: Recipe, rounds: int, progress: Progress) -> Iterator[
 
 
 def _trainer(recipe: Recipe) -> DPTrainer:
-    from dpfast.runs import build
+    from dpfast.runs import build, inputs
 
-    data = build.private_data(recipe)
+    data = inputs.private_data(recipe)
     model, plan = build.tuned(recipe, build.unet(recipe, data)), build.plan(recipe, len(data))
     return build.private_trainer(recipe, recipe.private, model, data, plan, build.private_objective(recipe, data))
 

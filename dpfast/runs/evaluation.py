@@ -8,7 +8,7 @@ from dpfast.data import ImageSet
 from dpfast.data.shards import load_shards
 from dpfast.evaluation import accuracy, train_classifier
 from dpfast.progress import Progress
-from dpfast.runs import build, classifiers
+from dpfast.runs import build, classifiers, inputs
 from dpfast.runs.metrics import Results
 from dpfast.runs.run import Run
 from dpfast.runs.spent import spent_in_all
@@ -26,7 +26,7 @@ def evaluate(run: Run, progress: Progress) -> None:
 def _accuracies(run: Run, results: Results, synthetic: ImageSet, public: ImageSet, progress: Progress) -> None:
     from dpfast.evaluation.studies import accuracy_by_count
 
-    recipe, test, seeds = run.recipe, build.test_data(run.recipe), build.classifier_seeds(run.recipe)
+    recipe, test, seeds = run.recipe, inputs.test_data(run.recipe), build.classifier_seeds(run.recipe)
     spec, device = build.classifier_spec(recipe), recipe.performance.device
     studied = accuracy_by_count(
         synthetic,
@@ -45,7 +45,7 @@ def _accuracies(run: Run, results: Results, synthetic: ImageSet, public: ImageSe
             if key not in results:
                 model = train_classifier(images, spec=spec, seed=seed, device=device, progress=progress)
                 results[key] = accuracy(model, test)
-    if build.shares_labels(recipe):
+    if inputs.shares_labels(recipe):
         results["accuracy.public_classifier"] = accuracy(classifiers.public_classifier(run, progress), test)
     rival = classifiers.load(run, run.directory.baseline / "model", run.private.classes)
     results["accuracy.dp_classifier"] = accuracy(rival, test)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpfast.errors import FileError
 from dpfast.files import read_json, write_json
-from dpfast.runs import build
+from dpfast.runs import inputs
 from dpfast.runs.run import Run
 from dpfast.runs.spent import spent
 
@@ -56,7 +56,7 @@ def gather_metrics(run: Run) -> dict[str, Any]:
     scores = {name: results[f"scores.{name}"] for name in ("synthetic", "public_only")}
     accuracy = {name: fmean(values) for name, values in by_seed.items()}
     accuracy["dp_classifier"] = results["accuracy.dp_classifier"]
-    if build.shares_labels(run.recipe):
+    if inputs.shares_labels(run.recipe):
         accuracy["public_classifier"] = results["accuracy.public_classifier"]
     return {
         "name": run.recipe.name,
@@ -74,7 +74,7 @@ def gather_metrics(run: Run) -> dict[str, Any]:
         "accuracy": accuracy,
         "accuracy_by_seed": by_seed,
         "classifier_seeds": run.recipe.evaluate.seeds,
-        "test_images": len(build.test_data(run.recipe)),
+        "test_images": len(inputs.test_data(run.recipe)),
         "accuracy_by_count": by_count,
         "scores": scores,
         "frechet": {name: of["fid"] for name, of in scores.items()} | {"extractor": scores["synthetic"]["extractor"]},

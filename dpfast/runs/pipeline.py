@@ -16,7 +16,7 @@ from dpfast.files import remove, write_atomic, write_json
 from dpfast.progress import duration
 from dpfast.recipes import defaults, parts, to_toml
 from dpfast.recipes.schema import Recipe
-from dpfast.runs import build, evaluation, work
+from dpfast.runs import build, evaluation, inputs, work
 from dpfast.runs.directory import RunDirectory
 from dpfast.runs.metrics import read_metrics
 from dpfast.runs.run import Run
@@ -27,21 +27,21 @@ from dpfast.runs.terminal import TerminalProgress
 def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False) -> Run:
     """The run of ``recipe`` in the folder ``runs``, checked as far as that needs no work. Nothing is written.
 
-    elsewhere: it will not be carried out here, where its device may be missing, and data (``build.planned``).
+    elsewhere: it will not be carried out here, where its device may be missing, and data (``inputs.planned``).
 
     Raises:
         ConfigError: a value that a later stage would stumble over, or one that differs from what this run has
             already spent budget on.
     """
     if elsewhere:
-        recipe = build.planned(recipe)
-    elif build.is_planned(recipe):
+        recipe = inputs.planned(recipe)
+    elif inputs.is_planned(recipe):
         raise ConfigError(
             f"recipe keys data.private = {recipe.data.private!r}, data.public = {recipe.data.public!r}:"
-            f" {build.ZEROS[:-1]} are to plan with (--dry-run); name stores"
+            f" {inputs.ZEROS[:-1]} are to plan with (--dry-run); name stores"
         )
     directory = RunDirectory(runs / recipe.name, private=math.isfinite(recipe.private.target_epsilon))
-    private = build.private_data(recipe)
+    private = inputs.private_data(recipe)
     preflight(recipe, private)
     _check_device(recipe.performance.device, elsewhere=elsewhere)
     stages = _stages(recipe, directory, private)
@@ -97,7 +97,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
     """
     images = {"private images": private.fingerprint()}
     budget = ("private.target_epsilon", "private.target_delta", "private.neighboring")
-    public = parts(recipe, "data.public", "data.public_count") | build.public_identity(recipe)
+    public = parts(recipe, "data.public", "data.public_count") | inputs.public_identity(recipe)
     pretrain = parts(recipe, "seed", "model", "diffusion", "pretrain", "performance.dtype") | public
     pretrain |= build.initial_identity(recipe)
     pretrain |= {"private shape": list(private.image_shape), "private classes": list(private.classes)}
@@ -106,7 +106,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
     baseline = parts(recipe, "seed", "data.private", "data.fold", "baseline", "performance.dtype", *budget) | images
     if recipe.baseline.pretrained:
         baseline |= parts(recipe, "evaluate.extractor_steps") | public
-    evaluate = sample | baseline | parts(recipe, "evaluate") | {"test images": build.test_data(recipe).fingerprint()}
+    evaluate = sample | baseline | parts(recipe, "evaluate") | {"test images": inputs.test_data(recipe).fingerprint()}
     evaluate |= build.extractor_identity(recipe)
     reports = [at.release_report, at.internal_report, at.metrics]
 
@@ -151,7 +151,7 @@ def preflight(recipe: Recipe, private: ImageSet) -> None:
 def _check_public(recipe: Recipe, private: ImageSet) -> None:
     """What the model is pre-trained on is not private, and has the shape of what it is fine-tuned on."""
     shape, name = private.image_shape, recipe.data.public
-    if name == "digits" or name == recipe.data.private or build.shares_images(recipe):
+    if name == "digits" or name == recipe.data.private or inputs.shares_images(recipe):
         raise ConfigError(
             f"recipe key data.public = {name!r}: these are the private or the test images; pre-training would use them"
             " without any protection. Name public ones"
@@ -161,7 +161,7 @@ def _check_public(recipe: Recipe, private: ImageSet) -> None:
             raise ConfigError("recipe key data.public_count = 0: expected how many fonts to render; 0 is for stores")
         if shape[0] != 1 or shape[1] != shape[2]:
             raise ConfigError(f'recipe key data.public = "fonts": they are grey and square, private images {shape}')
-    elif (other := build.public_shape(recipe)) != shape:
+    elif (other := inputs.public_shape(recipe)) != shape:
         raise ConfigError(
             f"recipe key data.public = {recipe.data.public!r}: its images are {other}, the private ones {shape};"
             f" prepare one of the stores anew with dpfast data prepare ... --size {shape[-1]}"

@@ -29,7 +29,7 @@ from dpfast.recipes import fingerprint, flatten, load, parts
 from dpfast.recipes.schema import Recipe
 from dpfast.report.internal import percent
 from dpfast.report.sweep import SweepReport
-from dpfast.runs import build
+from dpfast.runs import build, inputs
 from dpfast.runs.metrics import Results
 from dpfast.runs.pipeline import execute, open_run, preflight
 from dpfast.runs.run import Run
@@ -89,7 +89,7 @@ def sweep(
             page=run.directory.sweep_report,
         )
         report = SweepReport(
-            name=recipe.name, test_images=len(build.test_data(recipe)), held_out=scored.held_out, **_shown(result)
+            name=recipe.name, test_images=len(inputs.test_data(recipe)), held_out=scored.held_out, **_shown(result)
         )
         write_atomic(result.page, report.html())
         write_json(run.directory.sweep, _shown(result))
@@ -145,7 +145,7 @@ class _Scored:
         self._own = load_shards(run.directory.samples)
         _, held_out = split_synthetic(self._own)
         self._scored = self._own.select(held_out)
-        self._test = build.test_data(run.recipe)
+        self._test = inputs.test_data(run.recipe)
         self._results = Results(run.directory.sweep_results)
         self.held_out = len(held_out)
 

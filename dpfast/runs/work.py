@@ -16,9 +16,10 @@ from dpfast.report.figures import contact_sheet
 from dpfast.report.internal import InternalReport
 from dpfast.report.page import COLUMNS
 from dpfast.report.release import ReleaseReport
-from dpfast.runs import build, classifiers
+from dpfast.runs import build, classifiers, inputs
 from dpfast.runs.metrics import gather_metrics
 from dpfast.runs.run import Run
+from dpfast.runs.seeds import seed_for
 from dpfast.runs.spent import baseline_statement, model_statement
 
 GRID_COLUMNS = 20
@@ -31,7 +32,7 @@ def pretrain(run: Run, progress: Progress) -> None:
         _save_model(build.initial_unet(recipe, run.private), at.public_model)
         write_json(at.losses, [])
         return
-    public = build.public_data(recipe)
+    public = inputs.public_data(recipe)
     model = build.initial_unet(recipe, public).to(recipe.performance.device)
     losses = pretrain_model(
         model,
@@ -43,7 +44,7 @@ def pretrain(run: Run, progress: Progress) -> None:
         dtype=recipe.performance.dtype,
         progress=progress,
     )
-    if not build.shares_labels(recipe):
+    if not inputs.shares_labels(recipe):
         model = build.relabelled(recipe, model, run.private)
     _save_model(model.cpu(), at.public_model)
     write_json(at.losses, losses)
@@ -59,7 +60,7 @@ def train(run: Run, progress: Progress) -> None:
         run.private,
         run.plan,
         build.private_objective(recipe, run.private),
-        seed=build.seed_for(recipe, "private"),
+        seed=seed_for(recipe, "private"),
         state_dir=at.training,
         progress=progress,
     )
@@ -87,7 +88,7 @@ def sample(run: Run, progress: Progress) -> None:
 def draw_samples(
     run: Run, recipe: Recipe, model: Path, folder: Path, progress: Progress, *, part: str = "sample"
 ) -> ShardFolder:
-    """Samples of a saved model as ``recipe`` says. part: whose seed they are drawn from (``build.SEEDS``)."""
+    """Samples of a saved model as ``recipe`` says. part: whose seed they are drawn from (``seeds.SEEDS``)."""
     return build.sampling(recipe, part).shards(
         load_unet(model).to(recipe.performance.device),
         folder=folder,
@@ -108,7 +109,7 @@ def baseline(run: Run, progress: Progress) -> None:
         run.private,
         run.baseline_plan,
         build.classifier_objective(recipe),
-        seed=build.seed_for(recipe, "baseline"),
+        seed=seed_for(recipe, "baseline"),
         state_dir=at.baseline,
         progress=progress,
     )
@@ -149,7 +150,7 @@ def _before(run: Run) -> str:
     pretrain = run.recipe.pretrain
     if not pretrain.steps:
         return "nothing: there was no pre-training" if pretrain.weights is None else "what its first weights knew"
-    return "public images only" if build.shares_labels(run.recipe) else "public images only, and none of these classes"
+    return "public images only" if inputs.shares_labels(run.recipe) else "public images only, and none of these classes"
 
 
 def _internal_report(run: Run, metrics: dict[str, Any], seconds: dict[str, float]) -> InternalReport:
