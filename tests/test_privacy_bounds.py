@@ -42,7 +42,7 @@ def test_two_worlds_come_near_a_gaussian_from_below(sigma, least):
 
 
 def test_a_bound_holds_as_often_as_it_says():
-    """Of randomised response, whose epsilon is log 3: above it in at most 5% of 400 attacks, within three deviations."""
+    """Of randomised response, whose epsilon is log 3: above it in at most 5% of 400 attacks (and three deviations)."""
     random = np.random.default_rng(1)
     over = 0
     for _ in range(400):

@@ -83,7 +83,7 @@ def one_run_bound(
     """From scores of m examples of one release, each of which took part by a fair coin of its own (``included``).
 
     Of the examples with the largest scores it is guessed that they took part, of as many with the smallest that they
-    did not, of the others nothing. guesses: how many to guess in all, from few to all by default; several are tried at a
+    did not, of others nothing. guesses: how many to guess in all, from few to all by default; several are tried at a
     share of the risk each. Theorem 5.2 of Steinke et al. for neighbours that differ by an example more or less.
 
     Raises ConfigError for scores that are not finite, or lists of different lengths.
