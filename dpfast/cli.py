@@ -214,6 +214,41 @@ def compare(
 
 
 @app.command()
+def audit(
+    recipe: RecipeArgument,
+    settings: Set = None,
+    name: Name = None,
+    canaries: Annotated[int, typer.Option(help="Examples that an attacker looks for; more show more.")] = 1000,
+    background: Annotated[int, typer.Option(help="Private images that are trained on beside them.")] = 200,
+    runs: Runs = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Attack a recipe's private training, and what its run has made: lower bounds on epsilon, members, copies.
+
+    Exit code 1 where the promise is refuted. For inside the house: nothing of it may be released.
+
+    \b
+    Examples:
+      dpfast audit digits
+      dpfast audit runs/eps1/recipe.toml --canaries 3000
+    """
+    with reported(debug):
+        resolved = _load(recipe, settings, name)
+        typer.echo("loading ...", err=True)
+        from dpfast.runs.audit import audit_run, summary
+        from dpfast.runs.pipeline import open_run
+        from dpfast.runs.terminal import TerminalProgress
+
+        run = open_run(resolved, runs)
+        with run.directory.locked():
+            found = audit_run(run, TerminalProgress(sys.stderr), canaries=canaries, background=background)
+        for line in summary(found, run):
+            typer.echo(line)
+        if found.refuted:
+            raise typer.Exit(1)
+
+
+@app.command()
 def account(
     steps: Annotated[int, typer.Option(help="Number of private steps.")],
     delta: Annotated[float, typer.Option(help="Chance of failure that is tolerated.")],

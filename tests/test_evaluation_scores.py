@@ -311,9 +311,9 @@ def test_features_are_read_in_chunks_of_bytes():
 
 def test_distances_are_taken_a_block_at_a_time(monkeypatch):
     largest = []
-    real = neighbors._squared_distances
+    real = neighbors.squared_distances
     spy = lambda *blocks: largest.append(real(*blocks)) or largest[-1]  # noqa: E731
-    monkeypatch.setattr(neighbors, "_squared_distances", spy)
+    monkeypatch.setattr(neighbors, "squared_distances", spy)
     overlap(*PAIR, block=50)
     assert max(d.numel() for d in largest) == 50 * 50
     assert len(largest) == 6 * 6 + 6 * 6 + 6 * 6

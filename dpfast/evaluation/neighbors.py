@@ -57,7 +57,7 @@ def overlap(
     within = 0
     for i, rows in enumerate(reals):
         for j, columns in enumerate(synthetics):
-            squared = _squared_distances(rows, columns)
+            squared = squared_distances(rows, columns)
             precise[j].logical_or_((squared <= real_radii[i][0, :, None]).any(0))
             recalled[i].logical_or_((squared <= synthetic_radii[j][0]).any(1))
             close = squared <= real_radii[i][1, :, None]
@@ -79,13 +79,13 @@ def _squared_radii(blocks: tuple[Tensor, ...], neighbors: tuple[int, ...]) -> li
     for rows in blocks:
         nearest = rows.new_empty(len(rows), 0, dtype=torch.float64)
         for columns in blocks:
-            candidates = torch.cat([nearest, _squared_distances(rows, columns)], 1)
+            candidates = torch.cat([nearest, squared_distances(rows, columns)], 1)
             nearest = candidates.topk(min(most + 1, candidates.shape[1]), largest=False).values
         radii.append(nearest[:, list(neighbors)].T)  # number 0 is the vector itself
     return radii
 
 
-def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
+def squared_distances(first: Tensor, second: Tensor) -> Tensor:
     """float64 ``[n, m]`` of ``[n, d]`` and ``[m, d]``."""
     center = first.mean(0, dtype=torch.float64)  # distances do not depend on it, their rounding errors do
     first, second = first - center, second - center

@@ -44,6 +44,8 @@ class RunDirectory:
         self.sweep = self.internal / "sweep" / "sweep.json"
         self.sweep_report = self.internal / "sweep" / "report.html"
         self.choices = self.internal / "sweep" / "choices.json"
+        self.audit = self.internal / "audit" / "audit.json"
+        self.audit_report = self.internal / "audit" / "report.html"
         self.metrics = self.internal / "metrics.json"
         self.release_report = self.release / "report.html"
         self.internal_report = self.internal / "report.html"
