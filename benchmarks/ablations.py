@@ -78,7 +78,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         if not found:
             continue
         moved = [value - newest[DEFAULT, seed] for seed, value in found.items() if (DEFAULT, seed) in newest]
-        shown = f"{statistics.mean(moved):+.1f} ({min(moved):+.1f} to {max(moved):+.1f})" if moved else ""
+        mean, low, high = (f"{round(of(moved), 1) + 0.0:+.1f}" for of in (statistics.mean, min, max)) if moved else "   "
+        shown = f"{mean} ({low} to {high})" if moved else ""
         lines.append(f"| {name} | {len(found)} | {spread(list(found.values()))} | {'' if name == DEFAULT else shown} |")
     return "\n".join(lines)
 
