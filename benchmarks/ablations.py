@@ -78,10 +78,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         if not found:
             continue
         moved = [value - newest[DEFAULT, seed] for seed, value in found.items() if (DEFAULT, seed) in newest]
-        mean, low, high = (f"{round(of(moved), 1) + 0.0:+.1f}" for of in (statistics.mean, min, max)) if moved else "   "
-        shown = f"{mean} ({low} to {high})" if moved else ""
-        lines.append(f"| {name} | {len(found)} | {spread(list(found.values()))} | {'' if name == DEFAULT else shown} |")
+        shown = "" if name == DEFAULT or not moved else difference(moved)
+        lines.append(f"| {name} | {len(found)} | {spread(list(found.values()))} | {shown} |")
     return "\n".join(lines)
+
+
+def difference(moved: list[float]) -> str:
+    """Mean and range, with signs; no minus before a zero."""
+    mean, low, high = (f"{round(of(moved), 1) + 0.0:+.1f}" for of in (statistics.mean, min, max))
+    return f"{mean} ({low} to {high})"
 
 
 def main() -> None:
