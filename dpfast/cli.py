@@ -156,9 +156,18 @@ Vary = Annotated[
         "--vary",
         metavar="KEY=VALUE,VALUE,...",
         callback=_settings,
-        help="Values of a key of [sample] or [evaluate] to compare; given several times, every combination.",
+        help="Values of a key of [evaluate] to compare; of several, every combination. With --noised, of [sample].",
     ),
 ]
+
+
+def _varied(entries: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, _, values in (entry.partition("=") for entry in entries):
+        if key.strip() in found:
+            raise ConfigError(f"--vary {key.strip()}: given twice; give all values at once, as in --vary {key}=1,2,3")
+        found[key.strip()] = values.split(",")
+    return found
 
 
 @app.command()
@@ -174,13 +183,13 @@ def sweep(
     runs: Runs = RUNS,
     debug: Debug = False,
 ) -> None:
-    """Compare settings of sampling and classifiers on synthetic images, which costs no privacy, and choose one.
+    """Compare settings of classifiers on synthetic images, which costs no privacy, and choose one.
 
     \b
     Examples:
       dpfast sweep digits --vary evaluate.learning_rate=1e-3,4e-3 --vary evaluate.steps=200,600
-      dpfast sweep runs/eps1/recipe.toml --vary guidance=1,1.25,1.5
-      dpfast sweep digits --name six --set private.choices=6 --vary evaluate.steps=50,100,200,300,400,600 --noised
+      dpfast sweep runs/eps1/recipe.toml --vary network=small-cnn,wrn-16-1
+      dpfast sweep digits --name three --set private.choices=3 --vary guidance=1,1.25,1.5 --noised
     """
     with reported(debug):
         resolved = _load(recipe, settings, name)
@@ -188,7 +197,7 @@ def sweep(
         from dpfast.runs.sweep import summary, sweep, variants
         from dpfast.runs.terminal import TerminalProgress
 
-        varied = {key.strip(): values.split(",") for key, _, values in (entry.partition("=") for entry in vary)}
+        varied = _varied(vary)
         compared = variants(recipe, [*(settings or []), f"name={resolved.name}"], varied)
         for line in summary(sweep(resolved, compared, runs, TerminalProgress(sys.stderr), noised=noised)):
             typer.echo(line)
@@ -197,7 +206,10 @@ def sweep(
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, such as runs/demo.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compared.html"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page to write; by default compared.html among the first run's private files."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Put finished runs side by side: accuracies, distances, and FID by epsilon. For inside the house.
@@ -209,8 +221,9 @@ def compare(
     with reported(debug):
         from dpfast.report.comparison import compare as write
 
-        write(folders, out)
-        typer.echo(f"Must not leave (private):  {out}")
+        page = out or folders[0] / "internal" / "compared.html"
+        write(folders, page)
+        typer.echo(f"Must not leave (private):  {page}")
 
 
 @app.command()

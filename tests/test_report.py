@@ -80,6 +80,7 @@ METRICS = {
     },
     "classifier_seeds": 3,
     "test_images": 360,
+    "private_images": "of digits",
     "accuracy_by_count": [
         {"count": 30, "accuracies": [0.7, 0.72, 0.69], "ensemble": 0.74, "test_images": 360},
         {"count": 300, "accuracies": [0.93, 0.92, 0.94], "ensemble": 0.951, "test_images": 360},

@@ -382,6 +382,12 @@ def test_other_private_images_under_the_same_recipe_are_refused(runs, monkeypatc
         execute(load("digits", TINY), runs, Recorder())
 
 
+def test_who_draws_samples_does_not_matter(runs):
+    execute(load("digits", TINY), runs, Recorder(), until="sample")
+    other = load("digits", [*TINY, 'sample.devices=["cpu", "cpu"]', "sample.compile=true"])
+    assert open_run(other, runs).stages["sample"].done()
+
+
 def test_other_test_images_are_measured_anew(runs, monkeypatch):
     monkeypatch.setattr(inputs, "test_data", lambda recipe: real_digits("test").select(range(300)))
     assert not open_run(load("digits", TINY), runs).stages["evaluate"].done()

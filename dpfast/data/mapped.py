@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.errors import FileError
+
 # Without it, as numpy maps files, Linux wants memory for all that might be written: more than there is is refused.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # Python names it since 3.13
 
@@ -27,16 +29,24 @@ def on_disk(blocks: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype
     """The blocks one behind the other, as one tensor of this shape. It lies in a file of ``folder`` that has no name
     and is gone with the tensor; no more than a block is in memory.
 
-    Where nothing can be written to ``folder``, the system's folder for temporary files takes its place.
+    Where nothing can be written to ``folder``, the system's folder for temporary files takes its place. Raises
+    FileError when the disk is full.
     """
     like = torch.empty(0, dtype=dtype).numpy().dtype
     with _nameless(folder) as file:
         for block in blocks:
-            file.write(block.contiguous().numpy().data)
-        file.flush()
+            _write(file, block.contiguous().numpy().data, folder)
         if file.tell() != math.prod(shape) * like.itemsize:
             raise ValueError(f"blocks of {file.tell()} bytes do not make {dtype} {shape}")
         return torch.from_numpy(np.ndarray(shape, like, map_file(file) if file.tell() else None))
+
+
+def _write(file: IO[bytes], content: memoryview, folder: Path) -> None:
+    try:
+        file.write(content)
+        file.flush()
+    except OSError as error:
+        raise FileError(f"cannot write to {folder} ({error.strerror}): make room, then run again") from error
 
 
 def _nameless(folder: Path) -> IO[bytes]:

@@ -97,18 +97,32 @@ def feature_blocks(extractor: Extractor, images: Tensor, *, batch_size: int = 25
     return _blocks(extractor, extractor.features, images, batch_size)
 
 
-def features(extractor: Extractor, images: Tensor, *, batch_size: int = 256, progress: Progress = silent) -> Tensor:
-    """All of ``feature_blocks`` in one tensor, float32 ``[n, d]`` on the extractor's device; of a CPU ``on_disk``."""
-    return _joined(feature_blocks(extractor, images, batch_size=batch_size), len(images), progress)
+def features(
+    extractor: Extractor,
+    images: Tensor,
+    *,
+    batch_size: int = 256,
+    folder: Path | None = None,
+    progress: Progress = silent,
+) -> Tensor:
+    """All of ``feature_blocks`` in one tensor, float32 ``[n, d]`` on the extractor's device; those of a CPU ``on_disk``
+    in ``folder``, by default that of the system for temporary files.
+    """
+    return _joined(feature_blocks(extractor, images, batch_size=batch_size), len(images), folder, progress)
 
 
 def probabilities(
-    extractor: Extractor, images: Tensor, *, batch_size: int = 256, progress: Progress = silent
+    extractor: Extractor,
+    images: Tensor,
+    *,
+    batch_size: int = 256,
+    folder: Path | None = None,
+    progress: Progress = silent,
 ) -> Tensor | None:
-    """Class probabilities, float32 ``[n, classes]`` on the extractor's device; None where it knows no classes."""
+    """Class probabilities, float32 ``[n, classes]``, where ``features`` would be; None where it knows no classes."""
     if extractor.probabilities is None:
         return None
-    return _joined(_blocks(extractor, extractor.probabilities, images, batch_size), len(images), progress)
+    return _joined(_blocks(extractor, extractor.probabilities, images, batch_size), len(images), folder, progress)
 
 
 @torch.no_grad()
@@ -119,12 +133,12 @@ def _blocks(
         yield _checked(extractor, read(chunk.to(extractor.device)).float(), len(chunk))
 
 
-def _joined(blocks: Iterator[Tensor], count: int, progress: Progress) -> Tensor:
+def _joined(blocks: Iterator[Tensor], count: int, folder: Path | None, progress: Progress) -> Tensor:
     """As ``torch.cat``, without a second copy of everything."""
     head = next(blocks)
     blocks, shape = _told(chain([head], blocks), count, progress), (count, head.shape[1])
     if head.device.type == "cpu":
-        return on_disk(blocks, shape, head.dtype, Path(tempfile.gettempdir()))
+        return on_disk(blocks, shape, head.dtype, folder or Path(tempfile.gettempdir()))
     whole = head.new_empty(shape)
     for part, block in zip(whole.split(len(head)), blocks, strict=True):
         part.copy_(block)

@@ -6,6 +6,8 @@ arXiv 2002.09797). Computed from the private images without protection: to judge
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -90,21 +92,22 @@ def image_scores(
     *,
     settings: ScoreSettings | None = None,
     batch_size: int = 256,
+    folder: Path | None = None,
     progress: Progress = silent,
 ) -> ImageScores:
     """All scores of ``synthetic`` against ``real``.
 
     Images are read ``batch_size`` at a time and may lie in memory-mapped files. Their features (float32, 0.5 GB for
-    60,000 images under Inception) stay on a GPU that made them, else in a file; scores are made of them block by block.
+    60,000 images under Inception) stay on a GPU that made them, else in a nameless file of ``folder`` (by default of
+    the system's folder for temporary files); scores are made of them block by block.
 
     Raises DataError for too few images, or images of different shapes, and for features that are not finite.
     """
     settings = settings or ScoreSettings()
     _check(real, synthetic, settings)
-    ours, theirs = (
-        features(extractor, images.images, batch_size=batch_size, progress=progress) for images in (synthetic, real)
-    )
-    classes = probabilities(extractor, synthetic.images, batch_size=batch_size, progress=progress)
+    read = partial(features, extractor, batch_size=batch_size, folder=folder, progress=progress)
+    ours, theirs = (read(images.images) for images in (synthetic, real))
+    classes = probabilities(extractor, synthetic.images, batch_size=batch_size, folder=folder, progress=progress)
     distance, distance_std = kernel_distance(
         theirs, ours, subsets=settings.kid_subsets, subset_size=settings.kid_subset_size, seed=settings.seed
     )

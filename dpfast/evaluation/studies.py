@@ -161,7 +161,7 @@ def rank_transfer(
             f"rank_transfer: expected {FEWEST_SETTINGS} settings or more, got {len(settings)}; make them with"
             " classifier_grid"
         )
-    scorer = _Scorer(synthetic, held_out, seed, {} if results is None else results, device, progress)
+    scorer = Scorer(synthetic, held_out=held_out, seed=seed, results=results, device=device, progress=progress)
     scored = [scorer(spec, real=real_validation) for spec in settings.values()]
     on_synthetic, on_real = (tuple(scores[name] for scores in scored) for name in ("synthetic", "real"))
     rho, interval = rank_correlation(on_synthetic, on_real, seed=seed)
@@ -184,7 +184,7 @@ def select_classifier(
     """
     if not settings:
         raise ConfigError("select_classifier: expected one setting or more, got none")
-    scorer = _Scorer(synthetic, held_out, seed, {} if results is None else results, device, progress)
+    scorer = Scorer(synthetic, held_out=held_out, seed=seed, results=results, device=device, progress=progress)
     accuracies = {name: scorer(spec)["synthetic"] for name, spec in settings.items()}
     best = max(accuracies, key=lambda name: accuracies[name])
     return ClassifierChoice(name=best, spec=settings[best], accuracies=accuracies)
@@ -229,27 +229,28 @@ def split_synthetic(images: ImageSet, *, held_out: float = HELD_OUT, seed: int =
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(scored))
 
 
-class _Scorer:
+class Scorer:
     """Trains a setting's classifier on most synthetic images, and scores it on the others and on further sets."""
 
     def __init__(
         self,
         synthetic: ImageSet,
-        held_out: float,
-        seed: int,
-        results: Results,
-        device: str | torch.device,
-        progress: Progress,
+        *,
+        held_out: float = HELD_OUT,
+        seed: int = 0,
+        results: Results | None = None,
+        device: str | torch.device = "cpu",
+        progress: Progress = silent,
     ) -> None:
-        self._synthetic, self._seed, self._results = synthetic, seed, results
-        self._train, scored = split_synthetic(synthetic, held_out=held_out, seed=seed)
-        self._held_out = synthetic.select(scored)
+        self._synthetic, self._seed = synthetic, seed
+        self._results: Results = {} if results is None else results
+        self._train, self._scored = split_synthetic(synthetic, held_out=held_out, seed=seed)
         self._name = f"held_out={held_out:.4g}"
         self._device, self._progress = device, progress
 
     def __call__(self, spec: ClassifierSpec, **further: ImageSet) -> dict[str, float]:
         """Accuracies by name of the set; the held-out images are "synthetic"."""
-        sets = {"synthetic": self._held_out, **further}
+        sets = {"synthetic": self._synthetic, **further}
         keys = {name: _key(spec, self._name, self._seed, name) for name in sets}
         if any(key not in self._results for key in keys.values()):
             model = train_classifier(
@@ -261,7 +262,9 @@ class _Scorer:
                 progress=self._progress,
             )
             for name, images in sets.items():
-                self._results[keys[name]] = accuracy(model, images)
+                self._results[keys[name]] = accuracy(
+                    model, images, subset=self._scored if name == "synthetic" else None
+                )
         return {name: self._results[key] for name, key in keys.items()}
 
 

@@ -2,7 +2,7 @@
 
 Types and ranges are checked when a recipe is loaded (``dpfast.recipes.convert``). ``None`` stands for "left
 out of the file". A key that is added to a table has the default that does what was done before there was the key: runs
-that were recorded without it go on (``dpfast.runs.stages``). For that reason a default never changes.
+whose record has all of the table but that key go on (``dpfast.runs.stages``). For that reason a default never changes.
 """
 
 from __future__ import annotations
@@ -137,13 +137,14 @@ class Private:
     rank: int = above(0, default=16)
     clipping: Literal["flat", "automatic"] = "flat"
     stability: float = at_least(1e-8, default=0.01)
-    choices: int = at_least(0, default=0)
+    choices: int = _ranged(lambda v: v == 0 or v >= 2, "0, or a number of at least 2", 0)
     choice_noise: float = above(0, default=50.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Drawing synthetic images: post-processing, at no privacy cost. dtype: that the model computes in.
+    """Drawing synthetic images: post-processing, at no privacy cost. dtype: that the model computes in. compile: by
+    ``torch.compile``. devices: that share the files of ``shard_size`` images, [] for that of [performance].
 
     sampler: "ddim" or "ddpm" of the process "ddpm", in ``steps`` calls of the model; "heun" of "edm", in
     ``2 steps - 1`` (18 steps are usual).
@@ -156,6 +157,8 @@ class Sample:
     shard_size: int = above(0)
     batch_size: int = above(0)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from dpfast.report.internal import WARNING, percent
 from dpfast.report.plots import fid_by_epsilon
 from dpfast.report.release import shown_epsilon
 
-_COMPARABLE = ("sha256", "settings", "real_images", "synthetic_images")  # of scores, or they tell different things
+_COMPARABLE = ("sha256", "settings", "synthetic_images")  # of scores, or they tell different things
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,13 @@ class Comparison:
 
     def _by_epsilon(self) -> str:
         scores = [of["scores"]["synthetic"] for _, of in self._sorted()]
-        deltas = {of["delta"] for of in self.metrics.values()}
-        if any([score[key] for key in _COMPARABLE] != [scores[0][key] for key in _COMPARABLE] for score in scores):
+        deltas, private = ({of[key] for of in self.metrics.values()} for key in ("delta", "private_images"))
+        if len(private) > 1 or any(
+            [score[key] for key in _COMPARABLE] != [scores[0][key] for key in _COMPARABLE] for score in scores
+        ):
             return html.paragraph(
-                "The distances are of other extractors, settings or numbers of images: they cannot be compared, and no"
-                " curve is drawn.",
+                "The distances are to other images, or of other extractors, settings or numbers: they cannot be"
+                " compared, and no curve is drawn.",
                 note=True,
             )
         points = [(float(of["epsilon_spent"]), of["scores"]["synthetic"]["fid"]) for _, of in self._sorted()]

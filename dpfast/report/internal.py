@@ -133,7 +133,7 @@ class InternalReport:
             return "Each figure is of one classifier."
         return (
             f"Figures of {ROWS[1].name}, of {ROWS[2].name} and of {ROWS[4].name} are means over {seeds} classifiers;"
-            f" the other two are of one each. An ensemble of those of {ROWS[2].name} reads {percent(self._ensemble())}."
+            f" the others are of one each. An ensemble of those of {ROWS[2].name} reads {percent(self._ensemble())}."
         )
 
     def _ensemble(self) -> float:

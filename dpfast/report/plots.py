@@ -86,7 +86,7 @@ def rank_transfer_plot(found: RankTransfer) -> bytes:
     from matplotlib.style import context
 
     with context(_STYLE):
-        figure, axes = _axes("accuracy on held-out synthetic images (%)", "accuracy on real validation images (%)")
+        figure, axes = _axes("accuracy on held-out synthetic images (%)", "accuracy on real images (%)")
         x, y = ([100 * value for value in values] for values in (found.synthetic, found.real))
         axes.scatter(x, y, color=ACCENT, s=36, alpha=0.8, linewidths=0)
         chosen = max(range(len(x)), key=lambda i: x[i])

@@ -167,6 +167,7 @@ def sampling(recipe: Recipe, part: str = "sample") -> Sampling:
     """By ``sample.sampler``, from the seed of that part. Raises ``ConfigError`` for steps that it cannot take."""
     sample = recipe.sample
     files: dict[str, Any] = {"count": sample.count, "shard_size": sample.shard_size}
+    files |= {"compile": sample.compile, "devices": sample.devices}
     options: dict[str, Any] = {"guidance": sample.guidance, "batch_size": sample.batch_size}
     options |= {"dtype": getattr(torch, sample.dtype), "seed": seed_for(recipe, part)}
     if sample.sampler == "heun":
@@ -190,7 +191,13 @@ def plan(recipe: Recipe, dataset_size: int) -> Plan:
     if not training.choices:
         return _plan(recipe, training, dataset_size)
     release = choice_release(settings=training.choices, sigma=training.choice_noise)
-    return _plan(recipe, training, dataset_size, [release])
+    try:
+        return _plan(recipe, training, dataset_size, [release])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\n(recipe keys private.choices = {training.choices} and private.choice_noise ="
+            f" {training.choice_noise:g}: a choice among fewer, or with more noise, costs less)"
+        ) from error
 
 
 def baseline_plan(recipe: Recipe, dataset_size: int) -> Plan:

@@ -58,5 +58,7 @@ def _scores(run: Run, results: Results, sets: dict[str, ImageSet], progress: Pro
     for name, images in sets.items():
         if f"scores.{name}" not in results:
             settings = ScoreSettings.fitting(min(len(run.private), len(images)))
-            scores = image_scores(extractor, run.private, images, settings=settings, progress=progress)
+            scores = image_scores(
+                extractor, run.private, images, settings=settings, folder=run.directory.state, progress=progress
+            )
             results[f"scores.{name}"] = scores.to_dict()

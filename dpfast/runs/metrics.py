@@ -16,19 +16,19 @@ _CURE = "delete it and run the same command again: only the evaluation is repeat
 
 
 class Results:
-    """Named results in a JSON file that is rewritten with each new one.
+    """Named results in a JSON file that is rewritten with each new one. cure: what helps when it is damaged.
 
     Raises:
         FileError: the file is damaged, or lacks what is asked of it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, cure: str = _CURE) -> None:
+        self._path, self._cure = path, cure
         self._values: dict[str, Any] = {}
         if path.exists():
-            values = read_json(path, cure=_CURE)
+            values = read_json(path, cure=cure)
             if not isinstance(values, dict):
-                raise FileError(f"{path} is damaged: expected named results, got {values!r}; {_CURE}")
+                raise FileError(f"{path} is damaged: expected named results, got {values!r}; {cure}")
             self._values = values
 
     def __contains__(self, key: str) -> bool:
@@ -36,7 +36,7 @@ class Results:
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
-            raise FileError(f"{self._path} lacks {key!r}; {_CURE}")
+            raise FileError(f"{self._path} lacks {key!r}; {self._cure}")
         return self._values[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -75,6 +75,7 @@ def gather_metrics(run: Run) -> dict[str, Any]:
         "accuracy_by_seed": by_seed,
         "classifier_seeds": run.recipe.evaluate.seeds,
         "test_images": len(inputs.test_data(run.recipe)),
+        "private_images": run.private.fingerprint(),
         "accuracy_by_count": by_count,
         "scores": scores,
         "frechet": {name: of["fid"] for name, of in scores.items()} | {"extractor": scores["synthetic"]["extractor"]},

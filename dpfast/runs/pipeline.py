@@ -23,6 +23,8 @@ from dpfast.runs.run import Run
 from dpfast.runs.stages import Stage
 from dpfast.runs.terminal import TerminalProgress
 
+_WHO_SAMPLES = ("sample.devices", "sample.compile")
+
 
 def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False) -> Run:
     """The run of ``recipe`` in the folder ``runs``, checked as far as that needs no work. Nothing is written.
@@ -42,7 +44,7 @@ def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False) -> Run:
         )
     directory = RunDirectory(runs / recipe.name, private=math.isfinite(recipe.private.target_epsilon))
     private = inputs.private_data(recipe)
-    preflight(recipe, private)
+    _preflight(recipe, private)
     _check_device(recipe.performance.device, elsewhere=elsewhere)
     stages = _stages(recipe, directory, private)
     for stage in stages.values():
@@ -59,13 +61,23 @@ def execute(recipe: Recipe, runs: Path, terminal: TerminalProgress, *, until: st
         ConfigError: see ``open_run``.
     """
     with RunDirectory(runs / recipe.name).locked():
-        run = open_run(recipe, runs)
-        run.directory.mark()
-        write_atomic(run.directory.recipe, to_toml(recipe))
-        names = list(run.stages)
-        for name in names[: names.index(until) + 1]:
-            _do(run, run.stages[name], terminal)
+        return advance(recipe, runs, terminal, until=until)
+
+
+def advance(recipe: Recipe, runs: Path, terminal: TerminalProgress, *, until: str) -> Run:
+    """The same for who holds the lock of the run."""
+    run = open_run(recipe, runs)
+    run.directory.mark()
+    write_atomic(run.directory.recipe, to_toml(recipe))
+    names = list(run.stages)
+    for name in names[: names.index(until) + 1]:
+        _do(run, run.stages[name], terminal)
     return run
+
+
+def sample_parts(recipe: Recipe) -> dict[str, Any]:
+    """What of [sample] the images depend on: not who draws them."""
+    return {key: value for key, value in parts(recipe, "sample").items() if key not in _WHO_SAMPLES}
 
 
 def _do(run: Run, stage: Stage, terminal: TerminalProgress) -> None:
@@ -102,7 +114,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
     pretrain |= build.initial_identity(recipe)
     pretrain |= {"private shape": list(private.image_shape), "private classes": list(private.classes)}
     train = pretrain | parts(recipe, "data.private", "data.fold", "private") | images
-    sample = train | parts(recipe, "sample")
+    sample = train | sample_parts(recipe)
     baseline = parts(recipe, "seed", "data.private", "data.fold", "baseline", "performance.dtype", *budget) | images
     if recipe.baseline.pretrained:
         baseline |= parts(recipe, "evaluate.extractor_steps") | public
@@ -125,7 +137,7 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
     return {entry.name: entry for entry in stages}
 
 
-def preflight(recipe: Recipe, private: ImageSet) -> None:
+def _preflight(recipe: Recipe, private: ImageSet) -> None:
     """Refuse now what would otherwise fail after hours, or after the budget is spent."""
     if recipe.sample.count % private.num_classes:
         raise ConfigError(

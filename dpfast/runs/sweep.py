@@ -1,47 +1,45 @@
-"""Settings of sampling and of classifiers compared: on synthetic images, or by one noised count of private ones.
+"""Settings compared: of classifiers on released samples alone, which costs no privacy, or by one noised count each.
 
-What the settings are chosen by comes from the released samples alone, so the choice costs no privacy; ``noised`` asks
-the private images instead, once, as the plan has set aside (``private.choices``). What would train on private images
-again is refused. What is measured on real test images beside it is there to look at (figure 4 of the paper).
+``noised`` asks the private images, once, at the cost that the plan has set aside (``private.choices``). Only then
+settings of sampling can be compared as well: their own samples would vouch for any of them. What would train on private
+images again is refused. What is measured on real test images beside it is there to look at (figure 4 of the paper).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from dpfast.data import ImageSet
 from dpfast.data.shards import load_shards
-from dpfast.errors import ConfigError
-from dpfast.evaluation import accuracy, predict_classes, train_classifier
-from dpfast.evaluation.studies import split_synthetic
-from dpfast.files import write_atomic, write_json
+from dpfast.errors import BudgetExhausted, ConfigError
+from dpfast.evaluation.studies import HELD_OUT, Scorer
+from dpfast.files import remove, write_atomic, write_json
 from dpfast.privacy.choice import noised_choice
-from dpfast.privacy.ledger import Ledger
-from dpfast.progress import Progress
-from dpfast.recipes import fingerprint, flatten, load, parts
+from dpfast.privacy.ledger import Ledger, read_ledger
+from dpfast.recipes import fingerprint, flatten, load
 from dpfast.recipes.schema import Recipe
 from dpfast.report.internal import percent
 from dpfast.report.sweep import SweepReport
 from dpfast.runs import build, inputs
 from dpfast.runs.metrics import Results
-from dpfast.runs.pipeline import execute, open_run, preflight
+from dpfast.runs.pipeline import advance, open_run, sample_parts
 from dpfast.runs.run import Run
 from dpfast.runs.terminal import TerminalProgress
 from dpfast.runs.work import draw_samples
 from dpfast.tables import columns
 
+_SPENT = "restore it from a copy: what it held was drawn once, and cannot be drawn again"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """settings: by name, as ``--set`` takes them. synthetic: accuracy of each on held-out samples; real: on the real
-    test images. chosen: the best on ``synthetic`` or, where noised_counts are there (of private images), on these.
+    """settings: by name, as ``--set`` takes them. synthetic: accuracy of each on held-out samples of its own; real: on
+    the real test images. chosen: the best on ``synthetic`` or, where noised_counts are there (of private images), on
+    these.
     """
 
     settings: tuple[str, ...]
@@ -61,38 +59,36 @@ def variants(recipe: str, settings: Sequence[str], varied: Mapping[str, Sequence
 def sweep(
     recipe: Recipe, compared: Mapping[str, Recipe], runs: Path, terminal: TerminalProgress, *, noised: bool = False
 ) -> Sweep:
-    """Draw the recipe's samples where that is not done yet, and compare ``variants`` of it on them.
+    """Draw the recipe's samples where that is not done yet, and compare ``variants`` of it.
 
-    One classifier of each variant is trained on eleven twelfths of its samples and reads the last twelfth of the
-    recipe's own. A variant of [sample] has samples of its own, drawn from another seed.
+    One classifier of each variant is trained on eleven twelfths of its samples and reads the last twelfth, the test
+    images and, if ``noised``, the private ones.
 
-    Raises ConfigError, before anything is done, for variants that change what was trained privately, that do not
-    differ, or that are not as many as ``private.choices`` where the choice is ``noised``.
+    Raises ConfigError, before anything is done, for variants that cannot be compared (``_check``), BudgetExhausted for
+    a noised choice when another one was drawn.
     """
-    _check(open_run(recipe, runs), compared, noised=noised)
-    run = execute(recipe, runs, terminal, until="sample")
+    run = open_run(recipe, runs)
+    _check(run, compared, noised=noised)
     with run.directory.locked():
-        scored = _Scored(run, terminal)
-        found = [scored(variant) for variant in compared.values()]
-        synthetic, real, correct = zip(*found, strict=True)
-        names, counts = tuple(compared), None
-        best = max(range(len(names)), key=lambda i: synthetic[i])
-        if noised:
-            counts = _noised(run, [_differing(variant) for variant in compared.values()], torch.tensor(correct))
-            best = max(range(len(names)), key=lambda i: counts[i])
+        run = advance(recipe, runs, terminal, until="sample")
+        terminal.stage("sweep")
+        scored = [_scored(run, variant, terminal, noised=noised) for variant in compared.values()]
+        counts = _noised(run, compared, [scores["private"] for scores in scored]) if noised else None
+        terminal.close()
+        names, synthetic = tuple(compared), tuple(scores["synthetic"] for scores in scored)
+        by = synthetic if counts is None else counts
         result = Sweep(
             settings=names,
             synthetic=synthetic,
-            real=real,
-            chosen=names[best],
+            real=tuple(scores["real"] for scores in scored),
+            chosen=names[max(range(len(names)), key=lambda i: by[i])],
             noised_counts=counts,
             page=run.directory.sweep_report,
         )
-        report = SweepReport(
-            name=recipe.name, test_images=len(inputs.test_data(recipe)), held_out=scored.held_out, **_shown(result)
-        )
+        shown = {name: value for name, value in vars(result).items() if name != "page"}
+        report = SweepReport(name=recipe.name, test_images=len(inputs.test_data(recipe)), **shown)
         write_atomic(result.page, report.html())
-        write_json(run.directory.sweep, _shown(result))
+        write_json(run.directory.sweep, shown)
     return result
 
 
@@ -105,96 +101,101 @@ def summary(found: Sweep) -> list[str]:
     return ["", *columns(rows, words=[0]), "", f"Chosen by {by}:  {flags}", f"Must not leave (private):  {found.page}"]
 
 
-def _shown(result: Sweep) -> dict[str, Any]:
-    return {name: value for name, value in vars(result).items() if name != "page"}
-
-
 def _check(run: Run, compared: Mapping[str, Recipe], *, noised: bool) -> None:
-    planned = run.recipe.private.choices
-    if noised and planned != len(compared):
+    """Refuse fewer than two settings, what is none of [sample] or [evaluate], settings of [sample] without noise, equal
+    settings, sets of samples of which no twelfth can be held out, and a noised choice that is not planned or spent.
+    """
+    if len(compared) < 2:
+        raise ConfigError(f"a sweep compares two settings or more, got {', '.join(compared) or 'none'}")
+    free = ("evaluate", "sample") if noised else ("evaluate",)
+    seen: dict[str, str] = {}
+    for name, recipe in compared.items():
+        ours, others = flatten(run.recipe), flatten(recipe)
+        changed = [key for key in ours if ours[key] != others[key] and key.partition(".")[0] not in free]
+        if changed:
+            sampling = all(key.startswith("sample.") for key in changed)
+            raise ConfigError(f"{name}: {', '.join(changed)} cannot be compared. {_SAMPLED if sampling else _TRAINED}")
+        if round(recipe.sample.count * HELD_OUT) < run.private.num_classes:
+            raise ConfigError(
+                f"{name}: of sample.count = {recipe.sample.count} images a twelfth is held out, which must be at least"
+                f" one of each of the {run.private.num_classes} classes: sample more"
+            )
+        build.sampling(recipe)
+        same = seen.setdefault(_setting(recipe), name)
+        if same != name:
+            raise ConfigError(f"{same} and {name}: expected settings that differ in how samples are drawn or read")
+    if noised:
+        _check_budget(run, compared)
+
+
+_SAMPLED = "Samples of a setting vouch for that setting: judge [sample] by noised counts of private images (--noised)"
+_TRAINED = (
+    "A sweep compares settings of [evaluate] and, with --noised, of [sample]; another training on the private images"
+    " spends a budget of its own: start it by dpfast run --name ..."
+)
+
+
+def _check_budget(run: Run, compared: Mapping[str, Recipe]) -> None:
+    planned, ledger = run.recipe.private.choices, run.directory.ledger
+    if not run.plan.is_private:
+        raise ConfigError(
+            f"recipe key target_epsilon = {run.recipe.private.target_epsilon}: a run without noise has none"
+        )
+    if planned != len(compared):
         raise ConfigError(
             f"recipe key private.choices = {planned}: a noised choice among {len(compared)} settings has to be planned"
             f" before the training, whose noise pays for it: --set private.choices={len(compared)}, in a new run"
         )
-    seen: dict[tuple[str, ...], str] = {}
-    for name, recipe in compared.items():
-        preflight(recipe, run.private)
-        ours, others = flatten(run.recipe), flatten(recipe)
-        changed = [k for k in ours if ours[k] != others[k] and k.partition(".")[0] not in ("sample", "evaluate")]
-        if changed:
-            raise ConfigError(
-                f"{name}: another {', '.join(changed)} means another training, which would spend budget on the private"
-                " images for each setting. Compare settings of [sample] and [evaluate]; start other trainings by"
-                " dpfast run --name ..."
-            )
-        same = seen.setdefault(_differing(recipe), name)
-        if same != name:
-            raise ConfigError(f"{same} and {name}: expected settings that differ in how samples are drawn or read")
+    if ledger.exists() and read_ledger(ledger).draws and _choice(run, compared) not in _kept(run):
+        raise BudgetExhausted(
+            f"the noised choice that {ledger} holds is spent, on other settings (or its result was lost): compare"
+            " without --noised, or plan a choice in a new run"
+        )
 
 
-def _differing(recipe: Recipe) -> tuple[str, ...]:
-    """What of a recipe a setting's figures depend on, besides the run."""
-    return repr(recipe.sample), repr(build.classifier_spec(recipe)), repr(build.classifier_seeds(recipe)[0])
+def _scored(run: Run, recipe: Recipe, terminal: TerminalProgress, *, noised: bool) -> dict[str, float]:
+    """Accuracies by set; what was measured before is not measured again."""
+    own = sample_parts(recipe) == sample_parts(run.recipe)
+    drawn = fingerprint(run.stages["sample"].parts | sample_parts(recipe))
+    folder = run.directory.samples if own else run.directory.sweep_samples / drawn
+    if not own:
+        draw_samples(run, recipe, run.directory.model, folder, terminal, part="sweep")
+    further = {"real": inputs.test_data(run.recipe)} | ({"private": run.private} if noised else {})
+    kept = (run.directory.unprotected if noised else run.directory.sweep_results) / f"{drawn}.json"
+    scorer = Scorer(
+        load_shards(folder),
+        seed=build.classifier_seeds(recipe)[0],
+        results=Results(kept),
+        device=recipe.performance.device,
+        progress=terminal,
+    )
+    return scorer(build.classifier_spec(recipe), **further)
 
 
-class _Scored:
-    """Trains a setting's classifier and reads images with it; what was measured before is not measured again."""
-
-    def __init__(self, run: Run, progress: Progress) -> None:
-        self._run, self._progress = run, progress
-        self._own = load_shards(run.directory.samples)
-        _, held_out = split_synthetic(self._own)
-        self._scored = self._own.select(held_out)
-        self._test = inputs.test_data(run.recipe)
-        self._results = Results(run.directory.sweep_results)
-        self.held_out = len(held_out)
-
-    def __call__(self, recipe: Recipe) -> tuple[float, float, int]:
-        """Accuracy on held-out samples and on real test images, and how many private images are read right."""
-        key = _key(self._run, recipe)
-        if key not in self._results:
-            samples = self._samples(recipe)
-            train, _ = split_synthetic(samples)
-            model = train_classifier(
-                samples,
-                spec=build.classifier_spec(recipe),
-                seed=build.classifier_seeds(recipe)[0],
-                subset=train,
-                device=recipe.performance.device,
-                progress=self._progress,
-            )
-            self._results[key] = [
-                accuracy(model, self._scored),
-                accuracy(model, self._test),
-                _correct(model, self._run.private),
-            ]
-        synthetic, real, correct = self._results[key]
-        return synthetic, real, correct
-
-    def _samples(self, recipe: Recipe) -> ImageSet:
-        drawn = parts(recipe, "sample")
-        if drawn == parts(self._run.recipe, "sample"):
-            return self._own
-        run = self._run
-        folder = run.directory.sweep_samples / fingerprint(drawn | run.stages["sample"].parts)
-        draw_samples(run, recipe, run.directory.model, folder, self._progress, part="sweep")
-        return load_shards(folder)
+def _setting(recipe: Recipe) -> str:
+    """What tells it from others of the same run."""
+    classifier = asdict(build.classifier_spec(recipe)) | {"seed": build.classifier_seeds(recipe)[0]}
+    return fingerprint({"sample": sample_parts(recipe), "classifier": classifier})
 
 
-def _correct(model: torch.nn.Module, images: ImageSet) -> int:
-    return int((predict_classes(model, images.images) == images.labels).sum())
+def _choice(run: Run, compared: Mapping[str, Recipe]) -> str:
+    """What tells a choice among these settings, in whatever order, from others."""
+    return fingerprint({"settings": sorted(map(_setting, compared.values())), "of": run.stages["sample"].parts})
 
 
-def _key(run: Run, recipe: Recipe) -> str:
-    return fingerprint(run.stages["sample"].parts | {"setting": _differing(recipe)})
+def _kept(run: Run) -> Results:
+    return Results(run.directory.choices, cure=_SPENT)
 
 
-def _noised(run: Run, settings: list[tuple[str, ...]], correct: Tensor) -> tuple[float, ...]:
-    """The noised counts, drawn once: the same settings get the same ones ever after."""
-    kept = Results(run.directory.choices)
-    key = fingerprint(run.stages["sample"].parts | {"settings": settings})
+def _noised(run: Run, compared: Mapping[str, Recipe], accuracies: Sequence[float]) -> tuple[float, ...]:
+    """The noised counts, drawn once: the same settings get the same ones ever after. The true ones are then removed."""
+    kept, key = _kept(run), _choice(run, compared)
+    settings = [_setting(recipe) for recipe in compared.values()]
     if key not in kept:
+        correct = torch.tensor([round(share * len(run.private)) for share in accuracies])
         with Ledger(run.directory.ledger, run.plan) as ledger:
             choice = noised_choice(correct, sigma=run.recipe.private.choice_noise, ledger=ledger)
-        kept[key] = list(choice.noised_counts)
-    return tuple(kept[key])
+        kept[key] = dict(zip(settings, choice.noised_counts, strict=True))
+    remove(run.directory.unprotected)
+    counts: dict[str, float] = kept[key]
+    return tuple(counts[setting] for setting in settings)
