@@ -15,7 +15,7 @@ from dpfast.data.standin import write_stand_in
 from dpfast.data.store_writer import StoreWriter
 from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.models import CAMELYON17, CIFAR10, MNIST
-from dpfast.errors import ConfigError
+from dpfast.errors import ConfigError, FileError
 from dpfast.recipes import load
 from dpfast.runs import inputs
 from dpfast.runs.describe import describe_plan
@@ -209,8 +209,21 @@ def test_only_published_data_can_be_planned_for_without_them(tmp_path):
         (["private.method=attention"], "no attention"),
         (["data.public=fonts", "public_count=10"], "grey and square"),
         (["data.fold=1"], "only digits have folds"),
+        (["public_count=100000"], r"public_count = 100000: there are \d+; 0 is for all"),
+        (["private.shift=32"], "private.shift = 32: expected less than the 32 pixels"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(changes, said, stores, tmp_path):
     with pytest.raises(ConfigError, match=said):
         open_run(load("cifar10-small", [*LEAST, f"data.folder={stores}", *changes]), tmp_path)
+
+
+def test_a_damaged_store_is_not_trained_on(stores, tmp_path):
+    shutil.copytree(stores, tmp_path / "data")
+    images = tmp_path / "data" / "cifar10" / "train" / "images.npy"
+    content = bytearray(images.read_bytes())
+    content[-1] ^= 1
+    images.write_bytes(content)
+    with pytest.raises(FileError, match=r"images.npy: expected sha256"):
+        execute(load("cifar10-small", [*LEAST, f"data.folder={tmp_path}/data"]), tmp_path / "runs", Recorder())
+    assert not (tmp_path / "runs" / "cifar10-small" / "state" / "train").exists()

@@ -255,6 +255,18 @@ def test_runs_are_compared_by_epsilon():
     assert "FID of the released samples by epsilon" in html
 
 
+def test_what_the_recipes_of_runs_differ_in_is_shown():
+    recipes = {name: {"name": name, "private.augmult": k, "seed": 0} for name, k in (("one", 1), ("ten", 8))}
+    text = visible(Comparison(metrics=compared(ten=9.99, one=0.99), recipes=recipes).html())
+    assert "What they differ in key one ten private.augmult 1 8" in text
+    assert "seed" not in text
+
+
+def test_runs_of_one_epsilon_make_no_curve():
+    html = Comparison(metrics=compared(first=10, second=10, third=1)).html()
+    assert 'class="plot"' not in html
+
+
 def test_distances_of_other_extractors_make_no_curve():
     runs = compared(ten=9.99, one=0.99)
     runs["one"]["scores"]["synthetic"]["sha256"] = "other"
@@ -266,6 +278,7 @@ def test_distances_of_other_extractors_make_no_curve():
 def test_the_command_compares_finished_runs_only(tmp_path):
     for name, epsilon in (("one", 0.99), ("ten", 9.99)):
         write_json(tmp_path / name / "internal" / "metrics.json", compared(x=epsilon)["x"])
+        (tmp_path / name / "recipe.toml").write_text(f'base = "digits"\nname = "{name}"\n')
     page = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["compare", str(tmp_path / "one"), str(tmp_path / "ten"), "--out", str(page)])
     assert result.exit_code == 0, result.output

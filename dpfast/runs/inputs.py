@@ -11,7 +11,7 @@ import torch
 from dpfast.data import ImageSet, font_digits, real_digits
 from dpfast.data.digits import DIGIT_CLASSES
 from dpfast.data.formats import PUBLISHED
-from dpfast.data.store import MANIFEST, open_store, read_store
+from dpfast.data.store import MANIFEST, open_store, read_store, verify_split
 from dpfast.errors import ConfigError
 from dpfast.recipes.schema import Recipe
 from dpfast.runs.seeds import seed_for
@@ -46,6 +46,20 @@ def public_data(recipe: Recipe) -> ImageSet:
 def public_shape(recipe: Recipe) -> tuple[int, int, int]:
     """Of the public images in a store; none is read to know it."""
     return _images(recipe, "public", "train").image_shape
+
+
+def public_size(recipe: Recipe) -> int:
+    """The number of images in the public store."""
+    return len(_images(recipe, "public", "train"))
+
+
+def verify(recipe: Recipe) -> None:
+    """Compare the stores of the recipe with their checksums, which reads them once; FileError where one is damaged."""
+    for name in {recipe.data.private, recipe.data.public}:
+        if _is_stored(name):
+            folder = Path(recipe.data.folder) / name
+            for split, stored in read_store(folder).splits.items():
+                verify_split(folder, split, stored)
 
 
 def public_classes(recipe: Recipe) -> tuple[str, ...]:
