@@ -116,7 +116,9 @@ def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def open_shards(folder: Path) -> ShardFolder:
     """A folder that was made before; raises DataError if it holds no manifest."""
     if not (folder / MANIFEST).exists():
-        raise DataError(f"{folder} holds no {MANIFEST}; make samples with generate_shards first")
+        below = [folder / name for name in ("samples", "release/samples") if (folder / name / MANIFEST).exists()]
+        cure = f"give {below[0]}" if below else "make samples with generate_shards or a run first"
+        raise DataError(f"{folder} holds no {MANIFEST}; {cure}")
     return ShardFolder(folder, _manifest(folder))
 
 
