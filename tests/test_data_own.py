@@ -188,7 +188,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, kind, monkeypatch):
         },
         r"got float64; scale them to 0\.\.255, round and save": {"images": PIXELS / 255, "labels": labels(6)},
         "got int16; scale": {"images": PIXELS.astype(np.int16), "labels": labels(6)},
-        r"images\): expected one image or more, got none": {"images": PIXELS[:0], "labels": np.zeros(0, int)},
+        r"images\) holds no images; save": {"images": PIXELS[:0], "labels": np.zeros(0, int)},
         "expected a label per image, got 6 images and 5 labels": {"images": PIXELS, "labels": labels(5)},
         "whole numbers, one per image, got float64": {"images": PIXELS, "labels": np.full(6, np.nan)},
         r"got int64 of shape \(6, 10\)": {"images": PIXELS, "labels": np.eye(10, dtype=np.int64)[:6]},
@@ -312,7 +312,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
     cases = {
         r"column label: labels must lie in 0\.\.2 \(3 classes\), got 3": table(PIXELS[:2], [0, 3]),
         r"0\.\.2 \(3 classes\), got -1 at position 0 \(2 such\); number": table(PIXELS[:2], [-1, -1]),
-        "expected one image or more, got no rows": table().slice(0, 0),
+        "no rows, so no images; add some": table().slice(0, 0),
         "expected a label in each row, got 1 rows without": table(PIXELS[:2], [1, None]),
         r"expected one column of bytes.*got a \(int64\), label \(int64\)": pa.table({"a": [1], "label": [1]}),
         r"whole numbers, or one named label or.*got image .*a \(int64\), b \(int64\)": pa.table(

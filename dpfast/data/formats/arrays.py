@@ -87,7 +87,7 @@ def _split(file: ArrayFile, names: dict[str, str], classes: int) -> Split:
     where = f"{file.path} ({names['images']})"
     shape, dtype = file.header(names["images"])
     if shape[:1] == (0,):
-        raise DataError(f"{where}: expected one image or more, got none; save the images, or leave the arrays out")
+        raise DataError(f"{where} holds no images; save some, or leave these arrays out")
     labels = checked_labels(file.load(names["labels"]), classes, f"{file.path} ({names['labels']})", cure=OWN_LABELS)
     axes = _channels_first(shape, where)
     if len(labels) != shape[0]:

@@ -18,7 +18,7 @@ CHUNK = 1024  # images: 3 MB of 32x32 in colour, and so many that the Python bet
 Chunk = tuple[np.ndarray, np.ndarray]
 """Images uint8 ``[m, C, H, W]`` and their labels int64 ``[m]``."""
 
-OWN_LABELS = "number the classes from 0, name each of them, or leave these images out"
+OWN_LABELS = "number the classes from 0, and name all if any are named, or leave these images out"
 """The cure of labels out of range in one's own files, of which there is no other copy to get."""
 
 

@@ -67,7 +67,7 @@ def _split(source: Source, parts: list[Part], column: str) -> Split:
     count = sum(len(labels) for _, labels in parts)
     if not count:
         names = ", ".join(str(file.path) for file, _ in parts)
-        raise DataError(f"{names}: expected one image or more, got no rows; add some, or leave the split out")
+        raise DataError(f"{names}: no rows, so no images; add some, or leave the split out")
     return Split(count, partial(_chunks, source, parts, column))
 
 
