@@ -12,11 +12,12 @@ from dpfast.data import ImageSet, font_digits, real_digits
 from dpfast.data.digits import DIGIT_CLASSES
 from dpfast.data.formats import PUBLISHED
 from dpfast.data.store import MANIFEST, open_store, read_store, verify_split
-from dpfast.errors import ConfigError
+from dpfast.errors import ConfigError, DataError
 from dpfast.recipes.schema import Recipe
 from dpfast.runs.seeds import seed_for
 
 ZEROS = "zeros:"  # before the name of a published data set: images of zeros in its place, to plan with
+_USES = {"train": "which is trained on", "test": "on which accuracies are measured"}
 
 
 def private_data(recipe: Recipe) -> ImageSet:
@@ -108,6 +109,12 @@ def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageS
         )
     if data.fold is not None:
         raise ConfigError("recipe key data.fold: only digits have folds; leave it out")
+    splits = read_store(folder).splits
+    if split not in splits:
+        raise DataError(
+            f"{folder}: no split {split!r}, {_USES[split]}, only {', '.join(splits)}; add one to the source ({split}/"
+            f" as a folder, {split}_images and {split}_labels as arrays), remove the store and prepare it again"
+        )
     return open_store(folder, split, name=name)
 
 
