@@ -76,3 +76,14 @@ def test_public_names_exist() -> None:
         assert getattr(dpfast, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'GhostCliper'"):
         dpfast.GhostCliper  # noqa: B018
+
+
+def test_every_claim_of_the_guarantee_names_tests_that_exist():
+    rows = [line for line in (ROOT / "docs/guarantee.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 15
+    for row in rows:
+        claim, shown = (cell.strip() for cell in row.strip("|").split("|"))
+        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", shown)
+        assert named, claim
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), (claim, test)
