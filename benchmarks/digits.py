@@ -24,11 +24,15 @@ EPSILONS = ("10", "1", "inf")
 SHOWN = ("synthetic", "public_only", "dp_classifier", "real")
 
 
-def dpfast(folder: Path, command: str, *settings: str) -> None:
-    """``dpfast COMMAND digits`` in ``folder``."""
-    words = [word for setting in settings for word in ("--set", setting)]
-    line = [sys.executable, "-m", "dpfast.cli", command, "digits", "--runs", str(folder), "--name", "run", *words]
-    subprocess.run(line, check=True, cwd=folder)
+def command(folder: Path, *words: str) -> None:
+    """``dpfast WORDS`` in ``folder``."""
+    subprocess.run([sys.executable, "-m", "dpfast.cli", *words], check=True, cwd=folder)
+
+
+def dpfast(folder: Path, word: str, *settings: str) -> None:
+    """``dpfast WORD digits`` in ``folder``."""
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    command(folder, word, "digits", "--runs", str(folder), "--name", "run", *flags)
 
 
 def measure(epsilons: Sequence[str], seed: int) -> Iterator[tuple[str, dict[str, Any]]]:

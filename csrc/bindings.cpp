@@ -41,11 +41,13 @@ std::vector<std::uint64_t> fingerprints(const std::vector<std::pair<std::uintptr
     return out;
 }
 
-void noised(std::uintptr_t in, std::uintptr_t out, std::int64_t n, int dtype, double scale, double divisor,
+void noised(std::uintptr_t in, std::uintptr_t out, std::int64_t n, int dtype, const std::array<double, 3>& numbers,
             const std::array<std::uint32_t, 8>& key, int threads) {
+    dpfast::Noise noise{numbers[0], numbers[1], numbers[2], {}};
+    std::copy(key.begin(), key.end(), noise.key);
     py::gil_scoped_release release;
-    dpfast::noised(reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), n,
-                   static_cast<dpfast::Dtype>(dtype), scale, divisor, key.data(), threads);
+    dpfast::noised(noise, reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), n,
+                   static_cast<dpfast::Dtype>(dtype), threads);
 }
 
 using Three = std::array<std::int64_t, 3>;
@@ -147,8 +149,8 @@ PYBIND11_MODULE(_native, m) {
           py::arg("parts"), py::arg("sq"), py::arg("threads"));
     m.def("clipped_sums", &clipped_sums, py::arg("stored"), py::arg("examples"), py::arg("weights"),
           py::arg("threads"));
-    m.def("noised", &noised, py::arg("values"), py::arg("out"), py::arg("n"), py::arg("dtype"), py::arg("scale"),
-          py::arg("divisor"), py::arg("key"), py::arg("threads"));
+    m.def("noised", &noised, py::arg("values"), py::arg("out"), py::arg("n"), py::arg("dtype"), py::arg("numbers"),
+          py::arg("key"), py::arg("threads"));
     m.def("keyed", &keyed, py::arg("out"), py::arg("ids"), py::arg("sizes"), py::arg("first"), py::arg("step"),
           py::arg("key"), py::arg("normal"), py::arg("threads"));
     m.def("fingerprints", &fingerprints, py::arg("memory"), py::arg("threads"));

@@ -10,7 +10,7 @@ enum Dtype : int { Float32 = 0, BFloat16 = 1, Float64 = 2 };
 
 // Raised whenever a signature below changes; dpfast/kernels/dispatch.py refuses another value, so that a module built
 // from older sources is never called.
-constexpr int kAbi = 7;
+constexpr int kAbi = 8;
 
 // Sizes, or strides in elements, of a tensor [B, M, C, S]: examples, rows of an example, channels, positions.
 struct Dims {
@@ -66,8 +66,13 @@ void group_norm_backward(const Norm& norm, const void* x, const void* g, const f
 // out[i] = (in[i] + scale * z[i]) / divisor of `n` numbers of Float32 or Float64, calculated in double. z: independent
 // standard normal numbers from the ChaCha20 stream of `key` (eight words): with m = (n + 7) / 8 blocks, of 8 numbers each,
 // z[j * m + b] is number j of block b.
-void noised(const void* in, void* out, std::int64_t n, Dtype dtype, double scale, double divisor,
-            const std::uint32_t* key, int threads);
+//
+// With a grid, a power of two, in[i] and scale * z[i] are first rounded to multiples of it; 0: not.
+struct Noise {
+    double scale, divisor, grid;
+    std::uint32_t key[8];
+};
+void noised(const Noise& noise, const void* in, void* out, std::int64_t n, Dtype dtype, int threads);
 
 // Random numbers of a key, of `count` for each of the rows of some examples; first: the number of an example's first row.
 struct Keyed {

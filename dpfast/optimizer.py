@@ -129,9 +129,9 @@ class DPOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _noised_mean(self, parameter: nn.Parameter) -> torch.Tensor:
         """(sum + noise) / expected batch size, calculated in float64."""
-        scale = self.plan.noise_multiplier * self.plan.max_grad_norm
+        scale, grid = self.plan.noise_on(sum(p.numel() for p in self._trainable().values()))
         total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        return noised(total, scale, self.plan.expected_batch_size)
+        return noised(total, scale, self.plan.expected_batch_size, grid=grid)
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  # torch's signature
         """Clear every gradient, through the clipper, so that it knows. They are always set to None."""

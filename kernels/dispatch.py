@@ -25,7 +25,7 @@ Backend = Literal["native", "triton", "reference"]
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype of csrc/dpfast.h
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ABI = 7  # kAbi of csrc/dpfast.h
+_ABI = 8  # kAbi of csrc/dpfast.h
 _VARIABLE = "DPFAST_BACKEND"
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types with no behaviour of their own: no fake or other subclass
 

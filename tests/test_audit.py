@@ -69,9 +69,9 @@ def test_a_sound_training_is_not_refuted_and_its_bounds_are_not_empty(seen):
 @pytest.mark.parametrize(
     ("broken", "names"),
     [
-        (lambda v, scale, divisor: entropy_noised(v, scale / 8, divisor), {"epsilon", "standard deviation"}),
-        (lambda v, scale, divisor: v / divisor, {"epsilon", "standard deviation"}),
-        (lambda v, scale, divisor: (v + scale * always_the_same(v)) / divisor, {"correlation"}),
+        (lambda v, scale, divisor, grid: entropy_noised(v, scale / 8, divisor), {"epsilon", "standard deviation"}),
+        (lambda v, scale, divisor, grid: v / divisor, {"epsilon", "standard deviation"}),
+        (lambda v, scale, divisor, grid: (v + scale * always_the_same(v)) / divisor, {"correlation"}),
     ],
     ids=["an eighth of the noise", "no noise", "the same noise in every step"],
 )

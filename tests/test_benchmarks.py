@@ -60,6 +60,7 @@ def test_the_tables_of_ops_are_generated(name, make) -> None:
         ("benchmarks/README.md", "around", "around"),
         ("benchmarks/README.md", "data", "data"),
         ("benchmarks/README.md", "ablations", "ablations"),
+        ("benchmarks/README.md", "recipes", "recipes"),
     ],
 )
 def test_other_tables_are_generated(page, name, module) -> None:

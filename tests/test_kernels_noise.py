@@ -134,3 +134,37 @@ def test_what_cannot_be() -> None:
         noised(torch.zeros(3, dtype=torch.int64), 1.0, 1.0, KEY)
     with pytest.raises(KernelError, match="2\\^35"):
         noised(torch.zeros(1).expand(2**35 + 1), 1.0, 1.0, KEY)
+
+
+GRID = 2.0**-20
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_a_grid_numbers_and_noise_are_multiples_of_it(dtype, backend) -> None:
+    """Each rounded by itself: to the nearest, so that neither moves by more than half of it."""
+    x = 3 * torch.randn(1001, dtype=dtype)
+    free, nothing = (noised(v.double(), 1.5, 1.0, KEY, backend=backend) for v in (x, torch.zeros_like(x)))
+    on, noise = (noised(v.double(), 1.5, 1.0, KEY, grid=GRID, backend=backend) for v in (x, torch.zeros_like(x)))
+    for numbers in (on, noise, on - noise):
+        assert torch.equal(numbers / GRID, (numbers / GRID).round())
+    assert (noise - nothing).abs().max() <= GRID / 2
+    assert (on - noise - x.double()).abs().max() <= GRID / 2
+    assert (on - free).abs().max() > GRID / 4
+    divided = noised(x, 1.5, 7.0, KEY, grid=GRID, backend=backend)
+    assert torch.equal(divided, (on / 7.0).to(dtype))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_every_backend_has_the_same_grid(backend) -> None:
+    """But for a number that lies half way between two, which rounds as its last bit says."""
+    x = torch.randn(5000, dtype=torch.float64)
+    ours, exact = (noised(x, 1.5, 1.0, KEY, grid=GRID, backend=name) for name in (backend, "reference"))
+    assert (ours == exact).double().mean() > 0.999
+    assert (ours - exact).abs().max() <= GRID
+
+
+def test_a_grid_is_a_power_of_two() -> None:
+    for grid in (0.3, -1.0, math.nan, math.inf):
+        with pytest.raises(KernelError, match="a power of two, or 0"):
+            noised(torch.zeros(3), 1.0, 1.0, KEY, grid=grid)

@@ -341,3 +341,48 @@ def test_the_inner_optimizer_cannot_step_by_itself():
     again.step()
     with pytest.raises(PrivacyError, match=r"call DPOptimizer.step\(\) instead"):
         inner.step()
+
+
+def test_noise_on_a_grid_is_whole_multiples_that_pay_for_rounding():
+    """The released numbers times the batch size are multiples of the grid, and deviate as the wider clip norm asks."""
+    setup = Setup(shape=(100, 100), dtype=torch.float64, noise="grid", expected_batch_size=16)
+    scale, grid = setup.plan.noise_on(10_100)
+    assert grid == 2.0**-30  # the largest power of two up to 2^-30 of the deviation, 1.5
+    assert scale == 3.0 * (0.5 + grid * math.sqrt(10_100))
+    setup.clipper.write(weight=0.3, bias=0.1)
+    setup.optimizer.step()
+    for p, total in ((setup.model.weight, 0.3), (setup.model.bias, 0.1)):
+        numbers = -p.detach() * 16 / grid
+        assert torch.equal(numbers, numbers.round())
+        noise = numbers * grid - round(total / grid) * grid
+        assert float(noise.std()) == pytest.approx(scale, rel=6 / math.sqrt(2 * p.numel()))
+        assert stats.kstest((noise / scale).flatten().numpy(), "norm").pvalue > 1e-6
+
+
+def test_a_grid_moves_no_epsilon_and_is_part_of_the_plan(tmp_path):
+    plain, on_grid = make_plan(), make_plan(noise="grid")
+    assert on_grid.epsilon() == plain.epsilon()
+    assert plain.noise_on(10**8) == (1.5, 0.0)
+    assert on_grid.noise_on(10**8)[0] < 1.5 * (1 + 1e-4)
+    assert on_grid.fingerprint() != plain.fingerprint()
+    assert Plan.from_dict(on_grid.to_dict()) == on_grid
+    assert "noise" not in plain.to_dict()
+    Ledger(tmp_path / "ledger.jsonl", on_grid).close()
+    with pytest.raises(LedgerError):
+        Ledger(tmp_path / "ledger.jsonl", plain)
+    with pytest.raises(ConfigError, match='"gaussian" or "grid"'):
+        make_plan(noise="discrete")
+    assert make_plan(noise="grid", **NO_NOISE).noise_on(5) == (0.0, 0.0)
+
+
+def test_neighbouring_sums_stay_within_what_a_grid_pays_for():
+    """Rounded to the grid, sums that lie C apart may lie a little farther; the noise is for what they may."""
+    plan = make_plan(noise="grid", noise_multiplier=1e-3)  # a coarse one: 2^-41, of sums around 1
+    scale, grid = plan.noise_on(1000)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        one = torch.randn(1000, dtype=torch.float64, generator=generator)
+        apart = torch.randn(1000, dtype=torch.float64, generator=generator)
+        other = one + plan.max_grad_norm * apart / apart.norm()
+        moved = ((one / grid).round() - (other / grid).round()).norm() * grid
+        assert float(moved) <= scale / plan.noise_multiplier

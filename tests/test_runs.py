@@ -337,7 +337,7 @@ def test_the_released_model_loads_with_diffusers(runs):
 
 
 def test_damaged_results_are_named_and_deleting_them_helps(runs):
-    results = runs / "tiny" / "state" / "evaluate" / "results.json"
+    results = runs / "tiny" / "internal" / "results.json"
     results.write_text(results.read_text()[:40])
     with pytest.raises(FileError, match=r"results\.json is damaged.*delete it"):
         execute(load("digits", TINY), runs, Recorder())

@@ -88,9 +88,8 @@ void group_norm_backward(const Norm& norm, const void* x, const void* g, const f
     DPFAST_RUN(group_norm_backward(norm, x, g, gamma, dx, weight, bias, threads))
 }
 
-void noised(const void* in, void* out, std::int64_t n, Dtype dtype, double scale, double divisor,
-            const std::uint32_t* key, int threads) {
-    DPFAST_RUN(noised(in, out, n, dtype, scale, divisor, key, threads))
+void noised(const Noise& noise, const void* in, void* out, std::int64_t n, Dtype dtype, int threads) {
+    DPFAST_RUN(noised(noise, in, out, n, dtype, threads))
 }
 
 void keyed(const Keyed& k, const std::int64_t* ids, float* out, int threads) {

@@ -18,8 +18,7 @@
                       int threads);                                                                                   \
     void group_norm_backward(const Norm& norm, const void* x, const void* g, const float* gamma, void* dx,            \
                              float* weight, float* bias, int threads);                                                \
-    void noised(const void* in, void* out, std::int64_t n, Dtype dtype, double scale, double divisor,                 \
-                const std::uint32_t* key, int threads);                                                               \
+    void noised(const Noise& noise, const void* in, void* out, std::int64_t n, Dtype dtype, int threads);             \
     void keyed(const Keyed& k, const std::int64_t* ids, float* out, int threads);                                     \
     void fingerprints(const Memory* memory, std::int64_t count, std::uint64_t* out, int threads);                     \
     void conv_gram(const PixelGram& shape, const float* x, const float* y, double* sq, double* magnitudes, int threads); \

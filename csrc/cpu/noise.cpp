@@ -50,41 +50,46 @@ Half uniform(const Words* words, int j, int half) {
     return 2.0 - as_numbers((at(2 * j) | at(2 * j + 1) << 32) >> 12 | 0x3ff0000000000000);
 }
 
+// The nearest multiple of a grid: adding 1.5 * 2^52 of it leaves no bit below it. A shift of 0 rounds nothing.
+double on_grid(double x, double shift) { return (x + shift) - shift; }
+
 template <class T>
-void some(const T* in, T* out, int64_t n, int64_t blocks, int64_t first, double scale, double divisor,
-          const uint32_t* key) {
+void some(const Noise& noise, const T* in, T* out, int64_t n, int64_t blocks, int64_t first) {
     Words words[16];
-    chacha20(key, first, words);
+    chacha20(noise.key, first, words);
     Half normal[8][2];
     for (int half = 0; half < 2; ++half) {
         for (int j = 0; j < 4; ++j) {
             box_muller(uniform(words, j, half), uniform(words, j + 4, half), normal[j][half], normal[j + 4][half]);
         }
     }
+    const double shift = 0x1.8p52 * noise.grid;
     const int64_t count = std::min<int64_t>(kLanes, blocks - first);
     for (int j = 0; j < 8; ++j) {
         const double* z = reinterpret_cast<const double*>(normal[j]);
         const int64_t at = j * blocks + first, end = std::min(count, n - at);
-        for (int64_t i = 0; i < end; ++i) out[at + i] = static_cast<T>((in[at + i] + scale * z[i]) / divisor);
+        for (int64_t i = 0; i < end; ++i) {
+            const double sum = on_grid(in[at + i], shift) + on_grid(noise.scale * z[i], shift);
+            out[at + i] = static_cast<T>(sum / noise.divisor);
+        }
     }
 }
 
 template <class T>
-void all(const T* in, T* out, int64_t n, double scale, double divisor, const uint32_t* key, int threads) {
+void all(const Noise& noise, const T* in, T* out, int64_t n, int threads) {
     const int64_t blocks = (n + 7) / 8;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n > kSerial)
-    for (int64_t first = 0; first < blocks; first += kLanes) some(in, out, n, blocks, first, scale, divisor, key);
+    for (int64_t first = 0; first < blocks; first += kLanes) some(noise, in, out, n, blocks, first);
     (void)threads;  // unused without OpenMP
 }
 
 }  // namespace
 
-void noised(const void* in, void* out, int64_t n, Dtype dtype, double scale, double divisor, const uint32_t* key,
-            int threads) {
+void noised(const Noise& noise, const void* in, void* out, int64_t n, Dtype dtype, int threads) {
     if (dtype == Float64) {
-        all(static_cast<const double*>(in), static_cast<double*>(out), n, scale, divisor, key, threads);
+        all(noise, static_cast<const double*>(in), static_cast<double*>(out), n, threads);
     } else {
-        all(static_cast<const float*>(in), static_cast<float*>(out), n, scale, divisor, key, threads);
+        all(noise, static_cast<const float*>(in), static_cast<float*>(out), n, threads);
     }
 }
 

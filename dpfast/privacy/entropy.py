@@ -43,12 +43,12 @@ def uniform(count: int) -> NDArray[np.float64]:
 
 
 @_disable_dynamo  # a compiled caller would check, keep and perhaps print the key that it was compiled with
-def noised(values: Tensor, scale: float, divisor: float) -> Tensor:
+def noised(values: Tensor, scale: float, divisor: float, *, grid: float = 0.0) -> Tensor:
     """``(values + scale * N(0, I)) / divisor`` with fresh noise: a new tensor of the same shape, dtype and device.
 
     Calculated in float64 (``dpfast.kernels.noise``). Draws beyond 8.49 standard deviations, which a true normal
-    produces with probability below 2^-52, do not occur; the attacks on floating-point noise of Mironov (2012) are not
-    excluded, and the privacy statement says so.
+    produces with probability below 2^-52, do not occur. grid: a power of two, to multiples of which values and noise
+    are rounded before they are added; without, the attacks on floating-point noise of Mironov (2012) are not excluded.
 
     Raises:
         PrivacyError: what calls it would use the noise twice: a transform of ``torch.func``, a trace, a CUDA graph.
@@ -58,7 +58,7 @@ def noised(values: Tensor, scale: float, divisor: float) -> Tensor:
             "noise was asked for by a transform of torch.func, a trace or a CUDA graph, which would use it more than"
             " once: call the optimizer's step outside of it"
         )
-    return noise.noised(values, scale, divisor, random_bytes(noise.KEY_BYTES))
+    return noise.noised(values, scale, divisor, random_bytes(noise.KEY_BYTES), grid=grid)
 
 
 def _is_captured(values: Tensor) -> bool:

@@ -37,12 +37,23 @@ _OUT_OF_SCOPE = (
     "Whatever else is or was published from the same images, unless it is listed under other releases.",
     "Whoever could break the cipher ChaCha20, of which the noise is made.",
     (
-        "Floating-point arithmetic. The noise is drawn in float64 (Box-Muller on the stream of ChaCha20, keyed by the "
-        "operating system) and its mathematics assumes exact real numbers; attacks on the last bits of such noise "
-        "(Mironov 2012) are not excluded. Norms and sums are computed in float32: what one image weighs may exceed the "
-        "clip norm by rounding, and by at most 0.5% where its norm is computed from a Gram matrix."
+        "The arithmetic of norms and sums, computed in float32: what one image weighs may exceed the clip norm by "
+        "rounding, and by at most 0.5% where its norm is computed from a Gram matrix."
     ),
 )
+
+_NOISE = {
+    "gaussian": (
+        "Floating-point noise. It is drawn in float64 (Box-Muller on the stream of ChaCha20, keyed by the operating "
+        "system) and its mathematics assumes exact real numbers; attacks on the last bits of such noise (Mironov 2012) "
+        "are not excluded."
+    ),
+    "grid": (
+        "How near the noise comes to a Gaussian one. Sums and noise are whole multiples of a small number, so that the "
+        "last bits tell nothing; the noise is drawn in float64 (Box-Muller on the stream of ChaCha20, keyed by the "
+        "operating system) before it is rounded, and ends at 8.49 standard deviations."
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +89,7 @@ class PrivacyStatement:
     steps_planned: int
     steps_charged: int
     noise_multiplier: float
+    noise: str
     max_grad_norm: float
     augmult: int
     other_releases: tuple[str, ...]
@@ -119,13 +131,14 @@ class PrivacyStatement:
             steps_planned=plan.steps,
             steps_charged=charged,
             noise_multiplier=plan.noise_multiplier,
+            noise=plan.noise,
             max_grad_norm=plan.max_grad_norm,
             augmult=augmult,
             other_releases=tuple(_described(release) for release in plan.other_releases),
             compositions=tuple(compositions),
             public=tuple(public),
             not_accounted=tuple(not_accounted),
-            out_of_scope=_OUT_OF_SCOPE,
+            out_of_scope=(*_OUT_OF_SCOPE, _NOISE[plan.noise]),
             plan_fingerprint=plan.fingerprint(),
             dpfast=library_version(),
             test_entropy=ledger.test_entropy or entropy.is_injected(),
@@ -218,6 +231,7 @@ class PrivacyStatement:
             "batch": f"{self.expected_batch_size:g} of {self.dataset_size} images on average",
             "steps": f"{self.steps_charged} spent of {self.steps_planned} planned",
             "noise multiplier": f"{self.noise_multiplier:g} (noise standard deviation / clip norm)",
+            "noise": {"gaussian": "Gaussian, in float64", "grid": "Gaussian, rounded to a grid"}[self.noise],
             "clip norm": f"{self.max_grad_norm:g} (the most that one image can weigh in a step)",
             "augmentations": f"{self.augmult} per image and step, averaged into one gradient before clipping",
             "other releases": "; ".join(self.other_releases) or "none",

@@ -35,6 +35,7 @@ ROWS = (
     Row("real", "real images", "the private images as they are: no protection"),
 )
 PUBLIC = ROWS[:2]
+UNPROTECTED = "real"
 
 
 def _two(value: float | None) -> str:

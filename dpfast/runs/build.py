@@ -217,6 +217,7 @@ def _plan(
         target_delta=recipe.private.target_delta,
         neighboring=recipe.private.neighboring,
         other_releases=other_releases,
+        noise=recipe.private.noise,
     )
 
 

@@ -38,7 +38,7 @@ class RunDirectory:
         self.public_samples = self.state / "sample" / "public"
         self.baseline = self.internal / "baselines" / "dp_classifier"
         self.baseline_ledger = self.baseline / "ledger.jsonl"
-        self.results = self.state / "evaluate" / "results.json"
+        self.results = self.internal / "results.json"
         self.sweep_samples = self.state / "sweep"
         self.sweep_results = self.internal / "sweep" / "results"
         self.unprotected = self.internal / "sweep" / "unprotected"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpfast.report.internal import ROWS, indistinguishable, percent, rows_of
+from dpfast.report.internal import ROWS, UNPROTECTED, indistinguishable, percent, rows_of
 from dpfast.report.release import shown_epsilon
 from dpfast.runs.metrics import read_metrics
 from dpfast.runs.run import Run
@@ -14,11 +14,15 @@ def summary(run: Run, until: str) -> list[str]:
 
 
 def _whole(run: Run) -> list[str]:
+    """Without what private images are worth to a classifier without protection: that stays in the internal report."""
     metrics, at = read_metrics(run), run.directory
+    printed = metrics | {"accuracy": {k: v for k, v in metrics["accuracy"].items() if k != UNPROTECTED}}
     lines = ["", f"Accuracy on {metrics['test_images']} real test images of a classifier trained on"]
     width = max(len(row.name) for row in ROWS)
-    lines += [f"  {row.name:<{width}} {percent(metrics['accuracy'][row.key]):>7}" for row in rows_of(metrics)]
-    alike = indistinguishable(metrics)
+    lines += [f"  {row.name:<{width}} {percent(printed['accuracy'][row.key]):>7}" for row in rows_of(printed)]
+    unprotected = next(row for row in ROWS if row.key == UNPROTECTED)
+    lines += [f"  {unprotected.name:<{width}}   see the internal report"]
+    alike = indistinguishable(printed)
     lines += [alike] if alike else []
     if not run.plan.is_private:
         warning = "NOT PRIVATE: no noise was added; release nothing"

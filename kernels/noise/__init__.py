@@ -1,5 +1,7 @@
 """Numbers plus Gaussian noise, from a cryptographic generator: ``(x + scale * z) / divisor``.
 
+With a ``grid``, a power of two, x and ``scale * z`` are rounded to multiples of it before they are added (all exact).
+
 z: independent standard normal numbers, made of the ChaCha20 stream (Bernstein 2008; RFC 8439) of a key of 256 bits by
 the formula of Box and Muller (1958). With ``m = ceil(n / 8)`` blocks of the stream, each 64 bytes, ``z[j * m + b]`` of
 n numbers in their order in memory is number j of block b, from 64-bit words 0 to 7:
@@ -12,6 +14,7 @@ comes from the operating system and is used once. Cost: one read and one write o
 AVX2 3 to 6 ns for each.
 """
 
+import math
 import struct
 from typing import Any
 
@@ -28,11 +31,14 @@ _DTYPES = (torch.float32, torch.float64)
 _MOST = 8 << 32  # numbers: blocks are counted in 32 bits
 
 
-def noised(x: Tensor, scale: float, divisor: float, key: bytes, *, backend: Backend | None = None) -> Tensor:
+def noised(
+    x: Tensor, scale: float, divisor: float, key: bytes, *, grid: float = 0.0, backend: Backend | None = None
+) -> Tensor:
     """``(x + scale * z) / divisor``, a new tensor of x's shape, dtype and order in memory.
 
     x: floating point, of any shape, calculated in float64.
     key: 32 bytes, for this call alone.
+    grid: a power of two, to multiples of which x and ``scale * z`` are rounded first; 0: to none.
 
     Raises:
         KernelError: a key of another length, more numbers than a stream has, or a backend that cannot be used.
@@ -42,18 +48,20 @@ def noised(x: Tensor, scale: float, divisor: float, key: bytes, *, backend: Back
         problems.append("expected floating-point numbers")
     if x.numel() > _MOST:
         problems.append("expected at most 2^35 numbers, as many as a stream has")
+    if grid and math.frexp(grid)[0] != 0.5:
+        problems.append(f"grid={grid!r}: expected a power of two, or 0")
     expect("noised", problems, x=x)
-    return _noised(x, scale, divisor, list(struct.unpack("<8I", key)), backend)
+    return _noised(x, scale, divisor, grid, list(struct.unpack("<8I", key)), backend)
 
 
-def _run(x: Tensor, scale: float, divisor: float, key: list[int], backend: Backend | None) -> Tensor:
+def _run(x: Tensor, scale: float, divisor: float, grid: float, key: list[int], backend: Backend | None) -> Tensor:
     if x.dtype not in _DTYPES:
-        return _run(x.double(), scale, divisor, key, backend).to(x.dtype)
+        return _run(x.double(), scale, divisor, grid, key, backend).to(x.dtype)
     out = torch.empty_like(x)
     if out.stride() != x.stride():  # x has gaps, or numbers in several places
         x = torch.empty_like(out).copy_(x)
     chosen = choose(backend, x, native=_DTYPES, triton=_DTYPES)
-    implementation(__name__, chosen).noised(_in_memory(x), _in_memory(out), scale, divisor, key)
+    implementation(__name__, chosen).noised(_in_memory(x), _in_memory(out), scale, divisor, grid, key)
     return out
 
 
@@ -66,4 +74,6 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-_noised = register("noised(Tensor x, float scale, float divisor, int[] key, str? backend) -> Tensor", _run, _fake)
+_noised = register(
+    "noised(Tensor x, float scale, float divisor, float grid, int[] key, str? backend) -> Tensor", _run, _fake
+)

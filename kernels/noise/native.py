@@ -10,7 +10,7 @@ from dpfast.kernels.dispatch import native_module
 _DTYPES = {torch.float32: 0, torch.float64: 2}  # Dtype of csrc/dpfast.h
 
 
-def noised(x: Tensor, out: Tensor, scale: float, divisor: float, key: Sequence[int]) -> None:
+def noised(x: Tensor, out: Tensor, scale: float, divisor: float, grid: float, key: Sequence[int]) -> None:
     """Into ``out [n]``."""
-    threads = torch.get_num_threads()
-    native_module().noised(x.data_ptr(), out.data_ptr(), len(x), _DTYPES[x.dtype], scale, divisor, key, threads)
+    numbers, threads = (scale, divisor, grid), torch.get_num_threads()
+    native_module().noised(x.data_ptr(), out.data_ptr(), len(x), _DTYPES[x.dtype], numbers, key, threads)

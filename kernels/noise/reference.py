@@ -43,7 +43,7 @@ def normal(key: Sequence[int], first: int, blocks: int) -> NDArray[np.float64]:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
 
-def noised(x: Tensor, out: Tensor, scale: float, divisor: float, key: Sequence[int]) -> None:
+def noised(x: Tensor, out: Tensor, scale: float, divisor: float, grid: float, key: Sequence[int]) -> None:
     """Into ``out [n]``."""
     n = len(x)
     blocks = -(-n // 8)
@@ -52,4 +52,8 @@ def noised(x: Tensor, out: Tensor, scale: float, divisor: float, key: Sequence[i
         for j, z in enumerate(torch.from_numpy(normal(key, first, count))):
             at = j * blocks + first
             some, numbers = slice(at, at + count), z[: max(0, n - at)].to(x.device)
-            out[some] = (x[some].double() + scale * numbers) / divisor
+            out[some] = (_on_grid(x[some].double(), grid) + _on_grid(scale * numbers, grid)) / divisor
+
+
+def _on_grid(x: Tensor, grid: float) -> Tensor:
+    return torch.round(x / grid) * grid if grid else x

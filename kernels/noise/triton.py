@@ -41,14 +41,22 @@ def _uniform(low, high):
 
 
 @triton.jit
-def _put(x, out, at, inside, z, scale, divisor):
+def _on_grid(x, shift):
+    """The nearest multiple of a grid: adding 1.5 * 2^52 of it leaves no bit below it. A shift of 0 rounds nothing."""
+    return (x + shift) - shift
+
+
+@triton.jit
+def _put(x, out, at, inside, z, scale, divisor, shift):
     old = tl.load(x + at, mask=inside, other=0.0).to(tl.float64)
-    tl.store(out + at, (old + scale * z) / divisor, mask=inside)
+    tl.store(out + at, (_on_grid(old, shift) + _on_grid(scale * z, shift)) / divisor, mask=inside)
 
 
 @triton.jit
 def add_noise(x, out, n, m, table, BLOCKS: tl.constexpr):
-    """Table ``[10]``: the words of the key; scale and divisor, by their bits. m: blocks of the stream, n: numbers."""
+    """Table ``[11]``: the words of the key; scale, divisor and shift, by their bits. m: blocks of the stream, n:
+    numbers.
+    """
     b = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     none = tl.zeros((BLOCKS,), tl.uint32)
     k0, k1 = none + tl.load(table).to(tl.uint32), none + tl.load(table + 1).to(tl.uint32)
@@ -81,18 +89,19 @@ def add_noise(x, out, n, m, table, BLOCKS: tl.constexpr):
     )
     scale = tl.load(table + 8).to(tl.float64, bitcast=True)
     divisor = tl.load(table + 9).to(tl.float64, bitcast=True)
+    shift = tl.load(table + 10).to(tl.float64, bitcast=True)
     wide = tl.full((), 0, tl.int64) + m  # or products of it would be of 32 bits
     for j in tl.static_range(4):
         cosine, sine = box_muller(of_radius[j], of_angle[j])
         at, behind = j * wide + b, (j + 4) * wide + b
-        _put(x, out, at, (b < m) & (at < n), cosine, scale, divisor)
-        _put(x, out, behind, (b < m) & (behind < n), sine, scale, divisor)
+        _put(x, out, at, (b < m) & (at < n), cosine, scale, divisor, shift)
+        _put(x, out, behind, (b < m) & (behind < n), sine, scale, divisor, shift)
 
 
-def noised(x: Tensor, out: Tensor, scale: float, divisor: float, key: Sequence[int]) -> None:
+def noised(x: Tensor, out: Tensor, scale: float, divisor: float, grid: float, key: Sequence[int]) -> None:
     """Into ``out [n]``."""
     m = blocks(len(x), 8)
     if m:
-        numbers = struct.unpack("<2q", struct.pack("<2d", scale, divisor))
+        numbers = struct.unpack("<3q", struct.pack("<3d", scale, divisor, 1.5 * 2.0**52 * grid))
         table = torch.tensor([*key, *numbers], dtype=torch.int64, device="cpu").to(x.device, non_blocking=True)
         add_noise[(blocks(m, BLOCKS),)](x, out, len(x), m, table, BLOCKS=BLOCKS, num_warps=WARPS)
