@@ -199,6 +199,18 @@ MUTANTS = (
     Mutant("noise is drawn right after manual_seed(0)", "DPImageBench", "noise", noised(plants.seeded_noise)),
     Mutant("trainings of one seed share their noise", "Opacus (FSDP)", "noise", noised(plants.global_noise)),
     Mutant("nan_to_num of gradient plus noise", "fastDP", "whole_step", plants.erased_noise()),
+    Mutant(
+        "the last bits of noise tell what it was added to",
+        "most (Mironov 2012)",
+        "last_bits",
+        noised(lambda real, *of: real(*of)),
+    ),
+    Mutant(
+        "noise on a grid is added to sums beside it",
+        "textbook",
+        "last_bits",
+        swap(("optimizer.noised", plants.noise_on_grid_alone)),
+    ),
     # Steps and samples
     Mutant(
         "no step on an empty batch",

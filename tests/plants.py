@@ -1,6 +1,5 @@
 """Bugs, and the places in dpfast where they are planted: see ``mutants``."""
 
-import functools
 import hashlib
 import itertools
 import pkgutil
@@ -251,7 +250,7 @@ def by_number_drawn(wrong: Wrong) -> Plant:
 
     return swap(
         ("trainer.poisson_sample", sample),
-        ("optimizer.noised", lambda real: lambda *of: wrong(real, drawn[0], *of)),
+        ("optimizer.noised", off_grid(lambda real, *of: wrong(real, drawn[0], *of))),
     )
 
 
@@ -260,24 +259,16 @@ def by_number_drawn(wrong: Wrong) -> Plant:
 
 def noised(wrong: Wrong) -> Plant:
     """wrong: of the real function, values, scale and divisor."""
-    return swap(("optimizer.noised", lambda real: functools.partial(wrong, real)))
+    return swap(("optimizer.noised", off_grid(wrong)))
+
+
+def off_grid(wrong: Wrong) -> Wrong:
+    return lambda real: lambda x, scale, divisor, **_: wrong(real, x, scale, divisor)
 
 
 def scaled(scale: Callable[[Any], float]) -> Plant:
     """scale: of the noise, by the plan."""
-
-    def mean(real: Any) -> Any:
-        def wrong(self: Any, parameter: Any) -> Tensor:
-            plan = self.plan
-            wrongly = {"noise_multiplier": scale(plan), "max_grad_norm": 1.0}
-            return real(
-                SimpleNamespace(plan=SimpleNamespace(expected_batch_size=plan.expected_batch_size, **wrongly)),
-                parameter,
-            )
-
-        return wrong
-
-    return swap(("optimizer.DPOptimizer._noised_mean", mean))
+    return swap(("privacy.plan.Plan.noise_on", lambda _: lambda self, numbers: (scale(self), 0.0)))
 
 
 def known_noise(key: Callable[[int, Tensor], Any], *, per_process: bool = False) -> Plant:
@@ -295,7 +286,7 @@ def known_noise(key: Callable[[int, Tensor], Any], *, per_process: bool = False)
 
         return begun
 
-    return swap(("optimizer.noised", lambda real: functools.partial(wrong, real)), ("trainer.DPTrainer.fit", fit))
+    return swap(("optimizer.noised", off_grid(wrong)), ("trainer.DPTrainer.fit", fit))
 
 
 def all_but_every_second() -> Plant:
@@ -312,6 +303,10 @@ def global_noise(_: Any, x: Tensor, scale: float, divisor: float) -> Tensor:
     return (x + scale * torch.randn_like(x)) / divisor
 
 
+def noise_on_grid_alone(real: Any) -> Any:
+    return lambda x, scale, divisor, *, grid: x / divisor + real(torch.zeros_like(x), scale, divisor, grid=grid)
+
+
 def erased_noise() -> Plant:
     """For this an example that is not a number must get as far as the sum."""
 
@@ -324,7 +319,7 @@ def erased_noise() -> Plant:
     return swap(
         ("clipping.accumulate.Accumulation.finish", finish),
         ("clipping.rule.clip_factors", factors),
-        ("optimizer.noised", lambda real: lambda *of: real(*of).nan_to_num(0.0, 0.0, 0.0)),
+        ("optimizer.noised", off_grid(lambda real, *of: real(*of).nan_to_num(0.0, 0.0, 0.0))),
     )
 
 

@@ -233,7 +233,7 @@ def test_a_whole_step_of_dpfast_is_audited(monkeypatch):
 
     settings = {"epsilon": plan.epsilon(), "delta": DELTA, "model": model, "repetitions": 150}
     audit_step(step, data, **settings)
-    monkeypatch.setattr("dpfast.optimizer.noised", lambda x, scale, by: entropy.noised(x, scale / 8, by))
+    monkeypatch.setattr("dpfast.optimizer.noised", lambda x, scale, by, grid: entropy.noised(x, scale / 8, by))
     with pytest.raises(AssertionError, match="claimed"):
         audit_step(step, data, **settings)
 
