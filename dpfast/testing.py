@@ -81,8 +81,8 @@ def assert_sensitivity(
         a mapping by name): the sum of clipped gradients, that sum with its noise, or the update made of it. Noise is
         the same in both runs and cancels: the generators of torch, numpy and Python start from ``seed``, and so does
         dpfast's entropy (``injected_entropy``). Numbers drawn for a whole batch at once (dropout) may change with its
-        size: key them by example (``dpfast.data.keyed``) or switch them off. Where it gives None, the gradients of
-        ``model`` count.
+        size: key them by example (``dpfast.data.keyed``) or switch them off. In ``DPTrainer`` noise changes with the
+        number of physical batches: make them large. Where the step gives None, the gradients of ``model`` count.
     dataset: an ``ImageSet``, a tensor or a tuple of tensors by example, or a sequence of examples.
     promised: the most that the result may move, as an L2 norm: the clip norm C where it is a sum, C over the expected
         batch size where it is a mean; for "replace" twice that.

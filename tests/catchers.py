@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import checks
 from dpfast import DPOptimizer, DPTrainer, GhostClipper, Performance, Plan
 from dpfast.audit.canaries import audit, observe
-from dpfast.errors import BudgetExhausted, CaptureError, ConfigError, DPFastError, PrivacyError
+from dpfast.errors import BudgetExhausted, CaptureError, ConfigError, PrivacyError
 from dpfast.privacy import Ledger, choice_release, noised_choice, read_ledger
 from dpfast.testing import assert_sensitivity, injected_entropy
 
@@ -273,6 +273,16 @@ def agrees(epsilon: float, *of: Any) -> bool:
     return math.isclose(epsilon, told(*of), rel_tol=5e-3)
 
 
+@contextmanager
+def ended_by(error: type[Exception], what: str) -> Iterator[None]:
+    """AssertionError unless the block is."""
+    try:
+        yield
+    except error:
+        return
+    raise AssertionError(f"{what}: let through")
+
+
 class Failing(torch.optim.SGD):
     def step(self, closure: None = None) -> None:
         raise Killed
@@ -306,23 +316,13 @@ def accounting() -> None:
         optimizer.step()
         assert optimizer.steps_taken == step, "counted"
         assert agrees(optimizer.ledger.epsilon(), 0.5, sigma, step, 1e-4), "of the ledger"
-    with not_refused("a step beyond the plan"):
+    with ended_by(BudgetExhausted, "a step beyond the plan"):
         optimizer.step()
     ledger = Ledger(None, given)
     killed = DPOptimizer(Failing(model.parameters(), lr=0.1), given, clipper, ledger)
-    with not_refused("a kill during an update", Killed):
+    with ended_by(Killed, "a kill during an update"):
         killed.step()
     assert ledger.charged_steps == 1, "charged after its update"
-
-
-@contextmanager
-def not_refused(what: str, error: type[Exception] = DPFastError) -> Iterator[None]:
-    """AssertionError unless the block ends with ``error``."""
-    try:
-        yield
-    except error:
-        return
-    raise AssertionError(f"{what}: let through")
 
 
 def choice() -> None:
@@ -335,7 +335,7 @@ def choice() -> None:
     low, high = stats.chi2.interval(1 - 1e-6, 200)
     assert low < sum((count / 30) ** 2 for count in found.noised_counts) < high, "not of the planned scale"
     assert found.index == max(range(200), key=found.noised_counts.__getitem__)
-    with not_refused("a second draw", BudgetExhausted):
+    with ended_by(BudgetExhausted, "a second draw"):
         noised_choice(torch.zeros(200, dtype=torch.int64), sigma=30.0, ledger=ledger)
 
 
@@ -346,7 +346,7 @@ def resumption() -> None:
     with tempfile.TemporaryDirectory() as folder, injected_entropy(0):
         settings = {"sums": sums, "state_dir": folder}
         for killed_at in (2, 5):
-            with not_refused("a kill", Killed):
+            with ended_by(Killed, "a kill"):
                 training(private_examples(4), nobody, killed_at=killed_at, **settings)
         trainer = training(private_examples(4), nobody, **settings)
         charged = read_ledger(Path(folder) / "ledger.jsonl").charged_steps
@@ -363,12 +363,7 @@ def silence() -> None:
         words = StringIO()
         with injected_entropy(0), redirect_stdout(words):
             data = [*private_examples(5), scale * torch.ones(48)]
-            training(
-                data,
-                plan(dataset_size=6, expected_batch_size=3, steps=2),
-                sums=[],
-                progress=print,
-            )
+            training(data, plan(dataset_size=6, expected_batch_size=3, steps=2), sums=[], progress=print)
         said.append(words.getvalue())
     assert said[0] == said[1], said
 
@@ -444,5 +439,5 @@ def refusals() -> None:
         (PrivacyError, (unclipped_gradient, moved_parameters, other_clip_norm)),
     ):
         for attempt in attempts:
-            with not_refused(attempt.__name__.replace("_", " "), error):
+            with ended_by(error, attempt.__name__.replace("_", " ")):
                 attempt()
