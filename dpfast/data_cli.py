@@ -38,6 +38,14 @@ def prepare(
     """Turn a data set, as it is published, into a store that training reads. Nothing is downloaded.
 
     \b
+    Your own data:
+      class folders   cat/1.png, dog/x/2.jpg; or with splits: train/cat/1.png, test/cat/2.png
+      npz, HDF5       images (uint8) and labels (whole numbers from 0), or train_images,
+                      train_labels, test_images, test_labels; classes: their names, if any
+      Parquet, Arrow  columns image (an encoded file) and label (whole numbers from 0), as
+                      datasets writes them; the split is in the names of files or folders
+
+    \b
     Examples:
       dpfast data prepare cifar10 --source ~/downloads/cifar-10-python.tar.gz
       dpfast data prepare camelyon17 --source ~/wilds/camelyon17_v1.0 --size 32

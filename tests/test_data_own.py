@@ -87,6 +87,8 @@ def test_every_broken_image_is_named_before_anything_is_written(tmp_path):
     for line, name in zip(said.splitlines()[1:], ("8.png", "16.png", "9.png"), strict=True):
         assert name in line
     assert "expected 8 bits per channel, got mode I;16; convert it" in said
+    assert "a/8.png is no image that Pillow reads; replace" in said
+    assert "b/9.png is empty; replace" in said
     assert "replace or remove it" in said
 
 
@@ -153,7 +155,7 @@ def test_arrays_of_every_layout(tmp_path, kind, layout, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_splits_are_in_the_names_of_arrays_or_of_files(tmp_path, kind):
     classes = np.array(["benign", "other", "malign"], "S9" if kind == "h5" else "U9")
-    one = {"train_images": PIXELS, "train_labels": [0, 1] * 3, "val_images": PIXELS[:2], "val_labels": [1, 0]}
+    one = {"train_images": PIXELS, "train_labels": [0, 1, 2] * 2, "val_images": PIXELS[:2], "val_labels": [1, 0]}
     found = made(tmp_path, save(kind, tmp_path / "one", "data", classes=classes, **one))
     same(found["val"], PIXELS[:2], [1, 0])
     assert found["train"].classes == ("benign", "other", "malign")
@@ -166,7 +168,7 @@ def test_splits_are_in_the_names_of_arrays_or_of_files(tmp_path, kind):
 def test_groups_of_hdf5_are_splits(tmp_path):
     path = hdf5(
         tmp_path / "x.hdf5",
-        **{"train/images": PIXELS, "train/labels": labels(6), "fold3/images": PIXELS[:1], "fold3/labels": [4]},
+        **{"train/images": PIXELS, "train/labels": range(6), "fold3/images": PIXELS[:1], "fold3/labels": [4]},
     )
     found = made(tmp_path, path)
     assert sorted(found) == ["fold3", "train"]
@@ -174,21 +176,34 @@ def test_groups_of_hdf5_are_splits(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_arrays_that_do_not_fit_are_refused(tmp_path, kind):
-    number = np.full((2, 8, 8), np.nan, np.float32)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("dpfast.data.formats.npz.CHUNK", 1)
+    monkeypatch.setattr("dpfast.data.formats.hdf5.CHUNK", 1)
+    number = np.zeros((2, 8, 8), np.float32)
+    number[1, 3, 4:] = np.inf, np.nan, np.nan, 0
     cases = {
-        r"images\): images must be uint8 in 0..255, got float32; .*no number": {"images": number, "labels": [0, 1]},
-        "got int64; .*scale": {"images": PIXELS.astype(np.int64), "labels": labels(6)},
+        r"images\): images must be uint8 in 0..255, got float32, with inf in image 1 at \[3, 4\]; replace .*scale": {
+            "images": number,
+            "labels": [0, 1],
+        },
+        r"got float64; scale them to 0\.\.255, round and save": {"images": PIXELS / 255, "labels": labels(6)},
+        "got int16; scale": {"images": PIXELS.astype(np.int16), "labels": labels(6)},
+        r"images\) holds no images; save": {"images": PIXELS[:0], "labels": np.zeros(0, int)},
         "expected a label per image, got 6 images and 5 labels": {"images": PIXELS, "labels": labels(5)},
         "whole numbers, one per image, got float64": {"images": PIXELS, "labels": np.full(6, np.nan)},
         r"got int64 of shape \(6, 10\)": {"images": PIXELS, "labels": np.eye(10, dtype=np.int64)[:6]},
-        r"0\.\.1 \(2 classes\), got -1 at position 3": {"images": PIXELS, "labels": [0, 1, 1, -1, 0, 0]},
+        r"0\.\.1 \(2 classes\), got -1 at position 3 \(1 such\); number the classes from 0": {
+            "images": PIXELS,
+            "labels": [0, 1, 1, -1, 0, 0],
+        },
+        r"labels must lie in 0\.\.0 .*got -1 at position 0": {"images": PIXELS, "labels": np.full(6, -1)},
         r"0\.\.1 \(2 classes\), got 2": {
             "images": PIXELS,
             "labels": [0, 1, 1, 2, 0, 0],
             "classes": np.array([b"a", b"b"]),
         },
         r"C 1 or 3, got \(6, 2, 8, 8\); transpose": {"images": images(6, 2, 8, 8), "labels": labels(6)},
+        r"got \(6, 8, 8, 4\); .* 4 channels: drop the alpha": {"images": images(6, 8, 8, 4), "labels": labels(6)},
         r"got \(2, 3, 3, 3\); which axis is C is unclear": {"images": images(2, 3, 3, 3), "labels": [0, 1]},
         "expected arrays 'images' and 'labels' .*got x, y; name them so": {"x": PIXELS, "y": labels(6)},
         "got train_images; name": {"train_images": PIXELS},
@@ -205,9 +220,11 @@ def test_npz_files_that_are_damaged_or_run_code_are_refused(tmp_path):
     changed = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
     refused(tmp_path, write(tmp_path / "bad", {"x.npz": changed}), r"x.npz \(images\) cannot be read", FileError)
     objects = npz(images=PIXELS, labels=np.array([open, 1, 2, 3, 4, 5], object))
-    refused(
-        tmp_path, write(tmp_path / "code", {"x.npz": objects}), r"x.npz \(labels\) .*Object arrays cannot", FileError
-    )
+    source = write(tmp_path / "code", {"x.npz": objects})
+    refused(tmp_path, source, r"x.npz \(labels\): expected whole numbers, got Python objects; save .*int64")
+    objects = npz(images=PIXELS, labels=labels(6), classes=np.array(["a", "b"], object))
+    source = write(tmp_path / "names", {"x.npz": objects})
+    refused(tmp_path, source, r"x.npz \(classes\): expected texts, got Python objects; save classes.astype\(str\)")
     columns = npz(images=np.asfortranarray(PIXELS), labels=labels(6))
     refused(tmp_path, write(tmp_path / "columns", {"x.npz": columns}), "column by column; save np.ascontiguousarray")
 
@@ -294,7 +311,8 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
     )
     cases = {
         r"column label: labels must lie in 0\.\.2 \(3 classes\), got 3": table(PIXELS[:2], [0, 3]),
-        r"0\.\.2 \(3 classes\), got -1": table(PIXELS[:2], [-1, -1]),
+        r"0\.\.2 \(3 classes\), got -1 at position 0 \(2 such\); number": table(PIXELS[:2], [-1, -1]),
+        "no rows, so no images; add some": table().slice(0, 0),
         "expected a label in each row, got 1 rows without": table(PIXELS[:2], [1, None]),
         r"expected one column of bytes.*got a \(int64\), label \(int64\)": pa.table({"a": [1], "label": [1]}),
         r"whole numbers, or one named label or.*got image .*a \(int64\), b \(int64\)": pa.table(
@@ -310,12 +328,12 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
         0, "image", pa.array([{"bytes": picture(PIXELS[0])}, {"bytes": b"no"}])
     )
     save_table("parquet", tmp_path / "broken" / "x", broken)
-    refused(tmp_path, tmp_path / "broken", "x.parquet, row 1 cannot be decoded", FileError)
+    refused(tmp_path, tmp_path / "broken", "x.parquet, row 1 is no image that Pillow reads", FileError)
 
 
 def test_sizes_and_channels_that_change_from_batch_to_batch_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("dpfast.data.formats.columnar.ROWS", 1)
-    save_table("parquet", tmp_path / "sizes/x", table([PIXELS[0], PIXELS[0, :, :4, :4]], [0, 1]))
+    save_table("parquet", tmp_path / "sizes/x", table([PIXELS[0], PIXELS[0, :, :4, :4]], [0, 1], NAMES[:2]))
     refused(
         tmp_path,
         tmp_path / "sizes",
@@ -340,6 +358,16 @@ def test_truncated_tables_and_tables_of_other_classes_are_refused(tmp_path, kind
 
 
 # All of them
+
+
+def test_classes_without_an_image_to_train_on_are_named_once(tmp_path):
+    arrays = {"train_images": PIXELS, "train_labels": [0, 1, 2, 3, 5, 9], "test_images": PIXELS, "test_labels": [4] * 6}
+    with pytest.warns(
+        UserWarning, match=r"x\.npz: .* train split: 4, 6, 7, 8 \(4 of 10\); add .*without a gap"
+    ) as caught:
+        found = made(tmp_path, save("npz", tmp_path, "x", **arrays))
+    assert len(caught) == 1
+    assert found["train"].num_classes == 10
 
 
 @pytest.mark.parametrize(("package", "name"), [("h5py", "x.h5"), ("pyarrow", "x.parquet"), ("pyarrow", "x.arrow")])

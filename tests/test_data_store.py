@@ -252,6 +252,7 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path):
     cases = {
         "expected 11 images, got 10": (11, chunks(10, 4)),
         "expected 3 images, got none": (3, iter(())),
+        "expected some images, got none": (0, iter(())),
         r"images from 4: expected uint8 \[m, 3, 32, 32\], got uint8 \[4, 1, 8, 8\]": (
             8,
             [next(chunks(4, 4)), next(chunks(4, 4, (1, 8, 8)))],
@@ -389,7 +390,8 @@ def test_export_writes_pictures_with_what_they_promise(tmp_path):
     for number, image in enumerate(pixels):
         picture = Image.open(tmp_path / "out" / ("an_ox", "b")[number % 2] / f"{number:07d}.png")
         assert np.array_equal(np.asarray(picture), image.permute(1, 2, 0))
-    assert "manifest.json; make samples" in call("export", tmp_path, "--out", tmp_path / "out", code=2).stderr
+    for folder, cure in ((tmp_path, f"give {samples}"), (tmp_path / "out" / "b", "make samples")):
+        assert f"holds no manifest.json; {cure}" in call("export", folder, "--out", tmp_path / "out", code=2).stderr
 
 
 @pytest.mark.parametrize("command", ["prepare", "show", "export"])
@@ -399,3 +401,5 @@ def test_help_has_examples_and_names_every_published_data_set(command):
     assert "Examples:" in said
     if command == "prepare":
         assert [name for name in PUBLISHED if name not in said] == []
+        for layout in ("train/cat/1.png", "train_images", "columns image"):
+            assert layout in said

@@ -217,8 +217,18 @@ def test_too_few_images_are_refused():
     with pytest.raises(DataError, match="10 splits needs as many images, got 5"):
         inception_score(few.softmax(1))
     extractor, digits = module_extractor("flat", Flat()), font_digits(60, seed=0)
-    with pytest.raises(DataError, match="1000 images or more in each set, got 60 real and 60 synthetic"):
+    with pytest.raises(DataError, match=r"1000 images or more .*, got 60 real and 60 .*ScoreSettings\.fitting\(60\)"):
         image_scores(extractor, digits, digits)
+
+
+def test_what_is_no_extractor_or_image_set_is_named_with_its_cure():
+    digits = font_digits(60, seed=0)
+    with pytest.raises(
+        ConfigError, match=r"extractor must be an Extractor, got Flat; give module_extractor\("
+    ) as caught:
+        image_scores(Flat(), digits, digits.images)
+    assert "synthetic must be an ImageSet, got Tensor (60, 1, 8, 8); give ImageSet(" in str(caught.value)
+    assert "real" not in str(caught.value)
 
 
 def test_settings_that_make_no_score_are_refused():

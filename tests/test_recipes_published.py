@@ -15,7 +15,7 @@ from dpfast.data.standin import write_stand_in
 from dpfast.data.store_writer import StoreWriter
 from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.models import CAMELYON17, CIFAR10, MNIST
-from dpfast.errors import ConfigError
+from dpfast.errors import ConfigError, DataError, FileError
 from dpfast.recipes import load
 from dpfast.runs import inputs
 from dpfast.runs.describe import describe_plan
@@ -198,6 +198,16 @@ def test_only_published_data_can_be_planned_for_without_them(tmp_path):
             open_run(load("cifar10", ["data.folder=nowhere", change]), tmp_path, elsewhere=True)
 
 
+def test_a_private_store_without_a_test_split_is_refused(stores, tmp_path):
+    with StoreWriter(tmp_path / "data" / "mine", name="mine", classes=("a", "b")) as writer:
+        writer.add("train", 2, [(np.zeros((2, 3, 32, 32), np.uint8), np.arange(2))])
+        writer.finish(source=[])
+    (tmp_path / "data" / "imagenet32").symlink_to(stores / "imagenet32")
+    settings = [*LEAST, "data.private=mine", f"data.folder={tmp_path / 'data'}"]
+    with pytest.raises(DataError, match=r"mine: no split 'test', on which accuracies .*only train; add .*test/.*again"):
+        execute(load("cifar10-small", settings), tmp_path / "runs", Recorder())
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -209,8 +219,21 @@ def test_only_published_data_can_be_planned_for_without_them(tmp_path):
         (["private.method=attention"], "no attention"),
         (["data.public=fonts", "public_count=10"], "grey and square"),
         (["data.fold=1"], "only digits have folds"),
+        (["public_count=100000"], r"public_count = 100000: there are \d+; 0 is for all"),
+        (["private.shift=32"], "private.shift = 32: expected less than the 32 pixels"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(changes, said, stores, tmp_path):
     with pytest.raises(ConfigError, match=said):
         open_run(load("cifar10-small", [*LEAST, f"data.folder={stores}", *changes]), tmp_path)
+
+
+def test_a_damaged_store_is_not_trained_on(stores, tmp_path):
+    shutil.copytree(stores, tmp_path / "data")
+    images = tmp_path / "data" / "cifar10" / "train" / "images.npy"
+    content = bytearray(images.read_bytes())
+    content[-1] ^= 1
+    images.write_bytes(content)
+    with pytest.raises(FileError, match=r"images.npy: expected sha256"):
+        execute(load("cifar10-small", [*LEAST, f"data.folder={tmp_path}/data"]), tmp_path / "runs", Recorder())
+    assert not (tmp_path / "runs" / "cifar10-small" / "state" / "train").exists()

@@ -152,9 +152,9 @@ def test_the_headline_compares_with_the_better_of_the_public_two(fonts, said):
     ("changes", "said"),
     [
         ({}, ""),
-        ({"dp_classifier": 0.95}, "360 test images: the released samples and real images, by DP-SGD."),
-        ({"real": 0.95, "dp_classifier": 0.92}, "by DP-SGD and real images."),
-        ({"synthetic": 1.0, "real": 1.0}, "the released samples and real images."),
+        ({"dp_classifier": 0.95}, "360 test images between “the released samples” and “real images, by DP-SGD”."),
+        ({"real": 0.95, "dp_classifier": 0.92}, "“real images, by DP-SGD” or “real images”."),
+        ({"synthetic": 1.0, "real": 1.0}, "“the released samples” and “real images”."),
     ],
 )
 def test_what_the_test_images_cannot_tell_apart_is_said(changes, said):
@@ -242,6 +242,7 @@ def compared(**epsilons):
     for name, epsilon in epsilons.items():
         runs[name] = METRICS | {
             "epsilon_spent": epsilon,
+            "target_epsilon": epsilon,
             "scores": {"synthetic": scores(3.2), "public_only": scores(9)},
         }
     return runs
@@ -255,6 +256,18 @@ def test_runs_are_compared_by_epsilon():
     assert "FID of the released samples by epsilon" in html
 
 
+def test_what_the_recipes_of_runs_differ_in_is_shown():
+    recipes = {name: {"name": name, "private.augmult": k, "seed": 0} for name, k in (("one", 1), ("ten", 8))}
+    text = visible(Comparison(metrics=compared(ten=9.99, one=0.99), recipes=recipes).html())
+    assert "What they differ in key one ten private.augmult 1 8" in text
+    assert "seed" not in text
+
+
+def test_runs_of_one_epsilon_make_no_curve():
+    html = Comparison(metrics=compared(first=10, second=10, third=1)).html()
+    assert 'class="plot"' not in html
+
+
 def test_distances_of_other_extractors_make_no_curve():
     runs = compared(ten=9.99, one=0.99)
     runs["one"]["scores"]["synthetic"]["sha256"] = "other"
@@ -266,6 +279,7 @@ def test_distances_of_other_extractors_make_no_curve():
 def test_the_command_compares_finished_runs_only(tmp_path):
     for name, epsilon in (("one", 0.99), ("ten", 9.99)):
         write_json(tmp_path / name / "internal" / "metrics.json", compared(x=epsilon)["x"])
+        (tmp_path / name / "recipe.toml").write_text(f'base = "digits"\nname = "{name}"\n')
     page = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["compare", str(tmp_path / "one"), str(tmp_path / "ten"), "--out", str(page)])
     assert result.exit_code == 0, result.output

@@ -324,11 +324,21 @@ def test_nothing_measured_on_private_images_is_released(runs):
     assert str(runs) not in text
 
 
+def test_samples_drawn_anew_leave_no_report_of_the_old_ones(runs):
+    reports = [runs / "tiny" / folder / "report.html" for folder in ("release", "internal")]
+    execute(load("digits", [*TINY, "sample.count=40"]), runs, Recorder(), until="sample")
+    assert [path for path in reports if path.exists()] == []
+    execute(load("digits", TINY), runs, Recorder())
+    assert all(path.exists() for path in reports)
+
+
 def test_the_released_model_loads_with_diffusers(runs):
     from diffusers import DDPMScheduler, UNet2DModel
 
     folder = runs / "tiny" / "release" / "model"
     model = UNet2DModel.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    said = json.loads((folder / "classes.json").read_text())
+    assert said == {"classes": list("0123456789"), "no class (guidance)": model.config["num_class_embeds"] - 1}
     scheduler = DDPMScheduler.from_pretrained(folder, local_files_only=True)
     with torch.no_grad():
         output = model(torch.zeros(1, 1, 8, 8), 5, torch.tensor([10])).sample

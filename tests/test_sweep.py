@@ -152,7 +152,7 @@ def test_the_page_shows_whether_ranks_agree():
     values = [0.5 + i / 30 for i in range(12)]
     page = SweepReport(
         name="test", settings=[f"steps={i}" for i in range(12)], synthetic=values, real=values,
-        chosen="steps=11", noised_counts=None, test_images=360,
+        chosen="steps=11", noised_counts=None, held_out=100, test_images=360,
     )  # fmt: skip
     text = page.html()
     assert "Do synthetic images rank as real ones do?" in text

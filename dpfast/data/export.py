@@ -12,7 +12,7 @@ from dpfast.progress import Progress, silent
 STATEMENT = ("PRIVACY.md", "privacy.json")
 
 
-def write_class_folders(samples: Path, folder: Path, *, progress: Progress = silent) -> int:
+def write_class_folders(samples: str | Path, folder: str | Path, *, progress: Progress = silent) -> int:
     """Every image of a folder of shards as ``<folder>/<class>/<number>.png``, with their privacy statement beside.
 
     Images that are there are not written again, and no more than a shard is in memory. Returns the number of images.
@@ -21,6 +21,7 @@ def write_class_folders(samples: Path, folder: Path, *, progress: Progress = sil
         DataError: the samples are incomplete or without a statement, two classes would share a folder, or there is
             something else in it.
     """
+    samples, folder = Path(samples), Path(folder)
     shards = open_shards(samples)
     names = _folder_names(shards)
     statement = {name: _statement(samples / name) for name in STATEMENT}

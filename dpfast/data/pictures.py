@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
@@ -66,10 +67,13 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def _opened(file: IO[bytes], where: str) -> Image.Image:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         picture = Image.open(file)
+    except UnidentifiedImageError as error:
+        found = "is no image that Pillow reads" if file.seek(0, os.SEEK_END) else "is empty"
+        raise FileError(f"{where} {found}; replace or remove it") from error
     except Exception as error:  # as above
         raise _undecodable(where, error) from error
     if picture.mode.split(";")[0] in _DEEP:

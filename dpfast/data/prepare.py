@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from dpfast.data.formats import Chunk, Split, canonical_name, format_of
 from dpfast.data.formats.source import Source
 from dpfast.data.pictures import RESIZING, resized
-from dpfast.data.store import Store
+from dpfast.data.store import Store, open_store
 from dpfast.data.store_writer import StoreWriter
 from dpfast.errors import ConfigError
 from dpfast.progress import Progress, silent
@@ -29,6 +30,8 @@ def prepare_store(
     must be those published; any other name is for one's own images in class folders, npz, HDF5, Parquet or Arrow files.
     size: images are cropped and scaled to ``size`` by ``size`` pixels; None keeps them as they are (Camelyon17: 32).
     partial: it may be a part of what was published under the name, which the store says.
+
+    Warns of classes of one's own that have no image in the train split.
 
     Raises:
         ConfigError: the name or an option cannot be used.
@@ -53,7 +56,23 @@ def prepare_store(
         for split, part in reading.splits.items():
             writer.add(split, part.count, _reported(part, files.size, progress, done, total, split))
             done += part.count
-        return writer.finish(source=files.record())
+        store = writer.finish(source=files.record())
+    if form.published is None and "train" in store.splits:
+        _warn_of_empty_classes(folder, source)
+    return store
+
+
+def _warn_of_empty_classes(folder: Path, source: Path) -> None:
+    train = open_store(folder, "train")
+    counts = train.labels.bincount(minlength=train.num_classes)
+    empty = [name for name, count in zip(train.classes, counts.tolist(), strict=True) if not count]
+    if empty:
+        shown = ", ".join(empty[:20]) + (", ..." if len(empty) > 20 else "")
+        warnings.warn(
+            f"{source}: classes without an image in the train split: {shown} ({len(empty)} of {train.num_classes}); "
+            "add images of them, or number the others from 0 without a gap",
+            stacklevel=3,
+        )
 
 
 def _reported(part: Split, size: int | None, progress: Progress, done: int, total: int, split: str) -> Iterator[Chunk]:

@@ -113,14 +113,17 @@ def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def open_shards(folder: Path) -> ShardFolder:
+def open_shards(folder: str | Path) -> ShardFolder:
     """A folder that was made before; raises DataError if it holds no manifest."""
+    folder = Path(folder)
     if not (folder / MANIFEST).exists():
-        raise DataError(f"{folder} holds no {MANIFEST}; make samples with generate_shards first")
+        below = [folder / name for name in ("samples", "release/samples") if (folder / name / MANIFEST).exists()]
+        cure = f"give {below[0]}" if below else "make samples with generate_shards or a run first"
+        raise DataError(f"{folder} holds no {MANIFEST}; {cure}")
     return ShardFolder(folder, _manifest(folder))
 
 
-def load_shards(folder: Path) -> ImageSet:
+def load_shards(folder: str | Path) -> ImageSet:
     """All images of a complete folder; raises DataError if it holds none, or not all."""
     return open_shards(folder).load()
 

@@ -73,8 +73,9 @@ class StoredImages(ImageSet):
     store: Store
 
 
-def read_store(folder: Path) -> Store:
+def read_store(folder: str | Path) -> Store:
     """What the store in ``folder`` holds. Raises FileError if there is none, or one of another version."""
+    folder = Path(folder)
     value = read_json(folder / MANIFEST, cure=f"give the folder of a store, or {_CURE}")
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
         raise FileError(f"{folder / MANIFEST}: expected a store of format {FORMAT!r}; {_CURE}")
@@ -86,7 +87,7 @@ def read_store(folder: Path) -> Store:
         raise FileError(f"{folder / MANIFEST} is damaged ({error}); {_CURE}") from error
 
 
-def open_store(folder: Path, split: str, *, name: str | None = None, verify: bool = False) -> StoredImages:
+def open_store(folder: str | Path, split: str, *, name: str | None = None, verify: bool = False) -> StoredImages:
     """The images of a split, read from disk where they are used.
 
     name: the data set that is expected. verify: compare the checksums, which reads everything once.
@@ -95,6 +96,7 @@ def open_store(folder: Path, split: str, *, name: str | None = None, verify: boo
         DataError: the store is of another data set, has no such split, or holds labels out of range.
         FileError: there is no store, or one of its files has another size, shape or checksum than was written.
     """
+    folder = Path(folder)
     store = read_store(folder)
     if name is not None and store.name != name:
         raise DataError(

@@ -70,7 +70,7 @@ class StoreWriter:
         chunks = iter(chunks)
         first = next(chunks, None)
         if first is None:
-            raise DataError(f"split {split!r}: expected {count} images, got none; get the source again")
+            raise DataError(f"split {split!r}: expected {count or 'some'} images, got none; get the source again")
         folder = self._temporary / split
         folder.mkdir()
         done = 0

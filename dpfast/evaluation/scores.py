@@ -101,9 +101,11 @@ def image_scores(
     60,000 images under Inception) stay on a GPU that made them, else in a nameless file of ``folder`` (by default of
     the system's folder for temporary files); scores are made of them block by block.
 
-    Raises DataError for too few images, or images of different shapes, and for features that are not finite.
+    Raises DataError for too few images, or images of different shapes, and for features that are not finite;
+    ConfigError for what is no ``Extractor`` or no ``ImageSet``.
     """
     settings = settings or ScoreSettings()
+    _check_types(extractor, real=real, synthetic=synthetic)
     _check(real, synthetic, settings)
     read = partial(features, extractor, batch_size=batch_size, folder=folder, progress=progress)
     ours, theirs = (read(images.images) for images in (synthetic, real))
@@ -190,6 +192,21 @@ def _exponential_information(probabilities: Tensor, ids: Tensor) -> Tensor:
     return (own / len(ids) - torch.xlogy(mean, mean).sum()).exp()
 
 
+def _check_types(extractor: object, **sets: object) -> None:
+    wrong = []
+    if not isinstance(extractor, Extractor):
+        got = type(extractor).__name__
+        wrong.append(
+            f"extractor must be an Extractor, got {got}; give module_extractor(name, module) or another of them"
+        )
+    for name, images in sets.items():
+        if not isinstance(images, ImageSet):
+            got = f"Tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            wrong.append(f"{name} must be an ImageSet, got {got}; give ImageSet(images, labels, classes)")
+    if wrong:
+        raise ConfigError("image_scores: " + "\n".join(wrong))
+
+
 def _check(real: ImageSet, synthetic: ImageSet, settings: ScoreSettings) -> None:
     if real.image_shape != synthetic.image_shape:
         raise DataError(
@@ -198,5 +215,6 @@ def _check(real: ImageSet, synthetic: ImageSet, settings: ScoreSettings) -> None
     if min(len(real), len(synthetic)) < settings.fewest_images:
         raise DataError(
             f"scores with {settings} need {settings.fewest_images} images or more in each set, got {len(real)} real and"
-            f" {len(synthetic)} synthetic; sample more, or lower what asks for them"
+            f" {len(synthetic)} synthetic; sample more, or lower what asks for them: "
+            f"ScoreSettings.fitting({min(len(real), len(synthetic))})"
         )

@@ -219,10 +219,10 @@ def indistinguishable(metrics: Mapping[str, Any]) -> str:
     accuracy, images = metrics["accuracy"], metrics["test_images"]
     ours = next(row for row in ROWS if row.key == "synthetic")
     alike = [
-        row.name
+        f"“{row.name}”"
         for row in rows_of(metrics)
         if row != ours and not differ(accuracy["synthetic"], accuracy[row.key], images)
     ]
     if not alike:
         return ""
-    return f"No measurable difference on {images} test images: {ours.name} and {' and '.join(alike)}."
+    return f"No measurable difference on {images} test images between “{ours.name}” and {' or '.join(alike)}."

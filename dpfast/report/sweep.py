@@ -15,7 +15,7 @@ from dpfast.report.plots import rank_transfer_plot
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport:
-    """What ``internal/sweep/report.html`` shows; accuracies by setting, 0 to 1."""
+    """What ``internal/sweep/report.html`` shows; accuracies by setting, 0 to 1. held_out: samples scored on."""
 
     name: str
     settings: Sequence[str]
@@ -23,6 +23,7 @@ class SweepReport:
     real: Sequence[float]
     chosen: str
     noised_counts: Sequence[float] | None
+    held_out: int
     test_images: int
 
     def html(self) -> str:
@@ -34,6 +35,7 @@ class SweepReport:
                 [
                     (self.chosen, "chosen by " + ("its noised count" if self.noised_counts else "synthetic images")),
                     (f"{len(self.settings)}", "settings, one classifier each"),
+                    (f"{self.held_out:,}", "held-out samples to choose by"),
                     (f"{self.test_images:,}", "real test images, to look at and not to choose by"),
                 ]
             ),

@@ -146,11 +146,20 @@ def describe_cost(run: Run) -> Iterator[tuple[str, str]]:
     """What a run will cost: epsilon exactly; time and memory as predicted for some devices and, where a step takes less
     than ``_MEASURED`` seconds here, as measured on some.
     """
+    from dpfast.runs import build
     from dpfast.runs.estimate import estimate, image_passes
     from dpfast.runs.foresee import HERE, foresee
 
     yield "epsilon", f"{_figure(run.plan.epsilon())} at delta {run.plan.target_delta:g}"
     yield "noise multiplier", _noise(run.plan)
+    if run.plan.other_releases:
+        yield (
+            "a noised choice",
+            f"of that epsilon {_figure(run.plan.epsilon(0))} is set aside for it before the first step",
+        )
+    model = build.tuned(run.recipe, build.unet(run.recipe, run.private))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    yield "parameters", f"{sum(p.numel() for p in model.parameters()):,}, of which {trained:,} are trained privately"
     yield "image passes", ", ".join(f"{name} {count:,}" for name, count in image_passes(run).items())
     yield "baseline", "a DP-SGD classifier with a budget of its own, to compare with; it is not released"
     foreseen = {of.device: of for of in foresee(run)}

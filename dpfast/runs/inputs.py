@@ -11,12 +11,13 @@ import torch
 from dpfast.data import ImageSet, font_digits, real_digits
 from dpfast.data.digits import DIGIT_CLASSES
 from dpfast.data.formats import PUBLISHED
-from dpfast.data.store import MANIFEST, open_store, read_store
-from dpfast.errors import ConfigError
+from dpfast.data.store import MANIFEST, open_store, read_store, verify_split
+from dpfast.errors import ConfigError, DataError
 from dpfast.recipes.schema import Recipe
 from dpfast.runs.seeds import seed_for
 
 ZEROS = "zeros:"  # before the name of a published data set: images of zeros in its place, to plan with
+_USES = {"train": "which is trained on", "test": "on which accuracies are measured"}
 
 
 def private_data(recipe: Recipe) -> ImageSet:
@@ -46,6 +47,20 @@ def public_data(recipe: Recipe) -> ImageSet:
 def public_shape(recipe: Recipe) -> tuple[int, int, int]:
     """Of the public images in a store; none is read to know it."""
     return _images(recipe, "public", "train").image_shape
+
+
+def public_size(recipe: Recipe) -> int:
+    """The number of images in the public store."""
+    return len(_images(recipe, "public", "train"))
+
+
+def verify(recipe: Recipe) -> None:
+    """Compare the stores of the recipe with their checksums, which reads them once; FileError where one is damaged."""
+    for name in {recipe.data.private, recipe.data.public}:
+        if _is_stored(name):
+            folder = Path(recipe.data.folder) / name
+            for split, stored in read_store(folder).splits.items():
+                verify_split(folder, split, stored)
 
 
 def public_classes(recipe: Recipe) -> tuple[str, ...]:
@@ -94,6 +109,12 @@ def _images(recipe: Recipe, key: str, split: Literal["train", "test"]) -> ImageS
         )
     if data.fold is not None:
         raise ConfigError("recipe key data.fold: only digits have folds; leave it out")
+    splits = read_store(folder).splits
+    if split not in splits:
+        raise DataError(
+            f"{folder}: no split {split!r}, {_USES[split]}, only {', '.join(splits)}; add one to the source ({split}/"
+            f" as a folder, {split}_images and {split}_labels as arrays), remove the store and prepare it again"
+        )
     return open_store(folder, split, name=name)
 
 

@@ -63,6 +63,7 @@ def gather_metrics(run: Run) -> dict[str, Any]:
         "fingerprint": run.fingerprint,
         "seed": run.recipe.seed,
         "fold": run.recipe.data.fold,
+        "target_epsilon": run.recipe.private.target_epsilon,
         "epsilon_spent": ours.plan.epsilon(ours.charged_steps),
         "epsilon_baseline": rival.plan.epsilon(rival.charged_steps),
         "epsilon_composed": results["epsilon_composed"],

@@ -70,7 +70,10 @@ def advance(recipe: Recipe, runs: Path, terminal: TerminalProgress, *, until: st
     run.directory.mark()
     write_atomic(run.directory.recipe, to_toml(recipe))
     names = list(run.stages)
-    for name in names[: names.index(until) + 1]:
+    wanted = names[: names.index(until) + 1]
+    if not all(run.stages[name].done() for name in wanted):
+        inputs.verify(recipe)
+    for name in wanted:
         _do(run, run.stages[name], terminal)
     return run
 
@@ -86,6 +89,9 @@ def _do(run: Run, stage: Stage, terminal: TerminalProgress) -> None:
     elif stage.done():
         terminal.say(f"{stage.name}: done before")
         return
+    else:
+        for path in run.stages["report"].outputs:  # they would describe what is about to change
+            remove(path)
     terminal.say(f"{stage.name} ...")
     terminal.stage(stage.name, resumed=stage.begun())
     with stage.working(terminal) as progress:
@@ -145,6 +151,7 @@ def _preflight(recipe: Recipe, private: ImageSet) -> None:
             f" {private.num_classes} classes, so that each gets the same number of images"
         )
     _check_public(recipe, private)
+    _check_moves(recipe, private)
     _check_process(recipe)
     build.private_objective(recipe, private)
     build.timesteps(recipe).icdf(torch.zeros(1), recipe.diffusion.num_train_timesteps)
@@ -173,11 +180,22 @@ def _check_public(recipe: Recipe, private: ImageSet) -> None:
             raise ConfigError("recipe key data.public_count = 0: expected how many fonts to render; 0 is for stores")
         if shape[0] != 1 or shape[1] != shape[2]:
             raise ConfigError(f'recipe key data.public = "fonts": they are grey and square, private images {shape}')
+    elif recipe.data.public_count > (there := inputs.public_size(recipe)):
+        raise ConfigError(f"recipe key data.public_count = {recipe.data.public_count}: there are {there}; 0 is for all")
     elif (other := inputs.public_shape(recipe)) != shape:
         raise ConfigError(
             f"recipe key data.public = {recipe.data.public!r}: its images are {other}, the private ones {shape};"
             f" prepare one of the stores anew with dpfast data prepare ... --size {shape[-1]}"
         )
+
+
+def _check_moves(recipe: Recipe, private: ImageSet) -> None:
+    """Random crops keep something of an image."""
+    side = min(private.image_shape[1:])
+    moves = {"private.shift": recipe.private.shift, "baseline.shift": recipe.baseline.shift}
+    for key, pixels in (moves | {"evaluate.crop": recipe.evaluate.crop}).items():
+        if pixels >= side:
+            raise ConfigError(f"recipe key {key} = {pixels}: expected less than the {side} pixels of an image's side")
 
 
 def _check_process(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from dpfast.data.shards import load_shards
 from dpfast.errors import BudgetExhausted, ConfigError
+from dpfast.evaluation.intervals import differ
 from dpfast.evaluation.studies import HELD_OUT, Scorer
 from dpfast.files import remove, write_atomic, write_json
 from dpfast.privacy.choice import noised_choice
@@ -38,8 +39,8 @@ _SPENT = "restore it from a copy: what it held was drawn once, and cannot be dra
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """settings: by name, as ``--set`` takes them. synthetic: accuracy of each on held-out samples of its own; real: on
-    the real test images. chosen: the best on ``synthetic`` or, where noised_counts are there (of private images), on
-    these.
+    the real test images. held_out: samples that are held out. chosen: the best on ``synthetic`` or, where noised_counts
+    are there (of private images), on these.
     """
 
     settings: tuple[str, ...]
@@ -47,6 +48,7 @@ class Sweep:
     real: tuple[float, ...]
     chosen: str
     noised_counts: tuple[float, ...] | None
+    held_out: int
     page: Path
 
 
@@ -83,6 +85,7 @@ def sweep(
             real=tuple(scores["real"] for scores in scored),
             chosen=names[max(range(len(names)), key=lambda i: by[i])],
             noised_counts=counts,
+            held_out=round(run.recipe.sample.count * HELD_OUT),
             page=run.directory.sweep_report,
         )
         shown = {name: value for name, value in vars(result).items() if name != "page"}
@@ -94,11 +97,23 @@ def sweep(
 
 def summary(found: Sweep) -> list[str]:
     """What the command prints; figures of real images stand in the page alone."""
-    order = sorted(range(len(found.settings)), key=lambda i: -found.synthetic[i])
-    rows = [("setting", "held-out synthetic")] + [(found.settings[i], percent(found.synthetic[i])) for i in order]
-    by = "synthetic images (no privacy spent)" if found.noised_counts is None else "noised counts (in the ledger)"
+    by = found.synthetic if found.noised_counts is None else found.noised_counts
+    order = sorted(range(len(found.settings)), key=lambda i: -by[i])
+    head = ("setting", "held-out synthetic", *([] if found.noised_counts is None else ["noised count"]))
+    counts = [] if found.noised_counts is None else [f"{count:,.0f}" for count in found.noised_counts]
+    rows = [head] + [(found.settings[i], percent(found.synthetic[i]), *counts[i : i + 1]) for i in order]
+    how = "synthetic images (no privacy spent)" if found.noised_counts is None else "noised counts (in the ledger)"
     flags = " ".join(f"--set {change}" for change in found.chosen.split(" "))
-    return ["", *columns(rows, words=[0]), "", f"Chosen by {by}:  {flags}", f"Must not leave (private):  {found.page}"]
+    alike = [] if found.noised_counts is not None else _alike(found)
+    chosen = f"Chosen by {how}:  {flags}"
+    return ["", *columns(rows, words=[0]), "", chosen, *alike, f"Must not leave (private):  {found.page}"]
+
+
+def _alike(found: Sweep) -> list[str]:
+    """How many settings the held-out samples cannot tell from the chosen one."""
+    others = [share for name, share in zip(found.settings, found.synthetic, strict=True) if name != found.chosen]
+    same = sum(not differ(max(found.synthetic), share, found.held_out) for share in others)
+    return [f"No measurable difference on {found.held_out:,} held-out samples to {same} of the others."] if same else []
 
 
 def _check(run: Run, compared: Mapping[str, Recipe], *, noised: bool) -> None:

@@ -67,6 +67,8 @@ def train(run: Run, progress: Progress) -> None:
     trainer.fit()
     _save_model(merge(trainer.ema_model.cpu()), at.model)
     build.scheduler(recipe).save_pretrained(at.model)
+    classes = run.private.classes
+    write_json(at.model / "classes.json", {"classes": list(classes), "no class (guidance)": len(classes)})
     for folder in (at.model, at.release):
         model_statement(run).write(folder)
 

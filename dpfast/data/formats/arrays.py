@@ -9,13 +9,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from dpfast.data.formats.hdf5 import Hdf5File
 from dpfast.data.formats.npz import Header, NpzFile
-from dpfast.data.formats.reading import Chunk, Reading, Split, checked_labels, numbered
+from dpfast.data.formats.reading import OWN_LABELS, Chunk, Reading, Split, checked_labels, numbered
 from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.splits import split_name, split_of
 from dpfast.errors import DataError
@@ -85,19 +85,36 @@ def _classes(pairs: Pairs) -> tuple[str, ...]:
 
 def _split(file: ArrayFile, names: dict[str, str], classes: int) -> Split:
     where = f"{file.path} ({names['images']})"
-    labels = checked_labels(file.load(names["labels"]), classes, f"{file.path} ({names['labels']})")
     shape, dtype = file.header(names["images"])
-    if dtype != np.uint8:
-        raise DataError(
-            f"{where}: images must be uint8 in 0..255, got {dtype}; replace what is no number, scale to 0..255, and "
-            "save them as uint8"
-        )
+    if shape[:1] == (0,):
+        raise DataError(f"{where} holds no images; save some, or leave these arrays out")
+    labels = checked_labels(file.load(names["labels"]), classes, f"{file.path} ({names['labels']})", cure=OWN_LABELS)
     axes = _channels_first(shape, where)
     if len(labels) != shape[0]:
         raise DataError(
             f"{where}: expected a label per image, got {shape[0]} images and {len(labels)} labels; save both anew"
         )
+    if dtype != np.uint8:
+        raise DataError(
+            f"{where}: images must be uint8 in 0..255, got {dtype}{_conversion(file, names, dtype, labels)}"
+        )
     return Split(len(labels), partial(_chunks, file, names["images"], labels, axes))
+
+
+def _conversion(file: ArrayFile, names: dict[str, str], dtype: np.dtype[Any], labels: np.ndarray) -> str:
+    """The cure of images of another dtype, after the first number of them that is not finite, if there is one."""
+    if dtype.kind != "f":
+        return "; scale them to 0..255 if they are not, and save images.astype(np.uint8)"
+    strange, done = "", 0
+    for pixels, part in file.chunks(names["images"], labels):
+        found = np.argwhere(~np.isfinite(pixels))
+        if len(found):
+            image, *place = found[0].tolist()
+            value = pixels[tuple(found[0])]
+            strange = f", with {value} in image {done + image} at {place}; replace what is not finite"
+            break
+        done += len(part)
+    return f"{strange}; scale them to 0..255, round and save images.astype(np.uint8)"
 
 
 def _chunks(file: ArrayFile, name: str, labels: np.ndarray, axes: tuple[int, ...] | None) -> Iterator[Chunk]:
@@ -115,9 +132,14 @@ def _channels_first(shape: tuple[int, ...], where: str) -> tuple[int, ...] | Non
     first, last = (len(shape) == 4 and shape[axis] in (1, 3) for axis in (1, 3))
     if first != last:
         return (0, 1, 2, 3) if first else (0, 3, 1, 2)
-    unclear = "; which axis is C is unclear: save images that are larger than 3x3" if first else "; transpose them"
+    if first:
+        cure = "which axis is C is unclear: save images that are larger than 3x3"
+    elif len(shape) == 4 and 4 in (shape[1], shape[3]):
+        cure = "images of 4 channels: drop the alpha channel, or convert them to RGB"
+    else:
+        cure = "transpose them, or keep 1 or 3 channels"
     raise DataError(
-        f"{where}: images must be [n, H, W], [n, H, W, C] or [n, C, H, W] with C 1 or 3, got {shape}{unclear}"
+        f"{where}: images must be [n, H, W], [n, H, W, C] or [n, C, H, W] with C 1 or 3, got {shape}; {cure}"
     )
 
 

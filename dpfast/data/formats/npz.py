@@ -17,7 +17,7 @@ Header = tuple[tuple[int, ...], np.dtype[Any]]
 
 
 class NpzFile:
-    """names: of its arrays. Raises FileError where the file turns out to be damaged, or to hold pickled objects."""
+    """names: of its arrays. Raises FileError where the file turns out to be damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,8 +37,10 @@ class NpzFile:
         return shape, dtype
 
     def load(self, name: str) -> np.ndarray:
-        """A small array whole."""
-        self.header(name)
+        """A small array whole. Raises DataError for pickled objects, which would run code."""
+        if self.header(name)[1].hasobject:
+            what, kind = ("texts", "str") if name == "classes" else ("whole numbers", "np.int64")
+            raise DataError(f"{self.path} ({name}): expected {what}, got Python objects; save {name}.astype({kind})")
         with readable(f"{self.path} ({name})"), np.load(self.path, allow_pickle=False) as arrays:
             return np.asarray(arrays[name])
 

@@ -18,6 +18,9 @@ CHUNK = 1024  # images: 3 MB of 32x32 in colour, and so many that the Python bet
 Chunk = tuple[np.ndarray, np.ndarray]
 """Images uint8 ``[m, C, H, W]`` and their labels int64 ``[m]``."""
 
+OWN_LABELS = "number the classes from 0, and name all if any are named, or leave these images out"
+"""The cure of labels out of range in one's own files, of which there is no other copy to get."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -84,8 +87,18 @@ def require(package: str, path: Path) -> None:
         raise ConfigError(f"{path} is read by {package}, which is not installed: pip install 'dpfast[data]'")
 
 
-def checked_labels(labels: Any, classes: int, where: str, *, first: int = 0) -> np.ndarray:
-    """Labels counted from ``first`` as int64 ``[n]`` in 0..classes-1. Raises DataError that names ``where``."""
+def checked_labels(
+    labels: Any,
+    classes: int,
+    where: str,
+    *,
+    first: int = 0,
+    cure: str = "the file is damaged or of another data set: get it again",
+) -> np.ndarray:
+    """Labels counted from ``first`` as int64 ``[n]`` in 0..classes-1. Raises DataError that names ``where``.
+
+    cure: of labels out of range.
+    """
     array = np.asarray(labels)
     if array.ndim == 2 and array.shape[1] == 1:  # a column, as MedMNIST has them
         array = array[:, 0]
@@ -98,15 +111,15 @@ def checked_labels(labels: Any, classes: int, where: str, *, first: int = 0) -> 
     if len(wrong):
         raise DataError(
             f"{where}: labels must lie in {first}..{first + classes - 1} ({classes} classes), got {array[wrong[0]]} at "
-            f"position {wrong[0]} ({len(wrong)} such); the file is damaged or of another data set: get it again"
+            f"position {wrong[0]} ({len(wrong)} such); {cure}"
         )
     return array.astype(np.int64) - first
 
 
 def numbered(labels: Iterable[np.ndarray]) -> tuple[str, ...]:
-    """Names "0", "1", ... for labels that come without: as many as the largest of all of them asks for."""
+    """Names "0", "1", ... for labels that come without: one at least, and as many as the largest label asks for."""
     largest = [int(array.max()) for array in labels if array.dtype.kind in "iu" and array.size]
-    return tuple(str(i) for i in range(max(largest, default=-1) + 1))
+    return tuple(str(i) for i in range(max([0, *largest]) + 1))
 
 
 def in_chunks(images: np.ndarray, labels: np.ndarray) -> Iterator[Chunk]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from dpfast.data.formats.arrays import files_of
 from dpfast.data.formats.columnar import ArrowFile, ParquetFile, TableFile
-from dpfast.data.formats.reading import Chunk, Reading, Split, checked_labels, numbered, readable
+from dpfast.data.formats.reading import OWN_LABELS, Chunk, Reading, Split, checked_labels, numbered, readable
 from dpfast.data.formats.source import Format, Source
 from dpfast.data.formats.splits import split_of
 from dpfast.data.pictures import decode, peek
@@ -57,13 +57,18 @@ def _read(suffix: str, opened: Callable[[Path], TableFile], source: Source) -> R
     classes = columns.classes or numbered(labels)
     parts: dict[str, list[Part]] = {}
     for file, numbers in zip(files, labels, strict=True):
-        checked = checked_labels(numbers, len(classes), f"{file.path}, column {columns.label}")
+        where = f"{file.path}, column {columns.label}"
+        checked = checked_labels(numbers, len(classes), where, cure=OWN_LABELS)
         parts.setdefault(split_of(file.path.relative_to(root)), []).append((file, checked))
-    splits = {
-        split: Split(sum(len(numbers) for _, numbers in of_split), partial(_chunks, source, of_split, columns.image))
-        for split, of_split in parts.items()
-    }
-    return Reading(classes, splits)
+    return Reading(classes, {split: _split(source, of_split, columns.image) for split, of_split in parts.items()})
+
+
+def _split(source: Source, parts: list[Part], column: str) -> Split:
+    count = sum(len(labels) for _, labels in parts)
+    if not count:
+        names = ", ".join(str(file.path) for file, _ in parts)
+        raise DataError(f"{names}: no rows, so no images; add some, or leave the split out")
+    return Split(count, partial(_chunks, source, parts, column))
 
 
 def _columns(files: list[TableFile]) -> _Columns:
