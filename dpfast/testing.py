@@ -1,4 +1,6 @@
-"""For tests only: private randomness that can be repeated, and the sensitivity of a step as it is, measured."""
+"""For tests only: private randomness that can be repeated, the sensitivity of a step as it is, measured, and what an
+attacker tells of the data by its results.
+"""
 
 import itertools
 import math
@@ -15,9 +17,12 @@ from torch import Tensor, nn
 from dpfast.data.images import ImageSet
 from dpfast.errors import ConfigError
 from dpfast.privacy import entropy
+from dpfast.privacy.bounds import LowerBound, two_worlds_bound
 from dpfast.seeding import seeded
 
 _NEAR = 0.5  # of the promise: what moves less than this shows little
+_TRIED = 16  # neighbours of an audited data set
+_SEEDS = 50  # in which an example is waited for: sampled at a rate of 0.1, it is missed in one audit of 200
 
 
 @contextmanager
@@ -76,8 +81,8 @@ def assert_sensitivity(
         a mapping by name): the sum of clipped gradients, that sum with its noise, or the update made of it. Noise is
         the same in both runs and cancels: the generators of torch, numpy and Python start from ``seed``, and so does
         dpfast's entropy (``injected_entropy``). Numbers drawn for a whole batch at once (dropout) may change with its
-        size: key them by example (``dpfast.data.keyed``) or switch them off. Where it gives None, the gradients of
-        ``model`` count.
+        size: key them by example (``dpfast.data.keyed``) or switch them off. In ``DPTrainer`` noise changes with the
+        number of physical batches: make them large. Where the step gives None, the gradients of ``model`` count.
     dataset: an ``ImageSet``, a tensor or a tuple of tensors by example, or a sequence of examples.
     promised: the most that the result may move, as an L2 norm: the clip norm C where it is a sum, C over the expected
         batch size where it is a mean; for "replace" twice that.
@@ -91,13 +96,13 @@ def assert_sensitivity(
     Raises AssertionError where a result moves further, and ConfigError where the same data set gives different results
     twice. Warns when no neighbour moved anything by half of the promise: choose a smaller clip norm, or other examples.
     """
-    run = _Repeated(step, model, seed)
+    run = _Repeated(step, model)
     found: list[Sensitivity] = []
     for neighbor, one, other in _neighbors(dataset, added, neighboring, neighbors, seed):
-        first = run(one)
+        first = run(one, seed)
         if not found:
-            _check_repeatable(first, run(one), tolerance * promised)
-        parts = _distances(first, run(other))
+            _check_repeatable(first, run(one, seed), tolerance * promised)
+        parts = _distances(first, run(other, seed))
         found.append(
             Sensitivity(measured=math.hypot(*parts.values()), promised=promised, neighbor=neighbor, parts=parts)
         )
@@ -113,20 +118,112 @@ def assert_sensitivity(
     return worst
 
 
-class _Repeated:
-    """Runs a step on a data set, always from the same state and randomness; its tensors by name, in float64."""
+def audit_step(
+    step: Callable[[Any], Any],
+    dataset: Any,
+    *,
+    epsilon: float,
+    delta: float,
+    model: nn.Module | None = None,
+    repetitions: int = 1000,
+    confidence: float = 0.95,
+    added: Any = None,
+    seed: int = 0,
+) -> LowerBound:
+    """Run ``step`` many times with an example and without it, and hold how well its results tell the two worlds apart
+    against ``epsilon``. For any training step with its noise, of dpfast or not.
 
-    def __init__(self, step: Callable[[Any], Any], model: nn.Module | None, seed: int) -> None:
-        self._step, self._model, self._seed = step, model, seed
+        audit_step(step, (images, labels), epsilon=plan.epsilon(1), delta=plan.target_delta, model=model)
+
+    The attacker sees the result, and knows all examples and the state that the step begins with. The example is the one
+    that moves the result most under identical randomness, and a result's score is its projection on that very move:
+    under Gaussian noise there is no better one (Nasr et al., arXiv 2101.04535). The bound holds whatever the scores
+    are. Where a step samples, others come and go, which hides an example that is like them: add one that is not.
+
+    step, dataset, model: as ``assert_sensitivity`` takes them; what the step gives must contain its noise. Its
+        randomness is real: dpfast's entropy is the operating system's, and so are the seeds of torch's, numpy's and
+        Python's generators, anew in each repetition.
+    epsilon, delta: what is claimed of the step, for neighbours that differ by an example more or less.
+    repetitions: of each world. n show no epsilon beyond log(n / 8), at a confidence of 0.95.
+    confidence: a sound step fails with a probability of ``1 - confidence`` at most (usually far below it).
+    added: further examples, each added by itself: try extreme ones.
+    seed: of the randomness under which the example is chosen.
+
+    Raises AssertionError where the lower bound exceeds ``epsilon`` or a result is not finite, and ConfigError where no
+    example moves anything. Warns when so few repetitions could not refute ``epsilon``.
+    """
+    run = _Repeated(step, model)
+    worlds, neighbor, move = _furthest(run, dataset, added, seed)
+    scores = [[_along(move, run.anew(world)) for _ in range(repetitions)] for world in worlds]
+    if not np.isfinite(scores).all():
+        raise AssertionError(f"audit_step: results that are not finite: {neighbor}")
+    bound = two_worlds_bound(*scores, delta=delta, confidence=confidence)
+    if bound.epsilon > epsilon:
+        raise AssertionError(
+            f"epsilon is at least {bound.epsilon:.4g} (delta {delta:g}, confidence {confidence:g}), claimed"
+            f" {epsilon:.4g}: {neighbor}"
+        )
+    apart = [[float(world)] * repetitions for world in (0, 1)]
+    most = two_worlds_bound(*apart, delta=delta, confidence=confidence).epsilon
+    if most <= epsilon:
+        warnings.warn(
+            f"audit_step: {repetitions} repetitions show no epsilon beyond {most:.3g}, where {epsilon:.3g} is claimed:"
+            " this shows nothing. Repeat the step more often",
+            stacklevel=2,
+        )
+    return bound
+
+
+def _furthest(run: "_Repeated", dataset: Any, added: Any, seed: int) -> tuple[tuple[Any, Any], str, dict[str, Tensor]]:
+    """The two neighbours that are furthest apart under identical randomness, in words, and from the one to the other.
+
+    Randomness in which none moves anything (a sample without the example) is passed over.
+    """
+    for tried in range(seed, seed + _SEEDS):
+        most, found = 0.0, None
+        for neighbor, one, other in _neighbors(dataset, added, "add_remove", _TRIED, seed):
+            first, second = run(one, tried), run(other, tried)
+            moved = math.hypot(*_distances(first, second).values())
+            if not math.isfinite(moved):
+                raise AssertionError(f"audit_step: results that are not finite: {neighbor}")
+            if moved > most:
+                most, found = moved, ((one, other), neighbor, _difference(second, first))
+        if found:
+            return found
+    raise ConfigError(
+        f"audit_step: no example moved a result, with {_SEEDS} seeds: the step does not depend on its data, or samples"
+        " too rarely"
+    )
+
+
+def _along(move: Mapping[str, Tensor], result: Mapping[str, Tensor]) -> float:
+    """The inner product; a tensor that is missing is 0."""
+    return math.fsum(float((part * result[name]).sum()) for name, part in move.items() if name in result)
+
+
+class _Repeated:
+    """Runs a step on a data set, always from the same state; its tensors by name, in float64."""
+
+    def __init__(self, step: Callable[[Any], Any], model: nn.Module | None) -> None:
+        self._step, self._model = step, model
         self._state = {} if model is None else {name: value.clone() for name, value in model.state_dict().items()}
 
-    def __call__(self, dataset: Any) -> dict[str, Tensor]:
+    def __call__(self, dataset: Any, seed: int) -> dict[str, Tensor]:
+        """With the randomness of ``seed``."""
+        with injected_entropy(seed):
+            return self._run(dataset, seed)
+
+    def anew(self, dataset: Any) -> dict[str, Tensor]:
+        """With randomness that there has not been."""
+        return self._run(dataset, int.from_bytes(entropy.random_bytes(8), "little") >> 1)
+
+    def _run(self, dataset: Any, seed: int) -> dict[str, Tensor]:
         model = self._model
         if model is not None:
             model.load_state_dict(self._state)
             model.zero_grad(set_to_none=True)
         device = "cpu" if model is None else next(model.parameters()).device
-        with seeded(self._seed, device), injected_entropy(self._seed):
+        with seeded(seed, device):
             result = self._step(dataset)
         if result is None and model is not None:
             result = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -140,16 +237,21 @@ def _named(result: Any) -> dict[str, Tensor]:
         result = {f"[{i}]": value for i, value in enumerate(result)}
     if not isinstance(result, Mapping) or not all(isinstance(value, Tensor) for value in result.values()):
         raise ConfigError(
-            f"assert_sensitivity: the step gave {type(result).__name__}; expected a tensor, a sequence or mapping of"
+            f"the step gave {type(result).__name__}; expected a tensor, a sequence or mapping of"
             " tensors, or None together with model=..., whose gradients are then taken"
         )
     return {str(name): value.detach().double().cpu().clone() for name, value in result.items()}
 
 
-def _distances(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
-    """L2 by tensor, the largest first; one that is missing is 0."""
+def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By tensor; one that is missing is 0."""
     nothing = torch.zeros(())
-    moved = {name: float((one.get(name, nothing) - other.get(name, nothing)).norm()) for name in {**one, **other}}
+    return {name: one.get(name, nothing) - other.get(name, nothing) for name in {**one, **other}}
+
+
+def _distances(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
+    """L2 by tensor, the largest first."""
+    moved = {name: float(part.norm()) for name, part in _difference(one, other).items()}
     return dict(sorted(moved.items(), key=lambda item: -item[1]))
 
 
@@ -176,8 +278,7 @@ def _neighbors(dataset: Any, added: Any, neighboring: str, neighbors: int, seed:
     size = _size(dataset)
     if size < 2 or neighboring not in ("add_remove", "replace"):
         raise ConfigError(
-            f"assert_sensitivity: {size} examples, neighboring={neighboring!r}; expected two or more, and"
-            " 'add_remove' or 'replace'"
+            f"{size} examples, neighboring={neighboring!r}; expected two or more, and 'add_remove' or 'replace'"
         )
     every = torch.arange(size)
     for i in torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:neighbors].tolist():

@@ -17,7 +17,8 @@ from dpfast.cli import app
 from dpfast.data import ImageSet, real_digits
 from dpfast.data.images import to_signed
 from dpfast.errors import ConfigError, DataError
-from dpfast.privacy import entropy
+from dpfast.privacy import entropy, poisson_sample
+from dpfast.testing import injected_entropy
 from test_runs import TINY
 
 SIGMA = 2.0
@@ -43,7 +44,9 @@ def observed(*, steps=20, canaries=300, augmult=2, rate=0.5, seed=0):
 
 @pytest.fixture(scope="module")
 def seen():
-    return observed()
+    """With fixed entropy: a sound training looks wrong once in a hundred."""
+    with injected_entropy(0):
+        return observed()
 
 
 def test_a_canary_that_is_there_moves_its_coordinate_by_the_clip_norm_when_it_is_drawn(seen):
@@ -77,6 +80,50 @@ def test_broken_noise_is_found(broken, names, monkeypatch):
     wrong = {finding.name for finding in audit(observed(steps=6)).findings if not finding.sound}
     for name in names:
         assert any(name in found for found in wrong)
+
+
+def shuffled(size, rate):
+    """Two halves, again and again."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    shuffled.calls += 1
+    return order[: size // 2] if shuffled.calls % 2 else order[size // 2 :]
+
+
+shuffled.calls = 0
+
+
+@pytest.mark.parametrize(
+    ("sample", "names"),
+    [
+        (lambda size, rate: poisson_sample(size, 1.2 * rate), {"were drawn, over the planned"}),
+        (shuffled, {"how often a step drew", "how often a canary was drawn"}),
+        (lambda size, rate: poisson_sample(size, rate).repeat(3), {"what a drawn canary adds"}),
+    ],
+    ids=["a higher rate", "halves in turns", "every example three times"],
+)
+def test_broken_sampling_is_found(sample, names, monkeypatch):
+    monkeypatch.setattr("dpfast.trainer.poisson_sample", sample)
+    wrong = {finding.name for finding in audit(observed()).findings if not finding.sound}
+    for name in names:
+        assert any(name in found for found in wrong)
+
+
+def test_what_was_drawn_is_what_was_sampled(monkeypatch):
+    """Padding, and the examples on which the objective is shown, count for nobody."""
+    samples = []
+    monkeypatch.setattr("dpfast.trainer.poisson_sample", lambda *of: samples.append(poisson_sample(*of)) or samples[-1])
+    seen = observed(steps=5, canaries=20)
+    numbers = torch.cat([torch.full((20,), -1), seen.included.nonzero().flatten()])  # behind the background
+    assert seen.drawn.sum() > 0
+    for drawn, sample in zip(seen.drawn, samples, strict=True):
+        assert drawn.nonzero().flatten().tolist() == [n for n in numbers[sample].tolist() if n >= 0]
+
+
+def test_the_spread_of_few_draws_is_not_judged(seen):
+    """How often a canary is drawn in six steps is told by no gamma distribution."""
+    for found, judged in ((seen, ["a step drew", "a canary was drawn"]), (observed(steps=6), ["a step drew"])):
+        spreads = [finding.name for finding in audit(found).sampling if "spread" in finding.name]
+        assert spreads == [f"spread of how often {of}, over the planned" for of in judged]
 
 
 entropy_noised = entropy.noised

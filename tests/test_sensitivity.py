@@ -1,4 +1,4 @@
-"""assert_sensitivity: finds what moves too far, in dpfast's steps and in others', and says where."""
+"""assert_sensitivity and audit_step: find what moves too far, or betrays too much, in dpfast's steps and in others'."""
 
 import math
 
@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from dpfast import DPOptimizer, GhostClipper, Plan, poisson_sample
 from dpfast.data import real_digits
 from dpfast.errors import ConfigError
-from dpfast.testing import assert_sensitivity
+from dpfast.privacy import Ledger, entropy
+from dpfast.testing import assert_sensitivity, audit_step, injected_entropy
 
 C = 0.1
 
@@ -133,3 +134,125 @@ def test_a_bound_that_nothing_comes_near_is_warned_of(model, data):
 def test_results_that_are_no_tensors_are_refused(step, said, data):
     with pytest.raises(ConfigError, match=said):
         assert_sensitivity(step, data, promised=C)
+
+
+# Two worlds
+
+DELTA = 1e-3
+
+
+def gaussian(*, noise=1.0, draw=lambda: torch.randn(4)):
+    """The sum of examples of length 1 at most, with as much noise."""
+
+    def step(examples):
+        clipped = examples / examples.norm(dim=1, keepdim=True).clamp(min=1)
+        return clipped.sum(0) + noise * draw()
+
+    return step
+
+
+def one_step(*, rate=1.0, noise_multiplier=1.0) -> Plan:
+    return Plan(
+        dataset_size=6,
+        expected_batch_size=6 * rate,
+        max_grad_norm=C,
+        steps=1,
+        target_delta=DELTA,
+        noise_multiplier=noise_multiplier,
+    )
+
+
+@pytest.fixture
+def vectors():
+    return 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def _fixed():
+    """So that no test of an audit fails by chance."""
+    with injected_entropy(0):
+        yield
+
+
+@pytest.mark.usefixtures("_fixed")
+@pytest.mark.parametrize("draw", [lambda: torch.randn(4), lambda: entropy.standard_normal([4])])
+def test_a_sound_gaussian_step_is_not_refuted_and_its_bound_is_not_empty(vectors, draw):
+    epsilon = one_step().epsilon()
+    found = audit_step(gaussian(draw=draw), vectors, epsilon=epsilon, delta=DELTA, repetitions=2000)
+    assert 0.4 * epsilon < found.epsilon <= epsilon
+    assert (found.delta, found.confidence) == (DELTA, 0.95)
+
+
+@pytest.mark.usefixtures("_fixed")
+@pytest.mark.parametrize(
+    ("step", "examples"),
+    [(gaussian(noise=0.25), None), (lambda examples: examples.sum(0) + torch.randn(4), torch.full((1, 4), 5.0))],
+    ids=["a quarter of the noise", "an extreme example that is not clipped"],
+)
+def test_a_step_that_betrays_more_than_is_claimed_fails(vectors, step, examples):
+    with pytest.raises(AssertionError, match=r"epsilon is at least \S+ \(delta 0.001, confidence 0.95\), claimed 4"):
+        audit_step(step, vectors, epsilon=4.0, delta=DELTA, added=examples)
+
+
+def test_noise_that_is_always_the_same_betrays_everything(vectors):
+    def draw():
+        torch.manual_seed(0)
+        return torch.randn(4)
+
+    with pytest.raises(AssertionError, match="epsilon is at least 4"):
+        audit_step(gaussian(noise=100.0, draw=draw), vectors, epsilon=1.0, delta=DELTA)
+
+
+@pytest.mark.usefixtures("_fixed")
+def test_a_sampled_step_is_audited_where_the_example_was_drawn():
+    """Of vectors that are nearly orthogonal: those that are alike would hide each other by coming and going."""
+    plan, wide = one_step(rate=0.25), torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+
+    def sampled(noise):
+        step = gaussian(noise=noise, draw=lambda: torch.randn(64))
+        return lambda examples: step(examples[poisson_sample(len(examples), plan.sample_rate)])
+
+    settings = {"epsilon": plan.epsilon(), "delta": DELTA}
+    audit_step(sampled(1.0), wide, **settings)
+    with pytest.raises(AssertionError, match="claimed"):
+        audit_step(sampled(0.1), wide, **settings)
+
+
+@pytest.mark.usefixtures("_fixed")
+def test_a_whole_step_of_dpfast_is_audited(monkeypatch):
+    torch.manual_seed(0)
+    model, plan = nn.Linear(4, 2), one_step(noise_multiplier=4.0)
+    data, clipper = torch.randn(6, 4), GhostClipper(model, max_grad_norm=C)
+
+    def step(examples):
+        optimizer = DPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), plan, clipper, Ledger(None, plan))
+        with clipper:
+            clipper.backward(model(examples).square().sum(1))
+        optimizer.step()
+        return dict(model.state_dict())
+
+    settings = {"epsilon": plan.epsilon(), "delta": DELTA, "model": model, "repetitions": 150}
+    audit_step(step, data, **settings)
+    monkeypatch.setattr("dpfast.optimizer.noised", lambda x, scale, by, grid: entropy.noised(x, scale / 8, by))
+    with pytest.raises(AssertionError, match="claimed"):
+        audit_step(step, data, **settings)
+
+
+def test_an_audit_that_could_refute_nothing_says_so(vectors):
+    with pytest.warns(UserWarning, match="40 repetitions show no epsilon beyond 1.6.*, where 9 is claimed"):
+        audit_step(gaussian(), vectors, epsilon=9.0, delta=DELTA, repetitions=40)
+
+
+def test_an_audit_of_what_does_not_depend_on_its_data(vectors):
+    with pytest.raises(ConfigError, match="no example moved a result"):
+        audit_step(lambda examples: torch.randn(4), vectors, epsilon=1.0, delta=DELTA)
+
+
+@pytest.mark.parametrize("rare", [False, True])
+def test_results_that_are_not_finite_fail_an_audit(vectors, rare):
+    def step(examples):
+        broken = not rare or (not entropy.is_injected() and torch.rand(()) < 0.1)
+        return examples.sum(0) * (math.nan if broken else 1.0)
+
+    with pytest.raises(AssertionError, match="results that are not finite"):
+        audit_step(step, vectors, epsilon=1.0, delta=DELTA)

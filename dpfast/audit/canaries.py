@@ -27,18 +27,21 @@ from dpfast.progress import Progress, silent
 from dpfast.trainer import DPTrainer, OptimizerFactory
 
 _STEEP = 1e3  # a canary's gradient in clip norms
-_RARE = 1e-3  # how often a sound run looks wrong in its noise
+_RARE = 1e-3  # how often a sound run looks wrong, by each finding
+_FEW = 5.0  # draws that are expected, below which their spread is not judged: its distribution is not near enough
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """What the attacker saw. sums: ``[steps, canaries]``, each canary's coordinate of the noised sums, in clip norms.
-    included: ``[canaries]``, the truth. plan: of the training.
+    plan: of the training. The truth: included ``[canaries]``, and drawn ``[steps, canaries]``, those that the objective
+    was given in a step.
     """
 
     plan: Plan
     sums: Tensor
     included: Tensor
+    drawn: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,9 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class CanaryAudit:
-    """step, training: lower bounds of one step and of all; step_epsilon, training_epsilon: the accountant's. findings:
-    these bounds, and what the noise of canaries that were not there looked like.
+    """step, training: lower bounds of one step and of all; step_epsilon, training_epsilon: the accountant's. noise: how
+    that of canaries that were not there looked. sampling: how often the others were drawn, and what they added then.
+    findings: all of these.
     """
 
     step: LowerBound
@@ -74,6 +78,7 @@ class CanaryAudit:
     training: LowerBound
     training_epsilon: float
     noise: tuple[Finding, ...] = field(default=())
+    sampling: tuple[Finding, ...] = field(default=())
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -84,7 +89,7 @@ class CanaryAudit:
                 name="epsilon of the training, at least", seen=self.training.epsilon, low=0, high=self.training_epsilon
             ),
         )
-        return (*bounds, *self.noise)
+        return (*bounds, *self.noise, *self.sampling)
 
 
 def observe(
@@ -124,11 +129,12 @@ def observe(
         made.register_step_pre_hook(lambda *_: seen.append(_coordinates(marks.marks, canaries)))
         return made
 
+    watching = _CanaryObjective(objective, canaries, _STEEP * plan.max_grad_norm, examples=len(marked))
     trainer = DPTrainer(
         marks.train(model.training),
         marked,
         audited,
-        objective=_CanaryObjective(objective, canaries, _STEEP * plan.max_grad_norm),
+        objective=watching,
         optimizer=watched,
         augmult=augmult,
         seed=seed,
@@ -140,7 +146,10 @@ def observe(
         warnings.filterwarnings("ignore", message="it was not shown that the model")  # model and marks, one by one
         trainer.fit()
     return Observed(
-        plan=audited, sums=torch.stack(seen) * audited.expected_batch_size / plan.max_grad_norm, included=included
+        plan=audited,
+        sums=torch.stack(seen) * audited.expected_batch_size / plan.max_grad_norm,
+        included=included,
+        drawn=watching.drawn(len(seen)),
     )
 
 
@@ -160,6 +169,7 @@ def audit(observed: Observed, *, confidence: float = 0.95) -> CanaryAudit:
         training=training,
         training_epsilon=plan.epsilon(),
         noise=tuple(_noise_findings(absent / sigma)),
+        sampling=tuple(_sampling_findings(observed.drawn[:, included], present, rate, sigma)),
     )
 
 
@@ -185,6 +195,37 @@ def _noise_findings(noise: Tensor) -> Iterable[Finding]:
         limit = stats.norm.isf(_RARE / 2 / pairs) / math.sqrt(canaries)
         yield Finding(
             name="largest correlation between the noise of two steps", seen=float(alike), low=0.0, high=float(limit)
+        )
+
+
+def _sampling_findings(drawn: Tensor, sums: Tensor, rate: float, sigma: float) -> Iterable[Finding]:
+    """Of ``[steps, canaries]`` that should be drawn independently of each other at ``rate``, and weigh 1 then."""
+    from scipy import stats
+
+    count = int(drawn.sum())
+    low, high = (stats.binom.ppf(p, drawn.numel(), rate) / (rate * drawn.numel()) for p in (_RARE / 2, 1 - _RARE / 2))
+    yield Finding(
+        name="canaries that were drawn, over the planned", seen=count / (rate * drawn.numel()), low=low, high=high
+    )
+    for of, numbers, trials in (
+        ("a step drew", drawn.sum(1), drawn.shape[1]),
+        ("a canary was drawn", drawn.sum(0), drawn.shape[0]),
+    ):
+        variance = trials * rate * (1 - rate)
+        if min(variance, trials * rate) < _FEW:
+            continue
+        # A gamma distribution of the same mean and variance: chi-square, but for the kurtosis of binomial numbers.
+        each = 2 + (1 - 6 * rate * (1 - rate)) / variance
+        limits = (
+            stats.gamma.ppf(p, len(numbers) / each, scale=each / len(numbers)) for p in (_RARE / 2, 1 - _RARE / 2)
+        )
+        low, high = map(float, limits)
+        seen = float((numbers - trials * rate).square().mean()) / variance
+        yield Finding(name=f"spread of how often {of}, over the planned", seen=seen, low=low, high=high)
+    if count:
+        most = 1 + stats.norm.isf(_RARE) * sigma / math.sqrt(count)
+        yield Finding(
+            name="what a drawn canary adds, in clip norms", seen=float(sums[drawn].mean()), low=-math.inf, high=most
         )
 
 
@@ -221,16 +262,28 @@ class _Marks(nn.Module):
 
 
 class _CanaryObjective:
-    """The audited objective, and for a canary ``steep`` times its coordinate instead."""
+    """The audited objective, and for a canary ``steep`` times its coordinate instead. examples: of the data set, beyond
+    whose numbers is padding.
+    """
 
-    def __init__(self, objective: Objective, canaries: int, steep: float) -> None:
-        self._objective, self._canaries, self._steep = objective, canaries, steep
+    def __init__(self, objective: Objective, canaries: int, steep: float, *, examples: int) -> None:
+        self._objective, self._canaries, self._steep, self._examples = objective, canaries, steep, examples
+        self._given: list[tuple[int, Tensor]] = []
+
+    def drawn(self, steps: int) -> Tensor:
+        """``[steps, canaries]``: whether a canary was given in a step."""
+        found = torch.zeros(steps, self._canaries, dtype=torch.bool)
+        for step, which in self._given:
+            found[step - 1, which.cpu()] = True
+        return found
 
     def __call__(self, model: nn.Module, /, *examples: Any) -> Tensor:
         *inputs, which, keys = examples
         assert isinstance(model, _Marks)
         assert isinstance(keys, RowKeys)
         losses = self._objective(model.model, *inputs, keys)
+        if keys.step:  # 0 is a probe before training
+            self._given.append((keys.step, which[(keys.ids < self._examples) & (which < self._canaries)]))
         rows = which.repeat_interleave(keys.augmult)
         own = self._steep * model.marks(rows).squeeze(1)
         return torch.where(rows < self._canaries, own, losses)
