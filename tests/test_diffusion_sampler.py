@@ -172,6 +172,15 @@ def test_a_shard_counts_as_drawn_once_it_is_written(scheduler, tmp_path):
     assert written == [(5, 0), (10, 1)]
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C is heard, as not in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("devices", [[], ["cpu", "cpu"]])
 def test_an_interrupt_waits_for_one_batch_of_each_device(scheduler, tmp_path, monkeypatch, devices):
     """Ctrl-C in the second of a hundred; what is then made is what would have been."""

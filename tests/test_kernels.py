@@ -244,7 +244,7 @@ def ops():
         "clip_factors, automatic": (n.clip_factors, (w, 0.5, 0.01)),
         "clip_sq_norms": (n.clip_sq_norms, (x.flatten(1), None)),
         "keyed": (n.keyed, (torch.arange(3), 2, 0, 5, [1, 2], 7, True, None)),
-        "noised": (n.noised, (x.mT, 1.5, 20.0, list(range(8)), None)),
+        "noised": (n.noised, (x.mT, 1.5, 20.0, 0.25, list(range(8)), None)),
         "clip_clipped_sums": (n.clip_clipped_sums, ([x.flatten(1), torch.randn(len(x), 5)], w, None)),
     }
 
