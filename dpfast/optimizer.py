@@ -109,8 +109,10 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def _update(self, step: int) -> None:
         self.ledger.charge(step)
-        for name, parameter in self._trainable().items():
-            parameter.grad = self._noised_mean(parameter)
+        trainable = self._trainable()
+        scale, grid = self.plan.noise_on(sum(p.numel() for p in trainable.values()))
+        for name, parameter in trainable.items():
+            parameter.grad = self._noised_mean(parameter, scale, grid)
             if not torch.isfinite(parameter.grad).all():  # allowed to depend on the data: it is noised
                 raise DPFastError(
                     f"step {step}: the noised gradient of {name} ({parameter.dtype}) is not finite; use a wider dtype"
@@ -127,9 +129,8 @@ class DPOptimizer(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
-    def _noised_mean(self, parameter: nn.Parameter) -> torch.Tensor:
+    def _noised_mean(self, parameter: nn.Parameter, scale: float, grid: float) -> torch.Tensor:
         """(sum + noise) / expected batch size, calculated in float64."""
-        scale, grid = self.plan.noise_on(sum(p.numel() for p in self._trainable().values()))
         total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return noised(total, scale, self.plan.expected_batch_size, grid=grid)
 

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from dpfast import Plan
+from dpfast.audit import canaries
 from dpfast.audit.canaries import audit, observe
 from dpfast.audit.members import copies, loss_scores, membership, nearest
 from dpfast.cli import app
@@ -133,6 +134,17 @@ def always_the_same(values):
     return torch.randn(values.shape, generator=torch.Generator().manual_seed(3))
 
 
+def test_the_audited_plan_has_the_mechanism_of_the_recipe():
+    plan = Plan(
+        dataset_size=100, expected_batch_size=10, max_grad_norm=0.5, steps=3, target_delta=1e-3, target_epsilon=2.0,
+        noise="grid", neighboring="replace",
+    )  # fmt: skip
+    audited = canaries._with_size(plan, 40)
+    same = ("max_grad_norm", "steps", "target_delta", "noise_multiplier", "noise", "sample_rate")
+    assert [getattr(audited, name) for name in same] == [getattr(plan, name) for name in same]
+    assert (audited.dataset_size, audited.neighboring) == (40, "add_remove")
+
+
 def test_an_audit_needs_canaries_and_noise():
     with pytest.raises(ConfigError, match="20 or more"):
         observed(canaries=10)
@@ -209,6 +221,7 @@ def test_the_command_attacks_a_recipe_and_what_its_run_has_made(tmp_path):
     first = CliRunner().invoke(app, ["audit", "digits", *flags, *small])
     assert first.exit_code == 0, first.output
     assert "Nothing refutes the claim" in first.stdout
+    assert (tmp_path / "tiny" / "internal" / "DO_NOT_RELEASE.txt").exists()
     folder = tmp_path / "tiny" / "internal" / "audit"
     assert json.loads((folder / "audit.json").read_text())["model"] is None
     assert CliRunner().invoke(app, ["sample", "digits", *flags]).exit_code == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,8 @@ from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
 from dpfast.errors import ConfigError
 from dpfast.objective import Objective
-from dpfast.performance import Performance
 from dpfast.privacy import Plan
 from dpfast.privacy.bounds import LowerBound, one_run_bound, two_worlds_bound
-from dpfast.progress import Progress, silent
 from dpfast.trainer import DPTrainer, OptimizerFactory
 
 _STEEP = 1e3  # a canary's gradient in clip norms
@@ -99,19 +97,16 @@ def observe(
     *,
     objective: Objective,
     optimizer: OptimizerFactory,
-    augmult: int = 1,
     canaries: int = 1000,
     background: int = 200,
     seed: int = 0,
-    performance: Performance | None = None,
-    progress: Progress = silent,
     **options: Any,
 ) -> Observed:
     """Train ``model`` (which is changed) by ``DPTrainer`` on canaries and ``background`` examples of the data set.
 
-    plan: its sample rate, steps, clip norm, noise multiplier and delta are kept, its number of examples is that of the
-    examples there are. objective, optimizer, augmult, performance and further options: as ``DPTrainer`` takes them.
-    seed: of the choice of background and of which canaries are there, beside what ``DPTrainer`` does with it.
+    plan: its sample rate, steps, clip norm, noise and delta are kept, its number of examples is that of the examples
+    there are. objective, optimizer and further options (augmult, performance, progress, ...): as ``DPTrainer`` takes
+    them. seed: of the choice of background and of which canaries are there, beside what ``DPTrainer`` does with it.
 
     Raises ConfigError for fewer than 20 canaries, or a plan without noise.
     """
@@ -136,10 +131,7 @@ def observe(
         audited,
         objective=watching,
         optimizer=watched,
-        augmult=augmult,
         seed=seed,
-        performance=performance,
-        progress=progress,
         **options,
     )
     with warnings.catch_warnings():
@@ -232,13 +224,13 @@ def _sampling_findings(drawn: Tensor, sums: Tensor, rate: float, sigma: float) -
 def _with_size(plan: Plan, size: int) -> Plan:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="target_delta=")  # nothing of this training is released
-        return Plan(
+        return replace(
+            plan,
             dataset_size=size,
             expected_batch_size=plan.sample_rate * size,
-            max_grad_norm=plan.max_grad_norm,
-            steps=plan.steps,
-            target_delta=plan.target_delta,
-            noise_multiplier=plan.noise_multiplier,
+            target_epsilon=None,
+            other_releases=(),
+            neighboring="add_remove",
         )
 
 

@@ -35,7 +35,7 @@ class LowerBound:
     confidence: float
 
 
-def rate_limits(hits: Counts, trials: int, *, confidence: float) -> tuple[Scores, Scores]:
+def rate_limits(hits: Counts, trials: Counts, *, confidence: float) -> tuple[Scores, Scores]:
     """Of rates of which ``hits`` of ``trials`` were seen: each lies below the first number with probability at most
     ``1 - confidence``, and above the second likewise (Clopper and Pearson 1934).
     """
@@ -135,19 +135,9 @@ def _epsilons(worlds: Sequence[Scores], thresholds: Scores, delta: float, confid
     """``[2, thresholds]``: of the events that a score is not above it, likelier without the example, and above it."""
     within = [np.searchsorted(scores, thresholds, side="right") for scores in worlds]
     beyond = [len(scores) - count for scores, count in zip(worlds, within, strict=True)]
-    absent, present = map(len, worlds)
-    least = np.stack(
-        [
-            rate_limits(within[0], absent, confidence=confidence)[0],
-            rate_limits(beyond[1], present, confidence=confidence)[0],
-        ]
-    )
-    most = np.stack(
-        [
-            rate_limits(within[1], present, confidence=confidence)[1],
-            rate_limits(beyond[0], absent, confidence=confidence)[1],
-        ]
-    )
+    sizes = np.array([[len(scores)] for scores in worlds])
+    least, _ = rate_limits(np.stack([within[0], beyond[1]]), sizes, confidence=confidence)
+    _, most = rate_limits(np.stack([within[1], beyond[0]]), sizes[::-1], confidence=confidence)
     return np.log(np.maximum(least - delta, np.finfo(float).tiny) / most)
 
 

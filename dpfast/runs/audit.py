@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
-from dpfast.audit.canaries import CanaryAudit, Finding, audit, observe
+from dpfast.audit.canaries import CanaryAudit, Finding, Observed, audit, observe
 from dpfast.audit.members import Copies, Membership, copies, loss_scores, membership, nearest
 from dpfast.data import Augment, ImageSet
 from dpfast.data.shards import load_shards
@@ -48,6 +47,7 @@ def audit_run(run: Run, terminal: TerminalProgress, *, canaries: int = 1000, bac
         raise ConfigError(
             f"recipe key target_epsilon = {recipe.private.target_epsilon}: without noise nothing is promised"
         )
+    at.mark()
     terminal.say("audit: training with canaries ...")
     terminal.stage("audit")
     found = audit(_observe(run, terminal, canaries, background))
@@ -86,26 +86,20 @@ def summary(result: RunAudit, run: Run) -> list[str]:
     return [*lines, f"Must not leave (private):  {run.directory.audit_report}"]
 
 
-def _observe(run: Run, terminal: TerminalProgress, canaries: int, background: int) -> Any:
+def _observe(run: Run, terminal: TerminalProgress, canaries: int, background: int) -> Observed:
     recipe, at = run.recipe, run.directory
     public = run.stages["pretrain"].done()
     model = load_unet(at.public_model) if public else build.unet(recipe, run.private)
-    training = recipe.private
     return observe(
         build.tuned(recipe, model).train(),
         run.private,
         run.plan,
         objective=build.private_objective(recipe, run.private),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=training.learning_rate),
-        augmult=training.augmult,
         canaries=canaries,
         background=background,
         seed=recipe.seed,
-        performance=recipe.performance,
         progress=terminal,
-        clipping=training.clipping,
-        stability=training.stability,
-        warmup_steps=training.warmup_steps,
+        **build.training_options(recipe, recipe.private),
     )
 
 

@@ -277,17 +277,23 @@ def private_trainer(
         dataset,
         plan,
         objective=objective,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=training.learning_rate),
-        augmult=training.augmult,
         seed=seed,
-        performance=recipe.performance,
         state_dir=state_dir,
-        ema_decay=training.ema_decay,
-        warmup_steps=training.warmup_steps,
-        clipping=training.clipping if isinstance(training, Private) else "flat",
-        stability=training.stability if isinstance(training, Private) else 0.01,
         progress=progress,
+        **training_options(recipe, training),
     )
+
+
+def training_options(recipe: Recipe, training: Private | Baseline) -> dict[str, Any]:
+    """What ``DPTrainer`` takes of them, beside the plan and the objective."""
+    own = {"clipping": training.clipping, "stability": training.stability} if isinstance(training, Private) else {}
+    return own | {
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=training.learning_rate),
+        "augmult": training.augmult,
+        "performance": recipe.performance,
+        "ema_decay": training.ema_decay,
+        "warmup_steps": training.warmup_steps,
+    }
 
 
 def classifier_objective(recipe: Recipe) -> ClassifierObjective:

@@ -146,7 +146,6 @@ def describe_cost(run: Run) -> Iterator[tuple[str, str]]:
     """What a run will cost: epsilon exactly; time and memory as predicted for some devices and, where a step takes less
     than ``_MEASURED`` seconds here, as measured on some.
     """
-    from dpfast.runs import build
     from dpfast.runs.estimate import estimate, image_passes
     from dpfast.runs.foresee import HERE, foresee
 
@@ -157,15 +156,14 @@ def describe_cost(run: Run) -> Iterator[tuple[str, str]]:
             "a noised choice",
             f"of that epsilon {_figure(run.plan.epsilon(0))} is set aside for it before the first step",
         )
-    model = build.tuned(run.recipe, build.unet(run.recipe, run.private))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    yield "parameters", f"{sum(p.numel() for p in model.parameters()):,}, of which {trained:,} are trained privately"
     yield "image passes", ", ".join(f"{name} {count:,}" for name, count in image_passes(run).items())
     yield "baseline", "a DP-SGD classifier with a budget of its own, to compare with; it is not released"
     foreseen = {of.device: of for of in foresee(run)}
+    here = foreseen[HERE]
+    yield "parameters", f"{here.parameters:,}, of which {here.trained:,} are trained privately"
     for device, of in foreseen.items():
         yield f"on {device}", f"predicted without classifiers: {_times(of.seconds)}; {of.memory / 1e6:,.0f} MB"
-    if foreseen[HERE].step < _MEASURED and run.recipe.performance.device == "cpu":
+    if here.step < _MEASURED and run.recipe.performance.device == "cpu":
         cost = estimate(run)
         yield "time (estimate)", f"measured on a few steps: {_times(cost.seconds)}"
         yield "memory (estimate)", f"about {cost.memory / 1e6:,.0f} MB"

@@ -18,12 +18,16 @@ HERE = "this CPU"
 
 @dataclass(frozen=True)
 class Foreseen:
-    """seconds: of the stages that run the diffusion model. step: of a private step. memory: bytes of it at its peak."""
+    """seconds: of the stages that run the diffusion model. step: of a private step. memory: bytes of it at its peak.
+    parameters, trained: of the model, and how many of them privately.
+    """
 
     device: str
     seconds: dict[str, float]
     step: float
     memory: int
+    parameters: int
+    trained: int
 
 
 def foresee(run: Run) -> list[Foreseen]:
@@ -55,4 +59,12 @@ def _on(run: Run, trainer: DPTrainer, device: str) -> Foreseen:
         "train": passes["train"] * private,
         "sample": passes["sample"] * ordinary / 3,  # forward alone
     }
-    return Foreseen(device, seconds, seconds["train"] / run.plan.steps, plan.peak + state_bytes(trainer.model))
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    return Foreseen(
+        device=device,
+        seconds=seconds,
+        step=seconds["train"] / run.plan.steps,
+        memory=plan.peak + state_bytes(trainer.model),
+        parameters=sum(size for size, _ in sizes),
+        trained=sum(size for size, is_trained in sizes if is_trained),
+    )

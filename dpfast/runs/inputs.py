@@ -36,7 +36,7 @@ def public_data(recipe: Recipe) -> ImageSet:
     if recipe.data.public == "fonts":
         size = private_data(recipe).image_shape[-1]
         return font_digits(count, seed=seed_for(recipe, "public data"), size=size)
-    every = _images(recipe, "public", "train")
+    every = public_store(recipe)
     if not 0 < count < len(every):
         return every
     generator = torch.Generator().manual_seed(seed_for(recipe, "public data"))
@@ -44,14 +44,9 @@ def public_data(recipe: Recipe) -> ImageSet:
     return every.select(drawn.sort().values)  # in the order that they have on disk
 
 
-def public_shape(recipe: Recipe) -> tuple[int, int, int]:
-    """Of the public images in a store; none is read to know it."""
-    return _images(recipe, "public", "train").image_shape
-
-
-def public_size(recipe: Recipe) -> int:
-    """The number of images in the public store."""
-    return len(_images(recipe, "public", "train"))
+def public_store(recipe: Recipe) -> ImageSet:
+    """All public images that there are, where they come from a store; none is read for it."""
+    return _images(recipe, "public", "train")
 
 
 def verify(recipe: Recipe) -> None:
@@ -65,7 +60,7 @@ def verify(recipe: Recipe) -> None:
 
 def public_classes(recipe: Recipe) -> tuple[str, ...]:
     """Of the public images; no font is rendered to know them."""
-    return DIGIT_CLASSES if recipe.data.public == "fonts" else _images(recipe, "public", "train").classes
+    return DIGIT_CLASSES if recipe.data.public == "fonts" else public_store(recipe).classes
 
 
 def shares_labels(recipe: Recipe) -> bool:

@@ -76,7 +76,7 @@ def gather_metrics(run: Run) -> dict[str, Any]:
         "accuracy_by_seed": by_seed,
         "classifier_seeds": run.recipe.evaluate.seeds,
         "test_images": len(inputs.test_data(run.recipe)),
-        "private_images": run.private.fingerprint(),
+        "private_images": run.stages["train"].parts["private images"],
         "accuracy_by_count": by_count,
         "scores": scores,
         "frechet": {name: of["fid"] for name, of in scores.items()} | {"extractor": scores["synthetic"]["extractor"]},

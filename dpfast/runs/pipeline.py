@@ -180,11 +180,13 @@ def _check_public(recipe: Recipe, private: ImageSet) -> None:
             raise ConfigError("recipe key data.public_count = 0: expected how many fonts to render; 0 is for stores")
         if shape[0] != 1 or shape[1] != shape[2]:
             raise ConfigError(f'recipe key data.public = "fonts": they are grey and square, private images {shape}')
-    elif recipe.data.public_count > (there := inputs.public_size(recipe)):
-        raise ConfigError(f"recipe key data.public_count = {recipe.data.public_count}: there are {there}; 0 is for all")
-    elif (other := inputs.public_shape(recipe)) != shape:
+        return
+    public, count = inputs.public_store(recipe), recipe.data.public_count
+    if count > len(public):
+        raise ConfigError(f"recipe key data.public_count = {count}: there are {len(public)}; 0 is for all")
+    if public.image_shape != shape:
         raise ConfigError(
-            f"recipe key data.public = {recipe.data.public!r}: its images are {other}, the private ones {shape};"
+            f"recipe key data.public = {name!r}: its images are {public.image_shape}, the private ones {shape};"
             f" prepare one of the stores anew with dpfast data prepare ... --size {shape[-1]}"
         )
 

@@ -74,8 +74,13 @@ def sweep(
     with run.directory.locked():
         run = advance(recipe, runs, terminal, until="sample")
         terminal.stage("sweep")
-        scored = [_scored(run, variant, terminal, noised=noised) for variant in compared.values()]
-        counts = _noised(run, compared, [scores["private"] for scores in scored]) if noised else None
+        asks = noised and _choice(run, compared) not in _kept(run)
+        scored = [_scored(run, variant, terminal, noised=asks) for variant in compared.values()]
+        if asks:
+            _draw(run, compared, [scores["private"] for scores in scored])
+        counts = _kept_counts(run, compared) if noised else None
+        if noised:
+            remove(run.directory.unprotected)  # the true ones, which nobody needs any more
         terminal.close()
         names, synthetic = tuple(compared), tuple(scores["synthetic"] for scores in scored)
         by = synthetic if counts is None else counts
@@ -202,15 +207,16 @@ def _kept(run: Run) -> Results:
     return Results(run.directory.choices, cure=_SPENT)
 
 
-def _noised(run: Run, compared: Mapping[str, Recipe], accuracies: Sequence[float]) -> tuple[float, ...]:
-    """The noised counts, drawn once: the same settings get the same ones ever after. The true ones are then removed."""
-    kept, key = _kept(run), _choice(run, compared)
-    settings = [_setting(recipe) for recipe in compared.values()]
-    if key not in kept:
-        correct = torch.tensor([round(share * len(run.private)) for share in accuracies])
-        with Ledger(run.directory.ledger, run.plan) as ledger:
-            choice = noised_choice(correct, sigma=run.recipe.private.choice_noise, ledger=ledger)
-        kept[key] = dict(zip(settings, choice.noised_counts, strict=True))
-    remove(run.directory.unprotected)
-    counts: dict[str, float] = kept[key]
-    return tuple(counts[setting] for setting in settings)
+def _draw(run: Run, compared: Mapping[str, Recipe], accuracies: Sequence[float]) -> None:
+    """The noised counts of private images, once and for all."""
+    correct = torch.tensor([round(share * len(run.private)) for share in accuracies])
+    with Ledger(run.directory.ledger, run.plan) as ledger:
+        choice = noised_choice(correct, sigma=run.recipe.private.choice_noise, ledger=ledger)
+    settings = map(_setting, compared.values())
+    _kept(run)[_choice(run, compared)] = dict(zip(settings, choice.noised_counts, strict=True))
+
+
+def _kept_counts(run: Run, compared: Mapping[str, Recipe]) -> tuple[float, ...]:
+    """The noised counts that were drawn: the same settings have the same ones ever after."""
+    counts: dict[str, float] = _kept(run)[_choice(run, compared)]
+    return tuple(counts[_setting(recipe)] for recipe in compared.values())
