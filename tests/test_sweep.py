@@ -86,9 +86,7 @@ def test_a_noised_choice_is_drawn_once_and_charged_before(first, runs, monkeypat
     assert again.noised_counts == found.noised_counts[::-1]
     assert again.chosen == found.chosen
     assert ledger(runs).draws == 1
-    kept = (runs / "tiny/internal/sweep/results").glob(
-        "*.json"
-    )  # of the second time: no private images
+    kept = (runs / "tiny/internal/sweep/results").glob("*.json")  # of the second time: no private images
     assert {key.split(".")[-2] for path in kept for key in json.loads(path.read_text())} == {"synthetic", "real"}
     monkeypatch.setattr(studies, "train_classifier", None)  # refused before anything is trained
     with pytest.raises(BudgetExhausted, match="is spent, on other settings"):
