@@ -15,8 +15,21 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """Whatever is computed inside keeps its dtype: a matrix product of float32 under ``torch.autocast`` would not."""
+    lowered = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    try:
+        for kind in lowered:
+            torch.set_autocast_enabled(kind, False)
+        yield
+    finally:
+        for kind in lowered:
+            torch.set_autocast_enabled(kind, True)
+
+
+@contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 matrices are computed in float32, even where the process allows TF32 or bfloat16.
+    """Products of float32 matrices are computed in float32, even where the process allows TF32, bfloat16 or autocast.
 
     Bounds on rounding errors (of a Gram, of a weighted sum) are for the precision of the dtype. Use as a decorator.
     """
@@ -26,7 +39,8 @@ def full_precision() -> Iterator[None]:
     try:
         for place in places:
             place.fp32_precision = "ieee"
-        yield
+        with without_autocast():
+            yield
     finally:
         for place, precision in zip(places, allowed, strict=True):
             place.fp32_precision = precision

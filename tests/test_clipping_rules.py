@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cases import Case, Raw, floats, losses
+from cases import CONVOLUTIONS, LAYERS, PATTERNS, Case, Raw, floats, losses
 from checks import check, clip, fallbacks
 from dpfast import GhostClipper, Performance
 from dpfast.clipping.rules.attention import multi_head_attention
@@ -538,3 +538,26 @@ def test_under_autocast_the_tape_keeps_what_the_call_multiplied(call, shape) -> 
         clipper.backward(out.float().square().flatten(1).sum(1))
     assert len(kept) == 1
     assert {dtype for dtype, _ in kept} == {torch.bfloat16}
+
+
+UNDER_AUTOCAST = ("conv2d", "conv2d-1x1", "conv-transpose2d", "linear-3d", "embedding", "group-norm", "raw-attention")
+LOWERED = [case for case in (*LAYERS, *CONVOLUTIONS, *PATTERNS) if case.name in UNDER_AUTOCAST]
+
+
+@pytest.mark.parametrize("form", ["auto", "gram", "direct", "materialise"])
+@pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
+def test_what_is_called_under_autocast_clips_alike(case: Case, form: str) -> None:
+    """A backward pass inside of the block that lowers the forward pass is none of what is lowered."""
+    model, inputs = case.build(4)
+    found = []
+    for inside in (False, True):
+        clipper = GhostClipper(model, max_grad_norm=0.1, performance=Performance(form=form))
+        with clipper:
+            with torch.autocast("cpu", torch.bfloat16):
+                of_rows = losses(model, inputs)
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                clipped = clipper.backward(of_rows)
+        found.append([clipped.norms, *(p.grad.clone() for p in clipper.parameters.values())])
+        clipper.zero_grad()
+    for outside, inside in zip(*found, strict=True):
+        torch.testing.assert_close(inside, outside, rtol=0, atol=0)

@@ -18,8 +18,8 @@ EXAMPLES, AUGMULTS = 4, (1, 2, 4)
 EVERY = list(itertools.product(get_args(Form), get_args(Dtype), LAYOUTS, AUGMULTS))
 # Each form in each dtype, layouts and K in turns.
 SOME = [case for i, case in enumerate(EVERY) if i % 15 == i // 15]
-# Relative: what rounding may add to what is promised. In bfloat16 the Grams of a float32 sum are trusted to 0.5%.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
+# Relative: what rounding may add to the promise. Sums and norms are in float32 whatever the model computes in.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-5}
 
 
 def clipped_sum(clipper, *, augmult, layout, dtype):
@@ -28,7 +28,9 @@ def clipped_sum(clipper, *, augmult, layout, dtype):
     def step(examples):
         images, labels = examples
         size = augmult if clipper.one_by_one else augmult * len(labels)
-        for rows, of in zip(images.flatten(0, 1).split(size), labels.repeat_interleave(augmult).split(size)):
+        for rows, of in zip(
+            images.flatten(0, 1).split(size), labels.repeat_interleave(augmult).split(size), strict=True
+        ):
             with clipper, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 clipper.backward(losses(clipper.model, (relayout(rows, layout), of)))
         sums = {name: p.grad.clone() for name, p in clipper.parameters.items()}
@@ -59,8 +61,11 @@ def measured(architecture, cases):
                 clippers[form, dtype] = GhostClipper(
                     model, max_grad_norm=promised, augmult=augmult, performance=performance
                 )
+            step = clipped_sum(clippers[form, dtype], augmult=augmult, layout=layout, dtype=dtype)
+            for size in (EXAMPLES - 1, EXAMPLES, EXAMPLES + 1):  # "auto" chooses anew once it has seen a step
+                step((images.repeat(2, 1, 1, 1, 1)[:size], labels.repeat(2)[:size]))
             sensitivity = assert_sensitivity(
-                clipped_sum(clippers[form, dtype], augmult=augmult, layout=layout, dtype=dtype),
+                step,
                 (images, labels),
                 promised=promised,
                 added=(100 * images[:1], labels[:1]),
@@ -70,18 +75,21 @@ def measured(architecture, cases):
     return found
 
 
-@trust.tries(few=4, many=25)
+@trust.tries(few=3, many=25)
 @given(architectures())
 def every_case_of_one(seen, architecture):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*correct and slow")  # the vmapped fallback
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # torch's, of RMSNorm
         seen.append(measured(architecture, EVERY if trust.FULL else SOME))
 
 
 def test_the_promised_sensitivity_of_networks_that_nobody_thought_of():
     seen = []
     every_case_of_one(seen)
-    ratios = {dtype: [ratio for found in seen for case, ratio in found.items() if case[1] == dtype] for dtype in TOLERANCE}
+    ratios = {
+        dtype: [ratio for found in seen for case, ratio in found.items() if case[1] == dtype] for dtype in TOLERANCE
+    }
     for dtype, tolerance in TOLERANCE.items():
         assert 0.9 < max(ratios[dtype]) <= 1 + tolerance
     trust.record(

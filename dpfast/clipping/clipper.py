@@ -23,6 +23,7 @@ from dpfast.clipping.rule import Clipping, ClipRule
 from dpfast.clipping.tape import Tape
 from dpfast.clipping.watch import Inventory, Seen, Standing, changed, seen
 from dpfast.errors import CaptureError, ConfigError
+from dpfast.kernels.precision import without_autocast
 from dpfast.performance import Performance
 
 FEW_STEPS = 3  # that may cost more because things are shown, before it is said
@@ -228,7 +229,7 @@ class GhostClipper:
             raise CaptureError("clipper.backward was called outside `with clipper`: compute the losses inside, too")
         tape = capture.tape
         try:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), without_autocast():
                 model = Inventory.of(self.model)
                 examples = self._examples(losses, example_mask, more=more)
                 refuse(tape.problems + tape.changed_after_use() + self._state_problems(capture, model))

@@ -74,6 +74,7 @@ def _gram_sq_norms(a: Tensor, g: Tensor, spec: ConvSpec, examples: int) -> tuple
     grams = [_pixel_gram(t, examples, rows) for t in (x, y)]
     sq = x.new_empty(examples, dtype=torch.float64)
     magnitude = torch.empty_like(sq)
+    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in grams)  # what is read through a pointer
     pointers = [t.data_ptr() for t in (*grams, sq, magnitude)]
     native_module().conv_gram(examples, rows, geometry, *pointers, torch.get_num_threads())
     _, lines, width = three(y.shape[2:], 1)
