@@ -151,15 +151,20 @@ def _twice(width: int, options: Options) -> nn.Module:
 
 
 def _norm(width: int, options: Options) -> nn.Module:
-    made = {"group": nn.GroupNorm(1, width), "instance": nn.InstanceNorm2d(width, affine=True), "rms": _channels_last}
+    made = {
+        "group": nn.GroupNorm(1, width),
+        "instance": nn.InstanceNorm2d(width, affine=True),
+        "rms": _OverChannels(nn.RMSNorm(width)),
+    }
     norm = made[options["kind"]]
-    norm = norm(nn.RMSNorm(width)) if norm is _channels_last else norm
     for p in norm.parameters():
         nn.init.normal_(p)
     return _Of(norm, width=width)
 
 
-class _channels_last(nn.Module):  # noqa: N801  # reads as a function
+class _OverChannels(nn.Module):
+    """A layer of the last dimension, applied to the channels."""
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
@@ -169,7 +174,7 @@ class _channels_last(nn.Module):  # noqa: N801  # reads as a function
 
 
 def _linear(width: int, options: Options) -> nn.Module:
-    return _Of(_channels_last(nn.Linear(width, options["out"], bias=options["bias"])), width=options["out"])
+    return _Of(_OverChannels(nn.Linear(width, options["out"], bias=options["bias"])), width=options["out"])
 
 
 BLOCKS: dict[str, Callable[[int, Options], nn.Module]] = {

@@ -6,8 +6,6 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-from benchmarks import results
-
 FULL = bool(os.environ.get("DPFAST_TRUST"))
 
 
@@ -26,4 +24,6 @@ def tries(few: int, many: int) -> Callable[..., Any]:
 def record(name: str, **row: Any) -> None:
     """Keep what a full run found."""
     if FULL:
+        from benchmarks import results
+
         results.append("trust", {"name": name, **row})
