@@ -23,7 +23,7 @@ def write_atomic(path: str | os.PathLike[str], *parts: str | bytes | memoryview)
     # One fixed name: what a kill leaves behind is overwritten by the next attempt, and nobody reads it.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with open(temporary, "wb") as file:
             for part in parts:
                 file.write(part.encode() if isinstance(part, str) else part)
@@ -39,9 +39,27 @@ def write_atomic(path: str | os.PathLike[str], *parts: str | bytes | memoryview)
         ) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder, and those above it that are missing, durably. Raises OSError when it cannot be made."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Put the folder's list of names on stable storage."""
-    fd = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Put what somebody else wrote on stable storage: a file, or a folder with all it holds. OSError where it fails."""
+    for part in (path, *path.rglob("*"), path.parent):
+        _sync(part)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

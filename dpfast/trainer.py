@@ -20,6 +20,7 @@ from dpfast.clipping.rule import Clipping
 from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
 from dpfast.errors import CheckpointError, ConfigError, PrivacyError
+from dpfast.files import make_folder
 from dpfast.objective import Objective
 from dpfast.optimizer import DPOptimizer
 from dpfast.performance import Performance
@@ -190,7 +191,7 @@ class DPTrainer:
             yield self._memory
         else:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
             except OSError as error:
                 raise ConfigError(
                     f"state_dir={str(path.parent)!r}: no folder can be made there ({error.strerror})"

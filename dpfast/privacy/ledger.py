@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dpfast.errors import BudgetExhausted, LedgerError, PrivacyError
-from dpfast.files import lock, sync_folder
+from dpfast.files import lock, make_folder, sync_folder
 from dpfast.privacy import entropy
 from dpfast.privacy.plan import Plan
 from dpfast.privacy.releases import GaussianRelease
@@ -144,7 +144,7 @@ class Ledger:
 
     def _open(self, path: Path, header: dict[str, Any]) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise LedgerError(f"ledger {path}: cannot be opened ({error.strerror})") from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dpfast.errors import RunLocked
-from dpfast.files import lock, write_atomic
+from dpfast.errors import FileError, RunLocked
+from dpfast.files import lock, make_folder, write_atomic
 
 MARKER = "DO_NOT_RELEASE.txt"
 _MARKED = "This folder holds private images, or what was computed from them without protection: keep it in the house.\n"
@@ -57,14 +57,19 @@ class RunDirectory:
 
         Raises:
             RunLocked: another process holds it.
+            FileError: nothing can be written there.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            make_folder(self.root)
+            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise FileError(f"cannot make the run's folder {self.root} ({error.strerror}); name another") from error
         try:
             if not lock(descriptor, self.root):
                 raise RunLocked(self._held(descriptor))
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            with suppress(OSError):  # a full disk: only for the message of who comes second
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             yield
         finally:
             os.close(descriptor)

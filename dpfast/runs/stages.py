@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpfast.errors import ConfigError, LedgerError
-from dpfast.files import remove, write_json
+from dpfast.errors import ConfigError, FileError, LedgerError
+from dpfast.files import make_folder, remove, sync, write_json
 from dpfast.privacy.ledger import read_ledger
 from dpfast.progress import Progress
 
@@ -102,16 +102,21 @@ class Stage:
 
     @contextmanager
     def working(self, progress: Progress) -> Iterator[Progress]:
-        """Record that the stage is under way, and on leaving without an error that it is done.
+        """Record that the stage is under way, and on leaving without an error that it is done, its outputs being on
+        stable storage.
 
         Gives the progress callback to work with: it passes calls on and keeps the recorded time current, so
-        that a kill loses at most ``HEARTBEAT`` seconds of it.
+        that a kill loses at most ``HEARTBEAT`` seconds of it. Raises FileError when the disk is full, or a file
+        cannot be used for another reason of the operating system's.
         """
         self.check()
-        if self._changes() and not self.has_spent():
-            for path in (self.folder, *self.outputs):
-                remove(path)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if self._changes() and not self.has_spent():
+                for path in (self.folder, *self.outputs):
+                    remove(path)
+            make_folder(self.folder)
+        except OSError as error:
+            raise self._stopped(error) from error
         self._before, self._started = self.seconds, time.monotonic()
         self._write(done=False)
 
@@ -122,10 +127,17 @@ class Stage:
 
         try:
             yield beat
+            for path in self.outputs:
+                sync(path)
+        except OSError as error:
+            raise self._stopped(error) from error
         except BaseException:
             self._write(done=False)
             raise
         self._write(done=True)
+
+    def _stopped(self, error: OSError) -> FileError:
+        return FileError(f"stage {self.name!r} stopped: {error}. Nothing is lost: make room, then run again")
 
     def _write(self, *, done: bool) -> None:
         self._beat = time.monotonic()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dpfast.data.shards import ShardFolder, open_shards
 from dpfast.diffusion.finetune import merge
 from dpfast.diffusion.loading import load_unet
 from dpfast.diffusion.pretrain import pretrain as pretrain_model
-from dpfast.files import follow_umask, read_json, write_atomic, write_json
+from dpfast.errors import FileError
+from dpfast.files import follow_umask, make_folder, read_json, write_atomic, write_json
 from dpfast.progress import Progress
 from dpfast.recipes import Recipe, fingerprint, to_toml
 from dpfast.report.figures import contact_sheet
@@ -74,7 +77,11 @@ def train(run: Run, progress: Progress) -> None:
 
 
 def _save_model(model: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
+    make_folder(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # of the operating system, too
+        raise FileError(f"cannot write {folder}: {error}. Make room, then run again") from error
     follow_umask(folder)  # safetensors makes its file readable to its owner alone
 
 
