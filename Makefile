@@ -1,5 +1,6 @@
 # make demo   trains a private diffusion model on handwritten digits and opens the way to its report
 # make test   formatting, lint, types and every test
+# make trust  what the tests try a slice of, in full, and attacks: some hours; docs/guarantee.md has what came out
 # make gpu    tests, ops and steps on a GPU, with what is installed there (benchmarks/README.md)
 # The first two create .venv by themselves and need only python3 (3.11 or newer, with venv); a C++ compiler is used when
 # there.
@@ -28,7 +29,7 @@ GPU_ENV := PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH="$(CURDIR)/$(GPU_PACKA
 GPU_OPTIONS = $(if $(ONLY),--only '$(ONLY)') $(if $(OUT),--out '$(OUT)') $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DRY),--dry)
 GPU_PARTS := gpu-tests gpu-kernels gpu-launches gpu-step gpu-page
 
-.PHONY: demo test lint format typecheck pytest clean gpu gpu-package $(GPU_PARTS)
+.PHONY: demo test trust lint format typecheck pytest clean gpu gpu-package $(GPU_PARTS)
 
 demo: $(VENV)/.demo
 	$(BIN)/dpfast demo
@@ -44,6 +45,12 @@ typecheck: $(VENV)/.test
 
 pytest: $(VENV)/.test
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+trust: $(VENV)/.test
+	DPFAST_TRUST=1 $(TEST_ENV) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(wildcard tests/test_trust_*.py)
+	$(TEST_ENV) $(BIN)/python -m benchmarks.audits
+	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.trust
 
 gpu: gpu-package
 	$(GPU_ENV) $(GPU_PYTHON) -m benchmarks.gpu all $(GPU_OPTIONS)

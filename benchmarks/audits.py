@@ -4,8 +4,8 @@
     python -m benchmarks.audits --epsilon 1 --seed 0
     python -m benchmarks.audits --table                # the tables in docs/guarantee.md, from the committed results
 
-Every row is a training of its own with canaries in it (``dpfast audit digits``). The model and the samples of a whole run
-are attacked for the first seed; the others have none.
+Every row is a training of its own with canaries in it (``dpfast audit digits``). The model and the samples of a whole
+run are attacked for the first seed; the others have none.
 """
 
 import argparse

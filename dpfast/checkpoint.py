@@ -48,15 +48,17 @@ def load(path: str | os.PathLike[str], *, kind: str, fingerprint: str) -> dict[s
     """
     header, payload = _read(Path(path))
     for name, expected in (("kind", kind), ("fingerprint", fingerprint)):
-        if header[name] != expected:
+        if header.get(name) != expected:
             raise CheckpointError(
-                f"checkpoint {path}: expected {name} {expected!r}, got {header[name]!r}: it belongs to "
+                f"checkpoint {path}: expected {name} {expected!r}, got {header.get(name)!r}: it belongs to "
                 "another run or stage; use the settings it was made with, or another folder"
             )
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch finds in a file that is whole, but not made by this version
         raise CheckpointError(f"checkpoint {path}: its contents cannot be read ({error})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {path}: expected a dict in it, got a {type(state).__name__}")
     return state
 
 
@@ -69,7 +71,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, str], bytes]:
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -81,8 +83,14 @@ def _read(path: Path) -> tuple[dict[str, str], bytes]:
         raise CheckpointError(
             f"checkpoint {path}: wrong checksum, the file is damaged; restore a copy, or start anew in another folder"
         )
-    header, _, payload = rest.partition(b"\n")
-    return json.loads(header), payload
+    line, _, payload = rest.partition(b"\n")
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"checkpoint {path}: expected an object of JSON in its second line; it is damaged")
+    return header, payload
 
 
 def _check_plain(value: object, where: str) -> None:

@@ -26,6 +26,8 @@ def show_objective(
     examples: Sequence[Tensor],
     keys: RowKeys,
     parameters: Iterable[nn.Parameter],
+    *,
+    seed: int | None = None,
 ) -> None:
     """There is a loss for each row, and no example changes the loss of another, be it by being there; or
     ``CaptureError``.
@@ -33,6 +35,8 @@ def show_objective(
     The clipper sees what happens inside the model; this sees what happens around it.
 
     examples: of whose shapes, types and labels the synthetic ones are made. parameters: those that training moves.
+    seed: of the examples that are changed, when this is shown once more, with the weights as they are now; the first
+    time (None) it is shown with other weights and input, too.
     """
     count, rows, state = len(keys.ids), keys.augmult, RandomState()
 
@@ -51,16 +55,19 @@ def show_objective(
     batch = Synthetic(rows=count, augmult=1)
     with no_trace_left(model):
         try:
-            verdict = thorough_verdict(
-                lambda batch: forward_verdict(losses, tuple(examples), {}, batch),
-                batch,
-                lambda: brought_out(parameters),
-            )
+            if seed is None:
+                verdict = thorough_verdict(
+                    lambda batch: forward_verdict(losses, tuple(examples), {}, batch),
+                    batch,
+                    lambda: brought_out(parameters),
+                )
+            else:
+                verdict = forward_verdict(losses, tuple(examples), {}, batch, seed=seed)
         except TypeError as error:
             error.add_note("the objective is called as objective(model, *examples, keys), keys being RowKeys")
             raise
         sized = verdict in ("mixed", "spoiled", "unrepeatable") or _is_the_same_among_fewer(
-            losses, [batch(x) for x in examples], model, parameters
+            losses, [batch(x) for x in examples], model, parameters, thorough=seed is None
         )
     if verdict == "mixed":
         raise CaptureError(
@@ -92,10 +99,16 @@ def show_objective(
 
 
 def _is_the_same_among_fewer(
-    losses: Callable[..., Tensor], examples: Sequence[Tensor], model: nn.Module, parameters: Iterable[nn.Parameter]
+    losses: Callable[..., Tensor],
+    examples: Sequence[Tensor],
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    *,
+    thorough: bool,
 ) -> bool | None:
     """Whether the first example has the same losses and the same gradient beside fewer others, with the weights as they
-    are and with some that hide nothing. None: not known, as what is drawn at random depends on how many there are.
+    are and (thorough) with some that hide nothing. None: not known, as what is drawn at random depends on how many
+    there are.
     """
     trained = [p for p in parameters if p.requires_grad]
     few = [x[: len(x) // 2] for x in examples]
@@ -107,7 +120,7 @@ def _is_the_same_among_fewer(
             grads = torch.autograd.grad(own.sum(), trained, allow_unused=True) if own.requires_grad else ()
         return own.detach(), torch.cat([g.flatten() for g in grads if g is not None] or [own.detach()]), drawn
 
-    for weights in (nullcontext, lambda: brought_out(trained)):
+    for weights in (nullcontext, lambda: brought_out(trained)) if thorough else (nullcontext,):
         with without_dropout(model), weights():
             (*found, _), (*among_all, drawn) = of_first(few), of_first(examples)
             losses(*few)

@@ -23,14 +23,16 @@ from dpfast.errors import CheckpointError, ConfigError, PrivacyError
 from dpfast.files import make_folder
 from dpfast.objective import Objective
 from dpfast.optimizer import DPOptimizer
+from dpfast.pace import Allowance, Pace
 from dpfast.performance import Performance
 from dpfast.physical import Batch, Size, is_out_of_memory, largest_fitting, usual_size
 from dpfast.privacy import Ledger, Plan, PrivacyStatement, poisson_sample, random_bytes, read_ledger
 from dpfast.probe import PROBED_EXAMPLES, show_objective
 from dpfast.progress import Progress, silent
 from dpfast.seeding import seeded
+from dpfast.unnoised import Unnoised
 
-CHECKPOINTS = 50  # at least this many over a run: a kill loses at most 2% of the steps
+CHECKPOINTS = 50  # over a run, or more: a kill loses 2% of the steps, unless writing so many took more than that
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -68,6 +70,9 @@ class DPTrainer:
         ``memory_budget`` asks for it.
     progress: called as ``progress(step, steps, message)`` after each step.
     ema_decay: of the averaged copy of the model, ``ema_model``.
+    unsafe_debug: the message of a step says what nothing says without: how many examples it drew, their mean loss, the
+        median and the largest norm, and the share that was clipped, none of it noised. Epsilon does not cover whoever
+        sees that: the ledger is marked before, for good, and with it every statement of what it holds.
 
     Guarantee: ``model``, ``ema_model`` and everything in ``state_dir`` are an (epsilon, delta)-private function of
     ``dataset`` with ``trainer.epsilon``: each step takes a fresh Poisson sample, clips each example's mean gradient
@@ -93,6 +98,7 @@ class DPTrainer:
         ema_decay: float | None = None,
         warmup_steps: int = 0,
         progress: Progress = silent,
+        unsafe_debug: bool = False,
     ) -> None:
         self.examples = Examples(dataset)
         if len(dataset) != plan.dataset_size:
@@ -126,7 +132,9 @@ class DPTrainer:
         self.ema = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.lost_steps = 0
         self.charged_steps = self._charged()
-        self._memory = Ledger(None, plan)
+        self._unsafe_debug = unsafe_debug
+        self._unnoised: Unnoised | None = None  # of the step that is taken, where they are to be shown
+        self._memory = Ledger(None, plan, unsafe_debug=unsafe_debug)
         self._numbers_per_example = self.examples.batch(torch.arange(min(1, len(dataset))), 1)[0].numel()
 
     @property
@@ -145,20 +153,30 @@ class DPTrainer:
         Raises ``CaptureError`` when the model or the objective mixes examples, ``CheckpointError`` when the checkpoint
         in ``state_dir`` is damaged, missing or of another model or plan, ``LedgerError`` likewise.
         """
+        if self._unsafe_debug:
+            warnings.warn(
+                "unsafe_debug: losses and norms of private examples are shown without noise. Epsilon does not cover"
+                " whoever sees them, which the ledger and every privacy statement will say from now on",
+                stacklevel=2,
+            )
         with self._ledger() as ledger:
             self.charged_steps = ledger.charged_steps
             optimizer = DPOptimizer(self.inner_optimizer, self.plan, self.clipper, ledger)
             self._resume(ledger.charged_steps)
+            pace, saving = Pace(), Allowance()
             if ledger.charged_steps < self.plan.steps:
                 self._show_objective()
             for step in range(ledger.charged_steps + 1, self.plan.steps + 1):
-                if step & (step - 1) == 0 and step > 1:  # 2, 4, 8, ...: a weight that was zero hides nothing any more
-                    self._show_objective()
+                if pace.take():
+                    with pace.spending():
+                        self._show_objective(seed=step)
                 self._take(step, optimizer)
                 self.charged_steps = ledger.charged_steps
-                if step % max(1, self.plan.steps // CHECKPOINTS) == 0 or step == self.plan.steps:
-                    self._save(step)
-                self.progress(step, self.plan.steps, self._message())
+                pace.changed("steps")
+                if step == self.plan.steps or (step % max(1, self.plan.steps // CHECKPOINTS) == 0 and saving.is_left()):
+                    with saving.spending():
+                        self._save(step)
+                self.progress(step, self.plan.steps, self._unnoised_message() + self._message())
 
     def statement(
         self,
@@ -196,7 +214,7 @@ class DPTrainer:
                 raise ConfigError(
                     f"state_dir={str(path.parent)!r}: no folder can be made there ({error.strerror})"
                 ) from error
-            with Ledger(path, self.plan) as ledger:
+            with Ledger(path, self.plan, unsafe_debug=self._unsafe_debug) as ledger:
                 yield ledger
 
     # One step
@@ -206,6 +224,7 @@ class DPTrainer:
         for group, rate in zip(optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * min(1.0, step / max(1, self.warmup_steps))
         optimizer.zero_grad()  # what an interrupted step has summed belongs to a sample that is gone
+        self._unnoised = Unnoised() if self._unsafe_debug else None
         sample = poisson_sample(self.plan.dataset_size, self.plan.sample_rate)
         for ids, mask in self._microbatches(sample):
             self._accumulate(step, ids, mask)
@@ -318,15 +337,20 @@ class DPTrainer:
         if size < self.augmult and not batch.mask.any():
             return
         keys = RowKeys(self.seed, batch.ids, step, self.augmult)
+        passes: list[Tensor] = []
         self.clipper.one_by_one = self.performance_of(len(batch.ids)).form == "example"
         with self.clipper:
             for first in range(0, self.augmult, size):
                 with seeded(batch.seed_of(first), self.performance.device):
                     losses = self._losses(self.model, *batch.examples, keys.part(first, size))
                     if size == self.augmult:
-                        self.clipper.backward(losses, example_mask=batch.mask)
+                        result = self.clipper.backward(losses, example_mask=batch.mask)
                     else:
-                        self.clipper.backward(losses, more=first + size < self.augmult)
+                        result = self.clipper.backward(losses, more=first + size < self.augmult)
+                    if self._unnoised is not None:
+                        passes.append(losses.detach())
+        if self._unnoised is not None:  # after the last pass: a batch for which memory runs out is run again whole
+            self._unnoised.add(passes, result.norms, result.clip_factors, batch.mask)
 
     def _losses(self, model: nn.Module, *arguments: Any) -> Tensor:
         """The objective's, in the dtype that ``performance`` says."""
@@ -334,8 +358,8 @@ class DPTrainer:
         with torch.autocast(kind, torch.bfloat16) if low else nullcontext():
             return self.objective(model, *arguments)
 
-    def _show_objective(self) -> None:
-        """On a few examples, with no more rows than a physical batch has."""
+    def _show_objective(self, *, seed: int | None = None) -> None:
+        """On a few examples, with no more rows than a physical batch has. seed: as ``show_objective`` has it."""
         if len(self.examples) < 2:
             return
         device, size = self.performance.device, self.physical_size
@@ -343,7 +367,9 @@ class DPTrainer:
         examples = [x.to(device) for x in self.examples.batch(ids, len(ids))]
         keys = RowKeys(self.seed, torch.arange(len(ids), device=device), 0, self.augmult)
         rows = max(1, size.examples * size.rows // len(ids))
-        show_objective(self._losses, self.model, examples, keys.part(0, rows), self.clipper.parameters.values())
+        show_objective(
+            self._losses, self.model, examples, keys.part(0, rows), self.clipper.parameters.values(), seed=seed
+        )
 
     # Interruption
 
@@ -381,29 +407,33 @@ class DPTrainer:
                 " trained is lost. Restore it, or start anew in another folder with a new budget"
             )
         state = checkpoint.load(path, kind="private training", fingerprint=self.plan.fingerprint())
-        saved = state["step"]
+        saved, lost = state.get("step"), state.get("lost_steps")
+        if type(saved) is not int or type(lost) is not int or not isinstance(state.get("parts"), dict):
+            raise CheckpointError(
+                f"checkpoint {path}: it holds {', '.join(map(str, state))}, no training; it is damaged"
+            )
         if saved > charged:
             raise PrivacyError(
                 f"the checkpoint is at step {saved}, the ledger at {charged}: the ledger was cut or replaced. Restore"
                 " the ledger that belongs to the checkpoint, or start anew in another folder with a new budget"
             )
-        if state["settings"] != self._settings():
+        if state.get("settings") != self._settings():
             raise CheckpointError(
-                f"the training in {self.state_dir} was begun with {state['settings']}, and goes on with"
+                f"the training in {self.state_dir} was begun with {state.get('settings')}, and goes on with"
                 f" {self._settings()}: give what it was begun with, or another folder with a new budget"
             )
         self._load(state["parts"])
-        self.lost_steps = state["lost_steps"] + charged - saved
+        self.lost_steps = lost + charged - saved
         if charged:
             self.progress(charged, self.plan.steps, self._message())
 
     def _load(self, parts: dict[str, Any]) -> None:
         try:
             if parts.keys() != self._parts().keys():
-                raise ValueError(f"it holds {', '.join(parts)}, this training has {', '.join(self._parts())}")
+                raise ValueError(f"it holds {', '.join(map(str, parts))}, this training has {', '.join(self._parts())}")
             for name, part in self._parts().items():
                 part.load_state_dict(parts[name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except Exception as error:  # each part raises what it does
             raise CheckpointError(
                 f"the checkpoint in {self.state_dir} is of another model, optimizer or ema_decay: give those it was"
                 f" made with, or another folder with a new budget ({_brief(error)})"
@@ -412,6 +442,9 @@ class DPTrainer:
     def _message(self) -> str:
         lost = f" ({self.lost_steps} charged steps lost to interruptions)" if self.lost_steps else ""
         return f"private training{lost}"
+
+    def _unnoised_message(self) -> str:
+        return "" if self._unnoised is None else f"{self._unnoised.message()}; "
 
 
 def _brief(error: Exception, lines: int = 3) -> str:

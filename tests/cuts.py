@@ -1,5 +1,5 @@
-"""A whole run in a process of its own, which ends at a moment that nobody chose: killed, its disk full, a write torn, or
-the power cut, which undoes what was not synced.
+"""A whole run in a process of its own, which ends at a moment that nobody chose: killed, its disk full, a write torn,
+or the power cut, which undoes what was not synced.
 
 The processes are forks of one that has done such a run before, so that they begin at once. What they draw and charge is
 told to a journal in shared memory, which no kill loses and no full disk stops.

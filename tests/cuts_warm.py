@@ -1,4 +1,4 @@
-"""Imported by the process whose forks ``cuts`` runs: it has done a whole run, so that all is imported and calibrated."""
+"""Imported by the process whose forks ``cuts`` runs: it has done such a run, so that all is imported and calibrated."""
 
 import tempfile
 from pathlib import Path

@@ -270,6 +270,51 @@ def test_test_entropy_marks_what_it_writes(path):
         assert ledger.test_entropy
 
 
+def test_unsafe_debug_marks_what_it_writes_and_nothing_else(path):
+    spend(path, 1)
+    usual = path.read_bytes()
+    assert not read_ledger(path).unsafe_debug
+    with Ledger(path, PLAN, unsafe_debug=True) as ledger:
+        ledger.charge(2)
+        assert ledger.unsafe_debug
+    spend(path, 3)
+    assert path.read_bytes().startswith(usual)
+    assert ["UNSAFE DEBUG" in line for line in path.read_text().splitlines()] == [False, False, True, False]
+    assert read_ledger(path).unsafe_debug
+    with Ledger(path, PLAN) as ledger:
+        assert ledger.unsafe_debug
+    path.write_bytes(path.read_bytes().replace(b"UNSAFE DEBUG", b"SAFE NOT SO "))
+    with pytest.raises(LedgerError, match="altered"):
+        read_ledger(path)
+
+
+def test_a_ledger_that_begins_under_unsafe_debug_is_marked_from_its_first_line(path):
+    with Ledger(path, PLAN, unsafe_debug=True) as ledger:
+        assert ledger.unsafe_debug
+    assert read_ledger(path).unsafe_debug
+    assert Ledger(None, PLAN, unsafe_debug=True).unsafe_debug
+    assert not Ledger(None, PLAN).unsafe_debug
+
+
+@pytest.mark.parametrize("begun_with", [False, True])
+def test_a_line_cut_off_is_completed_as_it_was_begun(path, begun_with):
+    """Not as the next process marks its own."""
+    with Ledger(path, WITH_RELEASES) as ledger:
+        ledger.charge(1)
+    start = path.stat().st_size
+    with Ledger(path, WITH_RELEASES, unsafe_debug=begun_with) as ledger:
+        ledger.charge_release(TWICE)
+    content = path.read_bytes()
+    told = content.index(b'"debug"' if begun_with else b'"checksum"', start) + len(b'"d')
+    for cut in range(told, len(content)):
+        path.write_bytes(content[:cut])
+        found = read_ledger(path)
+        assert (found.charged_steps, found.draws, found.unsafe_debug) == (1, 1, begun_with)
+        with Ledger(path, WITH_RELEASES, unsafe_debug=not begun_with) as ledger:
+            assert ledger.charged_steps == 1
+        assert path.read_bytes() == content
+
+
 # Other releases
 
 

@@ -61,6 +61,7 @@ def test_every_item_is_there():
     ):
         assert item in text, item
     assert "NOT PRIVATE" not in text
+    assert "UNSAFE" not in text
 
 
 def test_the_json_holds_the_same(tmp_path):
@@ -79,6 +80,7 @@ def test_the_json_holds_the_same(tmp_path):
         "public": WORDS["public"],
         "not_accounted": WORDS["not_accounted"],
         "test_entropy": False,
+        "unsafe_debug": False,
     }
     assert {name: values[name] for name in expected} == expected
     assert (tmp_path / "PRIVACY.md").read_text() == make(plan).text()
@@ -134,6 +136,24 @@ def test_test_entropy_is_said_first_even_after_it_ended():
         assert "NOT PRIVATE" in text
     assert "differentially private with" not in statement.text()
     assert not statement.is_private
+
+
+@pytest.mark.parametrize("changes", [{}, {"target_epsilon": math.inf}])
+def test_unsafe_debug_is_said_first_beside_what_is_promised_otherwise(changes, tmp_path):
+    plan = make_plan(**changes)
+    for debug in (True, False):  # once marked, marked for good
+        with Ledger(tmp_path / "ledger", plan, unsafe_debug=debug) as ledger:
+            ledger.charge(ledger.charged_steps + 1)
+    statement = PrivacyStatement.of(read_ledger(tmp_path / "ledger"), **WORDS)
+    otherwise = "NOT PRIVATE" if changes else "differentially private with epsilon"
+    shown = "UNSAFE DEBUG: un-noised values computed from private images were shown"
+    assert statement.text().splitlines()[2].startswith(f"**{shown}")
+    assert otherwise in statement.text().splitlines()[4]
+    assert statement.to_dict()["verdict"].startswith(shown)
+    assert otherwise in statement.to_dict()["verdict"]
+    assert "epsilon does not cover whoever saw them" in statement.text()
+    assert statement.unsafe_debug
+    assert statement.is_private != bool(changes)
 
 
 def test_a_failed_write_is_reported(tmp_path):

@@ -1,5 +1,8 @@
-"""Of a whole run: nothing computed from private images without noise is anywhere but among the private files."""
+"""Of a whole run: nothing computed from private images without noise is anywhere but among the private files, unless
+``unsafe_debug`` shows it, which every statement says.
+"""
 
+import io
 import json
 import re
 import struct
@@ -12,6 +15,10 @@ from dpfast.cli import app
 from dpfast.clipping.rule import ClipRule
 from dpfast.diffusion.objective import DiffusionObjective
 from dpfast.evaluation.classifier import ClassifierObjective
+from dpfast.privacy import read_ledger
+from dpfast.recipes import load
+from dpfast.runs.pipeline import execute
+from dpfast.runs.terminal import TerminalProgress
 from test_runs import TINY
 
 
@@ -66,11 +73,31 @@ def outside(folder):
     return [path for path in folder.rglob("*") if path.is_file() and "internal" not in path.relative_to(folder).parts]
 
 
-def written(number):
-    """As it would be printed to five digits, at least; some numbers are too short to be told from others."""
-    digits = f"{number:.10g}"
-    head = re.match(r"-?0?\.?0*[1-9]\.?(?:\d\.?){4}", digits)
-    return head[0] if head else None
+NUMBER = re.compile(r"(?<![\w.])-?(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+def shown(text):
+    """The numbers in a text that have five digits or more; shorter ones cannot be told from others. With each, how far
+    what was rounded or cut off to it may lie from it: a unit of its last place, or what float32 rounds.
+    """
+    for match in NUMBER.finditer(text):
+        number, _, power = match[0].lower().partition("e")
+        digits = number.strip("-").replace(".", "").lstrip("0")
+        if len(digits) >= 5:
+            places = len(number.partition(".")[2]) - int(power or 0)
+            value = float(match[0])
+            yield value, max(10.0**-places, 2e-7 * abs(value))
+
+
+def leaked(text, numbers):
+    """Which of ``numbers`` are in the text."""
+    ordered = torch.tensor(sorted(numbers), dtype=torch.float64)
+    found = []
+    for value, tolerance in shown(text):
+        at = torch.searchsorted(ordered, torch.tensor(value - tolerance, dtype=torch.float64))
+        if at < len(ordered) and ordered[at] <= value + tolerance:
+            found.append(value)
+    return found
 
 
 def test_no_text_outside_holds_them(run):
@@ -81,9 +108,9 @@ def test_no_text_outside_holds_them(run):
             texts[str(path)] = re.sub(r"base64,[^\"]+|<svg .*?</svg>", "", path.read_text(), flags=re.DOTALL)
     assert len(texts) > 10
     for kind, numbers in values(run).items():
-        shown = {written(number) for number in numbers} - {None}
         if kind != "losses":  # of the public pre-training too, which are published: those of private steps are below
-            assert [(kind, name, x) for name, text in texts.items() for x in shown if x in text] == []
+            found = {name: leaked(text, numbers) for name, text in texts.items()}
+            assert {name: of for name, of in found.items() if of} == {}, kind
 
 
 def test_no_file_outside_holds_their_bytes(run):
@@ -101,8 +128,33 @@ def test_the_losses_that_are_published_are_of_public_images(run):
     assert len(json.loads((folder / "state/pretrain/losses.json").read_text())) == 3
 
 
-def test_a_planted_value_is_found(run, tmp_path):
+def test_a_planted_value_is_found():
     """That the two tests above can fail."""
-    number = next(iter(values(run)["norms"]))
-    assert written(number) in f"norm {number:.9f}"
+    number = 1.8512367
+    for text in (f"norm {number:.9f}", f"{number:.5g}", f"[{number}, {number!r}]", f"{number:.6e}"):
+        assert leaked(text, {number, 7.5}), text
+    assert not leaked(f"norm {number * 1.0003:.9f} {number:.4g}", {number})
     assert struct.pack("<d", number) in torch.tensor([number], dtype=torch.float64).numpy().tobytes()
+
+
+def test_without_unsafe_debug_its_word_is_nowhere(run):
+    folder, output, _ = run
+    assert "UNSAFE" not in output
+    assert [path for path in folder.rglob("*") if path.is_file() and b"UNSAFE" in path.read_bytes()] == []
+
+
+def test_with_unsafe_debug_the_progress_shows_them_and_every_statement_says_so(tmp_path, monkeypatch):
+    """Of the training that is released: the baseline's shows nothing, but is of the same images."""
+    monkeypatch.setattr("dpfast.runs.terminal.INTERVAL", 0.0)
+    said = io.StringIO()
+    recipe = load("digits", [*TINY, "private.unsafe_debug=true"])
+    with pytest.warns(UserWarning, match="unsafe_debug"):
+        at = execute(recipe, tmp_path, TerminalProgress(said), until="baseline").directory
+    shown = r"  UNSAFE DEBUG: \d+ examples, mean loss .* clipped; private training \d/4"
+    assert len(re.findall(shown, said.getvalue())) == said.getvalue().count("UNSAFE") == 4
+    assert read_ledger(at.ledger).unsafe_debug
+    assert not read_ledger(at.baseline_ledger).unsafe_debug
+    for folder in (at.release, at.model, at.samples, at.baseline):
+        assert "UNSAFE DEBUG" in (folder / "PRIVACY.md").read_text(), folder
+    for folder in (at.release, at.model, at.samples):
+        assert json.loads((folder / "privacy.json").read_text())["verdict"].startswith("UNSAFE DEBUG")

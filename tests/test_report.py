@@ -191,6 +191,17 @@ def test_a_run_without_protection_is_marked_in_the_first_line(case):
     assert "can be passed on" not in html
 
 
+@pytest.mark.parametrize("changes", [{}, {"target_epsilon": math.inf}])
+def test_what_unsafe_debug_showed_is_said_in_the_first_line(changes):
+    html = visible(release(dataclasses.replace(statement(**changes), unsafe_debug=True)).html())
+    assert html.startswith("NOT PRIVATE" if changes else "UNSAFE DEBUG: un-noised values")
+    assert "epsilon does not cover whoever saw them." in html.split("Release report")[0]
+    assert "are recorded nowhere" not in html
+    usual = visible(release(statement(**changes)).html())
+    assert "UNSAFE" not in usual
+    assert "are recorded nowhere" in usual
+
+
 def test_the_released_page_gives_times_to_the_minute_and_the_statement_agrees(released):
     text = visible(released)
     assert "pre-training on public images about 3 minutes" in text

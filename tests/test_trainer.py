@@ -529,6 +529,107 @@ def test_injected_entropy_makes_a_run_repeatable_and_marks_its_ledger(tmp_path) 
     assert read_ledger(tmp_path / "a" / "ledger.jsonl").test_entropy
 
 
+def heard(**options) -> tuple[DPTrainer, list[str]]:
+    """A trainer that keeps its messages."""
+    said: list[str] = []
+    return trainer(progress=lambda step, steps, message: said.append(message), **options), said
+
+
+SAID = (
+    r"UNSAFE DEBUG: (\d+) examples, mean loss (\S+), median norm (\S+), largest (\S+), (\d+)% clipped; private training"
+)
+
+
+@pytest.mark.parametrize("runs_out", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"microbatch": 5}, {"memory_budget": 4_200}, {"form": "example"}])
+def test_unsafe_debug_says_what_plain_autograd_says(settings, runs_out) -> None:
+    """Whatever the physical batches, padding and passes. runs_out: of memory, in a second call (of passes, the second
+    of an example), so that what has begun is run again.
+    """
+    from dpfast.data.keyed import RowKeys
+
+    calls = []
+
+    def limited(model, pixels, labels, keys):
+        calls.extend([1] * keys.step)
+        if runs_out and keys.step and len(calls) == 2:
+            raise torch.OutOfMemoryError("none left")
+        return objective(model, pixels, labels, keys)
+
+    model, data, norms, losses = network(), images(), [], []
+    keys = RowKeys(0, torch.arange(EXAMPLES), 1, K)
+    rows = objective(model, data.images, data.labels, keys).view(EXAMPLES, K)
+    for own in rows:
+        grads = torch.autograd.grad(own.mean(), list(model.parameters()), retain_graph=True)
+        norms.append(torch.cat([g.flatten() for g in grads]).norm())
+        losses.append(own.mean().detach())
+    norms = torch.stack(norms)
+    clip = float(norms.sort().values[2:4].mean())  # three of twelve are left as they are
+    whole = plan(**NO_NOISE | {"max_grad_norm": clip, "steps": 1})
+    t, said = heard(plan=whole, objective=limited, performance=Performance(**settings), unsafe_debug=True)
+    with pytest.warns(UserWarning, match="unsafe_debug: .* Epsilon does not cover whoever sees them"):
+        t.fit()
+    (found,) = said
+    examples, loss, median, largest, clipped = map(float, re.fullmatch(SAID, found).groups())
+    assert (examples, clipped) == (EXAMPLES, 75)
+    for shown, there in ((loss, torch.stack(losses).mean()), (median, norms.median()), (largest, norms.max())):
+        assert shown == pytest.approx(float(there), rel=1e-2)
+
+
+def test_unsafe_debug_of_an_empty_sample() -> None:
+    t, said = heard(plan=plan(expected_batch_size=1e-9, steps=1, noise_multiplier=1.0), unsafe_debug=True)
+    with pytest.warns(UserWarning, match="unsafe_debug"):
+        t.fit()
+    assert said == ["UNSAFE DEBUG: 0 examples; private training"]
+
+
+def test_nothing_is_said_or_marked_without_unsafe_debug(tmp_path) -> None:
+    t, said = heard(state_dir=tmp_path)
+    t.fit()
+    assert said == ["private training"] * 6
+    assert t._unnoised is None
+    t.statement().write(tmp_path)
+    for file in ("ledger.jsonl", "PRIVACY.md", "privacy.json"):
+        assert "UNSAFE" not in (tmp_path / file).read_text()
+    assert not t.statement().unsafe_debug
+
+
+def test_unsafe_debug_is_marked_before_it_shows_and_for_good(tmp_path) -> None:
+    """Switched on in the middle of a training, and off again."""
+    path = tmp_path / "ledger.jsonl"
+
+    def marked() -> list[bool]:
+        return ["UNSAFE DEBUG" in line for line in path.read_text().splitlines()]
+
+    def until(last: int, shows: bool):
+        def progress(step: int, steps: int, message: str) -> None:
+            if message.startswith("UNSAFE DEBUG"):
+                assert shows
+                assert marked()[step]
+            if step == last and message.startswith("UNSAFE DEBUG") == shows:
+                raise Cut
+
+        return progress
+
+    with pytest.raises(Cut):
+        trainer(state_dir=tmp_path, progress=until(2, shows=False)).fit()
+    assert not read_ledger(path).unsafe_debug
+    with pytest.raises(Cut), pytest.warns(UserWarning, match="unsafe_debug"):
+        trainer(state_dir=tmp_path, progress=until(4, shows=True), unsafe_debug=True).fit()
+    last = trainer(state_dir=tmp_path, progress=until(7, shows=False))
+    last.fit()
+    assert marked() == [False, False, False, True, True, False, False]
+    assert read_ledger(path).unsafe_debug
+    assert "UNSAFE DEBUG" in last.statement().text().splitlines()[2]
+
+
+def test_unsafe_debug_is_marked_in_memory_too() -> None:
+    t = trainer(unsafe_debug=True)
+    with pytest.warns(UserWarning, match="unsafe_debug"):
+        t.fit()
+    assert t.statement().unsafe_debug
+
+
 def fit_without(name: str, folder) -> DPTrainer:
     """A trained folder less one file, opened again."""
     trainer(state_dir=folder).fit()

@@ -88,8 +88,8 @@ class Call:
         return self.module, kinds, tuple(self.kwargs)
 
     def verdict(self, capture: Capture, rows: int, augmult: int, seed: int | None) -> tuple[Said, bool]:
-        """Of the forward probe, with the weights as they are and without those that hide; whether it ran what the step
-        ran. seed: of the examples that are changed (None: the first time).
+        """Of the forward probe, with the weights as they are and, the first time, without those that hide and on other
+        input; whether it ran what the step ran. seed: of the examples that are changed (None: the first time).
         """
         given = list(tensors_in((self.args, self.kwargs)))
         batch = Synthetic(rows, augmult)
@@ -116,7 +116,10 @@ class Call:
                     same_path = same_before
 
         try:
-            said: Said = thorough_verdict(probed, batch, lambda: brought_out(capture.parameters.values()))
+            if seed is None:
+                said: Said = thorough_verdict(probed, batch, lambda: brought_out(capture.parameters.values()))
+            else:
+                said = probed(batch)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -24,6 +24,7 @@ from dpfast.clipping.tape import Tape
 from dpfast.clipping.watch import Inventory, Seen, Standing, changed, seen
 from dpfast.errors import CaptureError, ConfigError
 from dpfast.kernels.precision import without_autocast
+from dpfast.pace import Pace
 from dpfast.performance import Performance
 
 FEW_STEPS = 3  # that may cost more because things are shown, before it is said
@@ -121,9 +122,8 @@ class GhostClipper:
         self._begun: Begun | None = None
         self._clipped: list[tuple[weakref.ref[Tensor], int]] = []  # inputs of the block's last call, and versions
         self._last: Seen = {}  # the parameters, when the last step began
-        self._updates = -1  # how often they have changed since
         self._fixed: Seen = {}  # buffers and frozen parameters, when they were last looked at
-        self._moves = 0  # how often they have changed between blocks
+        self._pace = Pace()
         self._most_examples = 0  # of any step
         self._reshown = 0  # steps in which rows that data had picked had to be shown
         refuse(_model_problems(Inventory.of(model)))
@@ -241,7 +241,8 @@ class GhostClipper:
                 if self._begun is None:
                     self._see_inputs(model.trainable)
                 self._see_examples(examples)
-                unseen = self._calls.show(len(losses)) if examples else ""
+                with self._pace.spending():
+                    unseen = self._calls.show(len(losses)) if examples else ""
                 clipped = self._clip(losses, examples, example_mask, model.trainable, more=more)
                 refuse(self._state_problems(capture, model.again()))  # hooks can do what they like
                 unused = [name for name in model.trainable if name not in clipped.sums]
@@ -289,6 +290,7 @@ class GhostClipper:
             path=self._calls.path(),
             mask=finite if mask is None else finite & mask,
             begun=begun,
+            pace=self._pace,
         )
         if not more:
             return this.run()
@@ -317,17 +319,16 @@ class GhostClipper:
         with torch._C.DisableTorchFunction():
             self._parameters = seen((model or Inventory.of(self.model)).trainable)
         if self._parameters != self._last:
+            if self._last:
+                self._pace.changed("parameters")
             self._last = self._parameters
-            self._updates += 1
-            if self._updates & (self._updates - 1) == 0:  # 0, 1, 2, 4, 8, ...: other weights, other things to be seen
-                self._forget_shown()
+        if self._pace.take():
+            self._forget_shown()
 
     def _see_fixed(self, now: Seen) -> None:
         """Buffers and frozen parameters that have changed between blocks, likewise."""
         if changed(self._fixed, now):
-            self._moves += 1
-            if self._moves & (self._moves - 1) == 0:
-                self._forget_shown()
+            self._pace.changed("buffers and frozen parameters")
 
     def _see_inputs(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Whether they are those of the last call in the block, whose sum is still there."""
@@ -345,6 +346,7 @@ class GhostClipper:
         """More examples than ever: there are pairs of places that no probe has seen."""
         if examples > self._most_examples:
             self._most_examples = examples
+            self._pace.begin()
             self._forget_shown(wholly=True)
 
     def _forget_shown(self, *, wholly: bool = False) -> None:

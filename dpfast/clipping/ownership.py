@@ -12,9 +12,9 @@ it:
 
 Weights that are (nearly) zero, as zero-initialised gates and last layers are, hide what lies behind them: the forward
 probe runs a second time with random numbers in their place, and larger ones of both signs as input. Both probes are
-done when a step takes a path that was not shown, and again, with two halves of the examples, after 1, 2, 4, 8, ...
-updates of the parameters. What depends on the values of the data (rows that meet only for certain images) no probe can
-exclude.
+done when a step takes a path that was not shown. They are repeated, with two halves of the examples and the weights as
+they are, after 1, 2, 4, 8, ... updates of the parameters, as far as that takes little of the time (``dpfast.pace``).
+What depends on the values of the data (rows that meet only for certain images) no probe can exclude.
 """
 
 import random
@@ -163,21 +163,26 @@ class Sketch:
 
 
 class Sketches:
-    """Makes sketches that can be compared with each other."""
+    """Makes sketches that can be compared with each other. planned: of tensors that hold no numbers."""
 
-    def __init__(self, examples: int) -> None:
-        self.examples = examples
+    def __init__(self, examples: int, *, planned: bool = False) -> None:
+        self.examples, self.planned = examples, planned
         self._signs = torch.empty(0)
         self._generator = torch.Generator().manual_seed(0)
 
     def of(self, g: Tensor, dims: Sequence[int]) -> Sketch:
         """Of a gradient whose rows lie along one of ``dims``."""
-        finite = g.isfinite()
-        numbers = torch.where(finite, g, 0)
+        if self.planned or bool(g.sum().isfinite()):  # then each number is; a sum that overflows is no harm
+            blocks = {d: _blocks(g, d, self.examples) for d in dims}
+            finite = {d: self._sums(torch.ones_like(of[:1])).expand(len(of), -1) for d, of in blocks.items()}
+        else:
+            places = g.isfinite()
+            blocks = {d: _blocks(torch.where(places, g, 0), d, self.examples) for d in dims}
+            finite = {d: self._sums(_blocks(places, d, self.examples)) for d in dims}
         return Sketch(
-            {d: self._sums(_blocks(numbers, d, self.examples)) for d in dims},
-            {d: self._sums(_blocks(finite, d, self.examples)) for d in dims},
-            {d: _blocks(numbers, d, self.examples).any(1) for d in dims},
+            {d: self._sums(of) for d, of in blocks.items()},
+            finite,
+            {d: of.abs().amax(1) > 0 for d, of in blocks.items()},
             torch.finfo(g.dtype).eps,
         )
 

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from dpfast.clipping.rows import Rows
 from dpfast.clipping.rule import ClipRule
 from dpfast.clipping.tape import Receive, Site, TapedUse, plain
 from dpfast.errors import CaptureError
+from dpfast.pace import Pace
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Pass:
     path: Hashable  # what the step ran: the functions called, the modes of the layers
     mask: Tensor  # False for examples that contribute nothing: padding, and those whose loss is not finite
     begun: Begun | None = None
+    pace: Pace = field(default_factory=Pace)  # of the passes that show rows
 
     def run(self) -> Clipped:
         """Norms, factors and clipped sums; raises ``CaptureError`` with all problems, writes nothing."""
@@ -107,7 +109,8 @@ class Pass:
                 " `with clipper`, one forward pass before each clipper.backward"
             )
         if showing.evidence:
-            self._show(showing, accumulation)
+            with self.pace.spending():
+                self._show(showing, accumulation)
         return accumulation
 
     def _show(self, showing: Showing, accumulation: Accumulation) -> None:
@@ -159,7 +162,7 @@ class Pass:
         if not self.capture.detach:
             return self._one_example()
         accumulation = self._accumulation(0)
-        sketches, kept = Sketches(self.examples), list[Sketch]()
+        sketches, kept = Sketches(self.examples, planned=True), list[Sketch]()
 
         def sketch(use: TapedUse, _saved: tuple[Tensor, ...], g: Tensor) -> None:
             kept.append(sketches.of(g, possible_dims(use, g, self.examples)))

@@ -174,7 +174,11 @@ def _verdict(
     dims = [batch.dim(t) for t in before]
     if all(dim is None for dim in dims):
         return "unseen"
-    if any(_differs(one, other) for one, other in zip(before, outputs(usual), strict=True)):
+
+    def unrepeatable() -> bool:
+        return any(_differs(one, other) for one, other in zip(before, outputs(usual), strict=True))
+
+    if seed is None and unrepeatable():
         return "unrepeatable"
     idle = {i for i, t in enumerate(tensors_in(whole)) if batch.dim(t) is not None and not leave(t)}
     held, moved = len(idle), False
@@ -186,12 +190,12 @@ def _verdict(
             if dim is None:
                 continue
             if one.shape != other.shape:
-                return "mixed"
+                return "unrepeatable" if unrepeatable() else "mixed"
             mine = torch.zeros(one.shape[dim], dtype=torch.bool, device=one.device)
             mine[batch.of(changed, len(mine))] = True
             one, other = one.movedim(dim, 0), other.movedim(dim, 0)
             if _differs(one[~mine], other[~mine]):
-                return "mixed"
+                return "unrepeatable" if unrepeatable() else "mixed"
             moved |= not torch.equal(one[mine], other[mine])
     if len(idle) == held:
         return "unseen"

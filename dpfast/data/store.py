@@ -139,7 +139,7 @@ def _mapped(path: Path, stored: StoredFile, dtype: np.dtype[Any], shape: tuple[i
             header = _header(file)
             start = file.tell()
             memory = map_file(file)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy reads a header as a piece of Python, and raises what Python does
         raise FileError(f"{path} cannot be read ({error}); {_CURE}") from error
     expected = (shape, False, dtype)
     if header != expected or size != stored.bytes or size != start + math.prod(shape) * dtype.itemsize:

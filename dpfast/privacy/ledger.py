@@ -20,6 +20,7 @@ from dpfast.files import lock, make_folder, sync_folder
 from dpfast.privacy import entropy
 from dpfast.privacy.plan import Plan
 from dpfast.privacy.releases import GaussianRelease
+from dpfast.unnoised import MARK
 
 _KIND = "dpfast ledger 1"
 
@@ -35,17 +36,20 @@ def library_version() -> str:
 @dataclass(frozen=True, kw_only=True)
 class LedgerContents:
     """What a ledger file says. draws: of other releases, all together. ``test_entropy``: some of it was written under
-    ``injected_entropy``.
+    ``injected_entropy``, ``unsafe_debug``: under that of ``DPTrainer``.
     """
 
     plan: Plan
     charged_steps: int
     draws: int
     test_entropy: bool
+    unsafe_debug: bool
 
 
 class Ledger:
     """The spent steps of one plan, on disk (``path``) or, with ``path=None``, for the life of the object.
+
+    unsafe_debug: every line written by this object carries the mark that un-noised values are shown.
 
     Guarantee: when ``charge(n)`` returns, step n is on stable storage as spent; a crash at any moment loses
     no spent step. A last line that was cut off by a crash counts as spent and is completed when the file is
@@ -56,13 +60,14 @@ class Ledger:
     altered, is not a ledger, or is in use, and FileError when its file system knows no locks.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, plan: Plan) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, plan: Plan, *, unsafe_debug: bool = False) -> None:
         self.plan = plan
+        self._marks_debug = unsafe_debug
         self.path = None if path is None else Path(path)
         self._fd: int | None = None
         self._closed = False
         self._state = _State()
-        header = _header(plan)
+        header = _header(plan, unsafe_debug)
         if self.path is None:
             self._state.add(header)
         else:
@@ -77,6 +82,11 @@ class Ledger:
     def test_entropy(self) -> bool:
         """True when any line was written under ``injected_entropy``."""
         return self._state.test_entropy
+
+    @property
+    def unsafe_debug(self) -> bool:
+        """True when any line carries the mark that un-noised values are shown."""
+        return self._state.unsafe_debug
 
     def epsilon(self) -> float:
         """Epsilon spent so far at the plan's delta, the plan's other releases included."""
@@ -96,7 +106,7 @@ class Ledger:
             raise BudgetExhausted(
                 f"all {self.plan.steps} planned steps are spent; a longer run needs another Plan, with more noise"
             )
-        self._append(_record(step))
+        self._append(_record(step, self._marks_debug))
 
     def charge_release(self, release: GaussianRelease) -> None:
         """Record that one draw of ``release`` is spent, before it is drawn. ``epsilon()`` holds the cost of all its
@@ -117,7 +127,7 @@ class Ledger:
             raise BudgetExhausted(
                 f"all planned draws of {release} are spent; more need another Plan, with a higher count"
             )
-        self._append(_draw(left[0], self._state.draws[left[0]] + 1))
+        self._append(_draw(left[0], self._state.draws[left[0]] + 1, self._marks_debug))
 
     def close(self) -> None:
         """Release the file for other processes; what is written stays. May be called twice."""
@@ -171,7 +181,7 @@ class Ledger:
         found, torn = _parse(path, content)
         if found.header["fingerprint"] != self.plan.fingerprint():
             raise LedgerError(f"ledger {path}: it belongs to another plan ({_difference(found.header, self.plan)})")
-        cut_off = _cut_off(path, found, self.plan, torn)
+        cut_off = _cut_off(path, found, self.plan, torn, self._marks_debug)
         self._state = found
         if cut_off is not None:
             # Written over the torn bytes, never truncated first: the file never shows fewer spent steps.
@@ -219,8 +229,13 @@ def read_ledger(path: str | os.PathLike[str]) -> LedgerContents:
     cut_off = _cut_off(path, state, plan, torn)
     if cut_off is not None:
         state.add(cut_off)
-    draws = state.draws.total()
-    return LedgerContents(plan=plan, charged_steps=state.steps, draws=draws, test_entropy=state.test_entropy)
+    return LedgerContents(
+        plan=plan,
+        charged_steps=state.steps,
+        draws=state.draws.total(),
+        test_entropy=state.test_entropy,
+        unsafe_debug=state.unsafe_debug,
+    )
 
 
 class _State:
@@ -232,6 +247,7 @@ class _State:
         self.draws: Counter[int] = Counter()
         self.size = 0
         self.test_entropy = False
+        self.unsafe_debug = False
         self._checksum = ""
 
     def line(self, record: dict[str, Any]) -> bytes:
@@ -240,6 +256,7 @@ class _State:
     def add(self, record: dict[str, Any]) -> None:
         self.size, self._checksum = self.size + len(self.line(record)), self._chained(record)
         self.test_entropy |= "entropy" in record
+        self.unsafe_debug |= "debug" in record
         if not self.header:
             self.header = record
         elif "release" in record:
@@ -258,21 +275,22 @@ class _State:
         return hashlib.sha256((self._checksum + json.dumps(record)).encode()).hexdigest()
 
 
-def _header(plan: Plan) -> dict[str, Any]:
+def _header(plan: Plan, debug: bool) -> dict[str, Any]:
     what = {"kind": _KIND, "dpfast": library_version()}
-    return {**what, "fingerprint": plan.fingerprint(), "plan": plan.to_dict(), **_mark()}
+    return {**what, "fingerprint": plan.fingerprint(), "plan": plan.to_dict(), **_marks(debug)}
 
 
-def _record(step: int) -> dict[str, Any]:
-    return {"step": step, **_mark()}
+def _record(step: int, debug: bool) -> dict[str, Any]:
+    return {"step": step, **_marks(debug)}
 
 
-def _draw(place: int, draw: int) -> dict[str, Any]:
-    return {"release": place, "draw": draw, **_mark()}
+def _draw(place: int, draw: int, debug: bool) -> dict[str, Any]:
+    return {"release": place, "draw": draw, **_marks(debug)}
 
 
-def _mark() -> dict[str, str]:
-    return {"entropy": entropy.TEST_ENTROPY} if entropy.is_injected() else {}
+def _marks(debug: bool) -> dict[str, str]:
+    marks = {"entropy": entropy.TEST_ENTROPY} if entropy.is_injected() else {}
+    return {**marks, "debug": MARK} if debug else marks
 
 
 def _parse(path: Path, content: bytes) -> tuple[_State, bytes]:
@@ -295,14 +313,18 @@ def _parse(path: Path, content: bytes) -> tuple[_State, bytes]:
     return state, torn
 
 
-def _cut_off(path: Path, state: _State, plan: Plan, torn: bytes) -> dict[str, Any] | None:
+def _cut_off(path: Path, state: _State, plan: Plan, torn: bytes, debug: bool = False) -> dict[str, Any] | None:
     """The record of a torn last line, which counts as spent; where it is not to be told, that of a step if any is left.
+
+    debug: whether lines are marked now; who began the line may have marked otherwise.
 
     Raises LedgerError when there is more than the plan allows.
     """
     allowed = {i: r.count for i, r in enumerate(plan.other_releases) if isinstance(r, GaussianRelease)}
-    could_be = [_record(state.steps + 1)] if state.steps < plan.steps else []
-    could_be += [_draw(i, state.draws[i] + 1) for i, count in allowed.items() if state.draws[i] < count]
+    could_be = []
+    for marks in (debug, not debug):
+        could_be += [_record(state.steps + 1, marks)] if state.steps < plan.steps else []
+        could_be += [_draw(i, state.draws[i] + 1, marks) for i, count in allowed.items() if state.draws[i] < count]
     over_drawn = any(draws > allowed.get(i, 0) for i, draws in state.draws.items())
     if state.steps > plan.steps or over_drawn or (torn and not could_be):
         raise LedgerError(

@@ -12,6 +12,12 @@ from dpfast.privacy import accounting, entropy
 from dpfast.privacy.accounting import rounded_up
 from dpfast.privacy.ledger import Ledger, LedgerContents, library_version
 from dpfast.privacy.releases import GaussianRelease
+from dpfast.unnoised import UNSAFE_DEBUG
+
+SHOWN = (
+    f"{UNSAFE_DEBUG}: un-noised values computed from private images were shown during the training; epsilon does not"
+    " cover whoever saw them."
+)
 
 _RELATION = {
     "add_remove": "add/remove: two data sets are neighbours when one has one image more than the other",
@@ -100,6 +106,7 @@ class PrivacyStatement:
     plan_fingerprint: str
     dpfast: str
     test_entropy: bool
+    unsafe_debug: bool
 
     @classmethod
     def of(
@@ -142,22 +149,24 @@ class PrivacyStatement:
             plan_fingerprint=plan.fingerprint(),
             dpfast=library_version(),
             test_entropy=ledger.test_entropy or entropy.is_injected(),
+            unsafe_debug=ledger.unsafe_debug,
         )
 
     @property
     def is_private(self) -> bool:
-        """False without noise and under test entropy."""
+        """False without noise and under test entropy. With ``unsafe_debug``: against who saw the release alone."""
         return math.isfinite(self.epsilon) and not self.test_entropy
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: every field, infinite epsilons as "inf", and ``verdict``, the first thing to read."""
         values = {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
-        return {"verdict": self._verdict(), **values}
+        verdict = f"{SHOWN} Apart from that: {self._verdict()}" if self.unsafe_debug else self._verdict()
+        return {"verdict": verdict, **values}
 
     def text(self) -> str:
         """The statement for a person, as Markdown."""
         sections = (
-            ("Privacy statement", self._summary()),
+            ("Privacy statement", f"**{SHOWN}**\n\n{self._summary()}" if self.unsafe_debug else self._summary()),
             ("Whom it protects: the unit", f"The unit of protection is {self.unit}."),
             ("The figures", self._figures()),
             ("Treated as public, and so not protected", _bullets(self.public)),

@@ -116,7 +116,8 @@ class Private:
     this ``rank`` (``dpfast.diffusion.finetune``). clipping: "flat", or "automatic" with ``stability``
     (``GhostClipper``). choices: settings among which ``dpfast sweep --noised`` may choose once, by how many private
     images each classifier reads right, with noise of standard deviation ``choice_noise`` images on each count; what
-    that costs is set aside before the training's noise is calibrated. noise: as ``Plan`` has it.
+    that costs is set aside before the training's noise is calibrated. noise: as ``Plan`` has it. unsafe_debug: as
+    ``DPTrainer`` has it.
     """
 
     target_epsilon: float = above(0)
@@ -140,6 +141,7 @@ class Private:
     choices: int = _ranged(lambda v: v == 0 or v >= 2, "0, or a number of at least 2", 0)
     choice_noise: float = above(0, default=50.0)
     noise: Literal["gaussian", "grid"] = "gaussian"
+    unsafe_debug: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dpfast.data import ImageSet
 from dpfast.privacy.accounting import rounded_up
-from dpfast.privacy.statement import PrivacyStatement
+from dpfast.privacy.statement import SHOWN, PrivacyStatement
 from dpfast.progress import coarse_duration
 from dpfast.report import page as html
 from dpfast.report.figures import curve
@@ -41,7 +41,8 @@ class ReleaseReport:
     def html(self) -> str:
         """The whole page."""
         private = self.statement.is_private
-        banner = None if private else f"{_failure(self.statement)} Do not release."
+        failures = [] if private else [f"{_failure(self.statement)} Do not release."]
+        failures += [SHOWN] if self.statement.unsafe_debug else []
         lead = (
             f"{self.count:,} synthetic images and the model that drew them. The model was trained on"
             f" {self.statement.dataset_size:,} private images under differential privacy, so that"
@@ -51,7 +52,7 @@ class ReleaseReport:
         )
         body = [
             html.header(f"Release report · {self.name}", "Synthetic images from a private model", lead),
-            html.cards(self._figures(), alarm=not private),
+            html.cards(self._figures(), alarm=bool(failures)),
             self._meaning(),
             self._samples(),
             self._training(),
@@ -59,7 +60,7 @@ class ReleaseReport:
             self._contents(),
             self._details(),
         ]
-        return html.page(f"{self.name}: release report", body, banner=banner)
+        return html.page(f"{self.name}: release report", body, banner=" ".join(failures) or None)
 
     def _figures(self) -> list[tuple[str, str]]:
         said = self.statement
@@ -124,7 +125,9 @@ class ReleaseReport:
             *figures,
             "</div>",
             html.paragraph(
-                "The loss, gradient norms and batch sizes of the private training are recorded nowhere: they"
+                SHOWN
+                if self.statement.unsafe_debug
+                else "The loss, gradient norms and batch sizes of the private training are recorded nowhere: they"
                 " would tell about the private images.",
                 note=True,
             ),

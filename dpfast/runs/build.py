@@ -270,8 +270,12 @@ def private_trainer(
     seed: int = 0,
     state_dir: Path | None = None,
     progress: Progress = silent,
+    unsafe_debug: bool = False,
 ) -> DPTrainer:
-    """DP-SGD as ``[private]`` or ``[baseline]`` says."""
+    """DP-SGD as ``[private]`` or ``[baseline]`` says.
+
+    unsafe_debug: of ``[private]``, for the one training whose ledger the released statement is made from.
+    """
     return DPTrainer(
         model.train(),
         dataset,
@@ -280,6 +284,7 @@ def private_trainer(
         seed=seed,
         state_dir=state_dir,
         progress=progress,
+        unsafe_debug=unsafe_debug,
         **training_options(recipe, training),
     )
 

@@ -6,6 +6,7 @@ from dpfast.privacy.ledger import LedgerContents, read_ledger
 from dpfast.privacy.plan import composed_epsilon
 from dpfast.privacy.statement import Composition, PrivacyStatement
 from dpfast.runs.run import Run
+from dpfast.unnoised import UNSAFE_DEBUG
 
 _RELEASE = "the model and every image sampled from it"
 
@@ -40,7 +41,7 @@ def baseline_statement(run: Run) -> PrivacyStatement:
         spent(run, baseline=True),
         augmult=run.recipe.baseline.augmult,
         public=public_knowledge(run),
-        not_accounted=not_accounted(run),
+        not_accounted=not_accounted(run) + _shown(run),
         subject="the classifier",
         compositions=[Composition(other=_RELEASE, epsilon=spent_in_all(run))],
     )
@@ -64,6 +65,12 @@ def _before(run: Run) -> list[str]:
     pretrain = run.recipe.pretrain
     known = ["The images that the model was pre-trained on."] if pretrain.steps else []
     return known + (["The weights that its training began with."] if pretrain.weights is not None else [])
+
+
+def _shown(run: Run) -> list[str]:
+    """What the model's training showed, whose mark is in the model's ledger alone."""
+    said = f"{UNSAFE_DEBUG}: un-noised values computed from these images were shown while the model trained."
+    return [said] if spent(run).unsafe_debug else []
 
 
 def not_accounted(run: Run) -> list[str]:

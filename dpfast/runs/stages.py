@@ -127,7 +127,7 @@ class Stage:
 
         try:
             yield beat
-            for path in self.outputs:
+            for path in filter(Path.exists, self.outputs):
                 sync(path)
         except OSError as error:
             raise self._stopped(error) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dpfast.privacy.statement import SHOWN
 from dpfast.report.internal import ROWS, UNPROTECTED, indistinguishable, percent, rows_of
 from dpfast.report.release import shown_epsilon
 from dpfast.runs.metrics import read_metrics
 from dpfast.runs.run import Run
+from dpfast.runs.spent import spent
 
 
 def summary(run: Run, until: str) -> list[str]:
@@ -24,12 +26,14 @@ def _whole(run: Run) -> list[str]:
     lines += [f"  {unprotected.name:<{width}}   see the internal report"]
     alike = indistinguishable(printed)
     lines += [alike] if alike else []
+    shown = ["", SHOWN] if spent(run).unsafe_debug else []
     if not run.plan.is_private:
         warning = "NOT PRIVATE: no noise was added; release nothing"
-        return [*lines, "", warning, str(at.release_report), str(at.internal_report)]
+        return [*lines, *shown, "", warning, str(at.release_report), str(at.internal_report)]
     epsilon = shown_epsilon(float(metrics["epsilon_spent"]))
     return [
         *lines,
+        *shown,
         "",
         f"Privacy: epsilon {epsilon} at delta {metrics['delta']:g}, for one image",
         f"May be released:     {at.release_report}",

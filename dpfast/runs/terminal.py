@@ -13,7 +13,7 @@ INTERVAL = 10.0  # seconds between lines where no terminal is attached
 
 
 class TerminalProgress:
-    """A ``dpfast.progress.Progress`` for one stage at a time. It shows steps and time, never a loss."""
+    """A ``dpfast.progress.Progress`` for one stage at a time. It shows steps and time, never a loss of its own."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr

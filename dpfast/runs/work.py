@@ -66,6 +66,7 @@ def train(run: Run, progress: Progress) -> None:
         seed=seed_for(recipe, "private"),
         state_dir=at.training,
         progress=progress,
+        unsafe_debug=recipe.private.unsafe_debug,
     )
     trainer.fit()
     _save_model(merge(trainer.ema_model.cpu()), at.model)

@@ -21,6 +21,8 @@ Chunk = tuple[np.ndarray, np.ndarray]
 OWN_LABELS = "number the classes from 0, and name all if any are named, or leave these images out"
 """The cure of labels out of range in one's own files, of which there is no other copy to get."""
 
+MOST_CLASSES = 1_000_000  # that come without names
+
 
 @dataclass(frozen=True)
 class Split:
@@ -117,9 +119,14 @@ def checked_labels(
 
 
 def numbered(labels: Iterable[np.ndarray]) -> tuple[str, ...]:
-    """Names "0", "1", ... for labels that come without: one at least, and as many as the largest label asks for."""
-    largest = [int(array.max()) for array in labels if array.dtype.kind in "iu" and array.size]
-    return tuple(str(i) for i in range(max([0, *largest]) + 1))
+    """Names "0", "1", ... for labels that come without: one at least, and as many as the largest label asks for.
+
+    Raises DataError for more classes than any data set has.
+    """
+    largest = max([0, *(int(array.max()) for array in labels if array.dtype.kind in "iu" and array.size)])
+    if largest >= MOST_CLASSES:
+        raise DataError(f"labels go up to {largest}, expected less than {MOST_CLASSES:,}: number the classes from 0")
+    return tuple(str(i) for i in range(largest + 1))
 
 
 def in_chunks(images: np.ndarray, labels: np.ndarray) -> Iterator[Chunk]:

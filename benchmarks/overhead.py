@@ -1,0 +1,165 @@
+"""What being safe costs: shares of private trainings on digits that go into what an unsafe one would not do.
+
+    python -m benchmarks.overhead            # three trainings of each kind: ten minutes; adds to results/overhead.jsonl
+    python -m benchmarks.overhead --table    # only writes the table of benchmarks/README.md
+
+The trainings are those of the digits recipe (K = 8) but for the expected batch, with every probe, checkpoint and line
+of the ledger on the disk. Time is that of the rest of the same training. The probes of the first step, which are more
+thorough, count once for all steps: in seconds.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+
+KINDS = {
+    "64 examples": ("private.sample_rate=0.0445",),
+    "64 examples, noise on a grid": ("private.sample_rate=0.0445", 'private.noise="grid"'),
+    "as the recipe": (),
+}
+RUNS = 3
+PARTS = ("sampling", "ledger", "noise", "probes", "checkpoints")
+
+
+class Clock:
+    """Seconds by part; of two that are inside each other, the outer one's."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._running = False
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        if self._running:
+            yield
+            return
+        self._running, begin = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._running = False
+            self.seconds[part] += time.perf_counter() - begin
+
+    def watch(self, owner: Any, name: str, part: str) -> None:
+        """Have every call of ``owner.name`` timed."""
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            with self.of(part):
+                return function(*arguments, **named)
+
+        setattr(owner, name, timed)
+
+
+def measured(settings: tuple[str, ...], clock: Clock) -> dict[str, Any]:
+    """Shares of one training; ``clock`` watches."""
+    from dpfast.recipes import load
+    from dpfast.runs import build, inputs
+
+    recipe = load("digits", settings)
+    private = inputs.private_data(recipe)
+    plan = build.plan(recipe, len(private))
+    once: list[float] = []
+
+    def progress(step: int, steps: int, message: str) -> None:  # noqa: ARG001
+        if step == 1:
+            once.append(clock.seconds.pop("probes"))
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build.private_trainer(
+            recipe,
+            recipe.private,
+            build.tuned(recipe, build.unet(recipe, private)),
+            private,
+            plan,
+            build.private_objective(recipe, private),
+            seed=0,
+            state_dir=Path(folder) / "train",
+            progress=progress,
+        )
+        clock.seconds.clear()
+        begin = time.perf_counter()
+        trainer.fit()
+        seconds = time.perf_counter() - begin
+    rest = seconds - once[0] - sum(clock.seconds.values())
+    return {
+        "expected_batch_size": plan.expected_batch_size,
+        "augmult": recipe.private.augmult,
+        "steps": plan.steps,
+        "step_seconds": rest / plan.steps,
+        "first_probes": once[0],
+        "shares": {part: clock.seconds[part] / rest for part in PARTS},
+    }
+
+
+def watching() -> Clock:
+    """A clock that all of this process's trainings are timed by."""
+    from dpfast import checkpoint, optimizer, trainer
+    from dpfast.clipping.calls import ModelCalls
+    from dpfast.clipping.passes import Pass
+    from dpfast.privacy import Ledger
+
+    clock = Clock()
+    clock.watch(trainer, "poisson_sample", "sampling")
+    clock.watch(Ledger, "charge", "ledger")
+    clock.watch(optimizer, "noised", "noise")
+    clock.watch(trainer.DPTrainer, "_show_objective", "probes")
+    clock.watch(ModelCalls, "show", "probes")
+    clock.watch(Pass, "_show", "probes")
+    clock.watch(checkpoint, "save", "checkpoints")
+    return clock
+
+
+def run() -> None:
+    torch.set_num_threads(1)
+    clock = watching()
+    for number in range(RUNS):
+        for kind, settings in KINDS.items():
+            row = {"kind": kind, **measured(settings, clock)}
+            results.append("overhead", row)
+            shown = ", ".join(f"{part} {100 * share:.2f}%" for part, share in row["shares"].items())
+            print(f"{number + 1}. {kind}: {1e3 * row['step_seconds']:,.0f} ms a step; {shown}", flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Medians over runs."""
+    lines = [
+        f"| expected batch, K = 8 | ms a step | {' | '.join(PARTS)} | together | first probes |",
+        "|---" * (len(PARTS) + 4) + "|",
+    ]
+    for kind in KINDS:
+        found = [row for row in rows if row["kind"] == kind]
+        if not found:
+            continue
+        milliseconds = statistics.median(1e3 * row["step_seconds"] for row in found)
+        shares = [statistics.median(100 * row["shares"][part] for row in found) for part in PARTS]
+        together = statistics.median(100 * sum(row["shares"].values()) for row in found)
+        name = f"{kind} ({found[-1]['expected_batch_size']:.0f})" if kind == "as the recipe" else kind
+        once = statistics.median(row["first_probes"] for row in found)
+        cells = [f"{milliseconds:,.0f}", *(f"{share:.2f}%" for share in shares), f"{together:.1f}%", f"{once:.1f} s"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    if not parser.parse_args().table:
+        run()
+    text = table(results.rows("overhead"))
+    results.write_between_markers(results.ROOT / "benchmarks/README.md", "overhead", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""How often to do what is not the training itself: probes that are repeated, checkpoints."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SHARE = 0.02  # of the time, that each may take
+FREE = 1.0  # seconds that it may take in any case
+
+
+class Allowance:
+    """A share of the time since it was granted, and a second at once."""
+
+    def __init__(self) -> None:
+        self._granted = time.monotonic()
+        self._spent = 0.0
+
+    def is_left(self) -> bool:
+        """Whether to spend more."""
+        return self._spent <= max(FREE, SHARE * (time.monotonic() - self._granted))
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """For what it is granted for."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent += time.monotonic() - begin
+
+
+class Pace:
+    """Of the probes of one model or objective: repeated after 1, 2, 4, 8, ... changes, or as soon after that as their
+    allowance lasts.
+    """
+
+    def __init__(self) -> None:
+        self._changes: Counter[str] = Counter()
+        self.begin()
+
+    def begin(self) -> None:
+        """What comes next is shown for the first time."""
+        self._allowance: Allowance | None = None  # for the first time there is none
+        self._due = False
+
+    def changed(self, what: str) -> None:
+        """Once more. What is due now is so until it is taken."""
+        self._changes[what] += 1
+        self._due |= self._changes[what] & (self._changes[what] - 1) == 0
+
+    def take(self) -> bool:
+        """Whether to repeat the probes now."""
+        if not self._due:
+            return False
+        if self._allowance is None:
+            self._allowance = Allowance()
+        self._due = not self._allowance.is_left()
+        return not self._due
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """For the time that a probe takes."""
+        if self._allowance is None:
+            yield
+        else:
+            with self._allowance.spending():
+                yield
