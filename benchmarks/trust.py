@@ -1,6 +1,6 @@
-"""The table in docs/guarantee.md of what the tests have tried in full: ``python -m benchmarks.trust``, after ``make trust``.
+"""The table in docs/guarantee.md of what the tests have tried in full: ``python -m benchmarks.trust``.
 
-The rows of results/trust.jsonl are written by the tests themselves (tests/trust.py).
+The rows of results/trust.jsonl are written by the tests themselves (tests/trust.py), under ``make trust``.
 """
 
 from collections.abc import Callable

@@ -28,6 +28,7 @@ from dpfast.errors import CheckpointError, DPFastError, LedgerError
 from dpfast.privacy import GaussianRelease, Ledger, read_ledger
 from dpfast.recipes import load, names, to_toml
 from dpfast.recipes.loader import all_keys
+from dpfast.runs.pipeline import open_run
 
 TRIED: Counter[str] = Counter()
 
@@ -84,6 +85,25 @@ def test_recipes_of_any_values(values):
         path = Path(folder) / "any.toml"
         path.write_bytes("\n".join(['base = "digits"', *lines]).encode(errors="surrogatepass"))
         loaded(path)
+
+
+SLOW = ("model.", "target_", "steps", "sample_rate", "choices", "batch_size", "fold")  # to calibrate, or to build
+QUICK = [key for key in all_keys() if not any(part in key for part in SLOW)]
+
+
+@trust.tries(few=15, many=600)
+@given(st.sampled_from(QUICK), VALUES)
+def test_runs_of_any_value(key, value):
+    """What a recipe would stumble over is refused before anything is written."""
+    TRIED["recipes"] += 1
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path, runs = Path(folder) / "any.toml", Path(folder) / "runs"
+        lines = ['base = "digits"'] + ([] if value is None else [f"{key} = {toml(value)}"])
+        path.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
+        with suppress(DPFastError):
+            open_run(load(path), runs)
+        assert not runs.exists()
 
 
 @trust.tries(few=100, many=1000)
