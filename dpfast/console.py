@@ -29,6 +29,11 @@ def reported(debug: bool) -> Iterator[None]:
                 raise
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from None
+        except OSError as error:  # a full disk, a folder that is gone: no bug of ours, if seldom foreseen
+            if debug:
+                raise
+            typer.secho(f"error: {error} (--debug shows where)", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from None
 
 
 def table(rows: list[tuple[str, str]]) -> None:

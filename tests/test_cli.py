@@ -81,6 +81,13 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch):
     assert "interrupted; run the same command to go on" in call("demo", code=130).stderr
 
 
+def test_an_error_of_the_operating_system_is_a_line(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    said = call("run", "digits", "--runs", str(tmp_path / "file" / "runs"), code=2).stderr
+    assert "Not a directory" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.filterwarnings("default")
 def test_delta_too_large_is_a_warning_of_one_line():
     result = call("plan", "digits", "--set", "target_delta=1e-2", "--set", "target_epsilon=1")

@@ -72,7 +72,7 @@ class Story:
         plan = read_ledger(state / "ledger.jsonl").plan
         saved = checkpoint.load(state / "checkpoint", kind="private training", fingerprint=plan.fingerprint())
         assert saved["step"] == cuts.STEPS
-        assert saved["lost_steps"] >= cuts.STEPS - len(self.steps[str(state / "ledger.jsonl")])
+        assert cuts.STEPS - len(self.steps[str(state / "ledger.jsonl")]) <= saved["lost_steps"] < self.processes
         release = self.runs / "tiny/release"
         assert json.loads((release / "privacy.json").read_text())["epsilon"] <= 1.0
         assert len(load_shards(release / "samples")) == 20

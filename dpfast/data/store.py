@@ -83,7 +83,7 @@ def read_store(folder: str | Path) -> Store:
         splits = {name: _split(split) for name, split in value.pop("splits").items()}
         classes, shape = tuple(value.pop("classes")), tuple(map(int, value.pop("shape")))
         return Store(**value, splits=splits, classes=classes, shape=shape)  # type: ignore[arg-type]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise FileError(f"{folder / MANIFEST} is damaged ({error}); {_CURE}") from error
 
 
@@ -128,7 +128,8 @@ def verify_split(folder: Path, split: str, stored: StoredSplit) -> None:
 
 
 def _split(value: dict[str, Any]) -> StoredSplit:
-    return StoredSplit(int(value["count"]), StoredFile(**value["images"]), StoredFile(**value["labels"]))
+    files = (StoredFile(bytes=int(of["bytes"]), sha256=str(of["sha256"])) for of in (value["images"], value["labels"]))
+    return StoredSplit(int(value["count"]), *files)
 
 
 def _mapped(path: Path, stored: StoredFile, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:

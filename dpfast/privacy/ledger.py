@@ -179,7 +179,7 @@ class Ledger:
 
     def _resume(self, path: Path, content: bytes) -> None:
         found, torn = _parse(path, content)
-        if found.header["fingerprint"] != self.plan.fingerprint():
+        if found.header.get("fingerprint") != self.plan.fingerprint():
             raise LedgerError(f"ledger {path}: it belongs to another plan ({_difference(found.header, self.plan)})")
         cut_off = _cut_off(path, found, self.plan, torn, self._marks_debug)
         self._state = found
@@ -343,6 +343,8 @@ def _decoded(line: bytes) -> dict[str, Any]:
 
 
 def _difference(header: dict[str, Any], plan: Plan) -> str:
-    theirs, ours = header.get("plan", {}), plan.to_dict()
+    theirs, ours = header.get("plan"), plan.to_dict()
+    if not isinstance(theirs, dict):
+        return f"{theirs!r} there"
     names = [name for name in ours if theirs.get(name) != ours[name]]
     return "; ".join(f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in names)
