@@ -179,7 +179,7 @@ class Ledger:
 
     def _resume(self, path: Path, content: bytes) -> None:
         found, torn = _parse(path, content)
-        if found.header.get("fingerprint") != self.plan.fingerprint():
+        if not _is_of(found.header, self.plan):
             raise LedgerError(f"ledger {path}: it belongs to another plan ({_difference(found.header, self.plan)})")
         cut_off = _cut_off(path, found, self.plan, torn, self._marks_debug)
         self._state = found
@@ -224,8 +224,11 @@ def read_ledger(path: str | os.PathLike[str]) -> LedgerContents:
     state, torn = _parse(path, content)
     try:
         plan = Plan.from_dict(state.header["plan"])
+        of_it = _is_of(state.header, plan)
     except Exception as error:
         raise LedgerError(f"ledger {path}: its plan cannot be read by this version of dpfast ({error})") from error
+    if not of_it:
+        raise LedgerError(f"ledger {path}: its plan has another fingerprint than it says; the file was altered")
     cut_off = _cut_off(path, state, plan, torn)
     if cut_off is not None:
         state.add(cut_off)
@@ -342,9 +345,17 @@ def _decoded(line: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def _is_of(header: dict[str, Any], plan: Plan) -> bool:
+    """Whether it names the plan, and says what is in it."""
+    theirs, ours = (json.dumps(of, sort_keys=True) for of in (header.get("plan"), plan.to_dict()))
+    return header.get("fingerprint") == plan.fingerprint() and theirs == ours
+
+
 def _difference(header: dict[str, Any], plan: Plan) -> str:
     theirs, ours = header.get("plan"), plan.to_dict()
     if not isinstance(theirs, dict):
         return f"{theirs!r} there"
     names = [name for name in ours if theirs.get(name) != ours[name]]
+    if not names:
+        return f"fingerprint {header.get('fingerprint')!r} there"
     return "; ".join(f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in names)
