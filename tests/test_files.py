@@ -9,7 +9,7 @@ import os
 import pytest
 
 from dpfast.errors import CheckpointError, FileError
-from dpfast.files import lock, read_json, remove, write_atomic, write_json
+from dpfast.files import lock, make_folder, read_json, remove, sync, write_atomic, write_json
 
 
 def test_parts_of_every_kind_are_written_in_order(tmp_path):
@@ -69,3 +69,34 @@ def test_remove_takes_files_folders_and_nothing(tmp_path):
     for path in (tmp_path / "a" / "b", tmp_path / "a", tmp_path / "none"):
         remove(path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Every path that is put on stable storage meanwhile."""
+    fsync, paths = os.fsync, []
+
+    def watched(fd):
+        paths.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return paths
+
+
+def test_a_folder_is_made_with_those_above_it_and_each_name_is_synced(tmp_path, synced):
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a/b/c").is_dir()
+    assert sorted(synced) == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a/b")]
+    synced.clear()
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert synced == []
+
+
+def test_what_others_wrote_is_synced_with_all_it_holds(tmp_path, synced):
+    (tmp_path / "model" / "part").mkdir(parents=True)
+    (tmp_path / "model" / "part" / "weights").write_bytes(b"1")
+    (tmp_path / "model" / "config").write_bytes(b"2")
+    sync(tmp_path / "model")
+    names = ("model/part/weights", "model/part", "model/config", "model", "")
+    assert sorted(synced) == sorted(str(tmp_path / name).rstrip("/") for name in names)
