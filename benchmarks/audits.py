@@ -78,6 +78,10 @@ def members(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    return f"{bounds(rows)}\n\n{members(rows)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epsilon", nargs="+", default=EPSILONS, choices=EPSILONS)
@@ -86,8 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         run(options.epsilon, options.seed)
-    rows = results.rows("audits")
-    text = f"{bounds(rows)}\n\n{members(rows)}"
+    text = table(results.rows("audits"))
     results.write_between_markers(results.ROOT / "docs/guarantee.md", "audits", text)
     print(text)
 

@@ -61,6 +61,9 @@ def test_the_tables_of_ops_are_generated(name, make) -> None:
         ("benchmarks/README.md", "data", "data"),
         ("benchmarks/README.md", "ablations", "ablations"),
         ("benchmarks/README.md", "recipes", "recipes"),
+        ("benchmarks/README.md", "overhead", "overhead"),
+        ("docs/guarantee.md", "audits", "audits"),
+        ("docs/guarantee.md", "trust", "trust"),
     ],
 )
 def test_other_tables_are_generated(page, name, module) -> None:

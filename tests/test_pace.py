@@ -34,9 +34,14 @@ def test_an_allowance_is_a_second_and_a_share_of_the_time(clock):
 
 def test_what_is_spent_counts_also_where_it_fails(clock):
     allowance = Allowance()
-    with pytest.raises(KeyError), allowance.spending():
-        clock.now += 3
-        raise KeyError
+
+    def fail():
+        with allowance.spending():
+            clock.now += 3
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not allowance.is_left()
 
 

@@ -13,7 +13,7 @@ from dpfast import checkpoint
 from dpfast.data.shards import load_shards
 from dpfast.privacy import read_ledger
 
-CUTS = 200 if trust.FULL else 12
+CUTS = 200 if trust.FULL else 8
 
 
 @pytest.mark.timeout(3600 if trust.FULL else 600)
