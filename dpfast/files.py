@@ -42,9 +42,11 @@ def write_atomic(path: str | os.PathLike[str], *parts: str | bytes | memoryview)
 def make_folder(folder: Path) -> None:
     """Make the folder, and those above it that are missing, durably. Raises OSError when it cannot be made."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        sync_folder(path.parent)
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)  # before anything is in it: what is there has a durable name, but for the last folder
+    if not missing:
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -55,7 +57,8 @@ def sync_folder(folder: Path) -> None:
 def sync(path: Path) -> None:
     """Put what somebody else wrote on stable storage: a file, or a folder with all it holds. OSError where it fails."""
     for part in (path, *path.rglob("*"), path.parent):
-        _sync(part)
+        if not part.is_symlink():
+            _sync(part)
 
 
 def _sync(path: Path) -> None:
@@ -77,7 +80,7 @@ def read_json(path: Path, *, cure: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"{path} cannot be read ({error.strerror}); {cure}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged: expected JSON, got {error}; {cure}") from error
 
 

@@ -5,20 +5,20 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SHARE = 0.02  # of the time, that each may take
+SHARE = 0.01  # of the time, that each may take
 FREE = 1.0  # seconds that it may take in any case
 
 
 class Allowance:
-    """A share of the time since it was granted, and a second at once."""
+    """``SHARE`` of the time since it was granted, and ``FREE`` at once."""
 
     def __init__(self) -> None:
         self._granted = time.monotonic()
-        self._spent = 0.0
+        self._spent = self._last = 0.0
 
     def is_left(self) -> bool:
-        """Whether to spend more."""
-        return self._spent <= max(FREE, SHARE * (time.monotonic() - self._granted))
+        """For one more, if it takes as long as the last."""
+        return self._spent + self._last <= max(FREE, SHARE * (time.monotonic() - self._granted))
 
     @contextmanager
     def spending(self) -> Iterator[None]:
@@ -27,7 +27,8 @@ class Allowance:
         try:
             yield
         finally:
-            self._spent += time.monotonic() - begin
+            self._last = time.monotonic() - begin
+            self._spent += self._last
 
 
 class Pace:
@@ -59,9 +60,9 @@ class Pace:
         return not self._due
 
     @contextmanager
-    def spending(self) -> Iterator[None]:
-        """For the time that a probe takes."""
-        if self._allowance is None:
+    def spending(self, *, repeated: bool) -> Iterator[None]:
+        """For the time that a probe takes; what was not shown before is free."""
+        if self._allowance is None or not repeated:
             yield
         else:
             with self._allowance.spending():

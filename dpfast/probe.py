@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping.calls import brought_out, no_trace_left
-from dpfast.clipping.synthetic import Synthetic, forward_verdict, thorough_verdict
+from dpfast.clipping.synthetic import Synthetic, Verdict, forward_verdict, repeated_verdict, thorough_verdict
 from dpfast.data.keyed import RowKeys
 from dpfast.errors import CaptureError
 from dpfast.objective import Objective
@@ -55,14 +55,14 @@ def show_objective(
     batch = Synthetic(rows=count, augmult=1)
     with no_trace_left(model):
         try:
+
+            def probe(batch: Synthetic) -> Verdict:
+                return forward_verdict(losses, tuple(examples), {}, batch, seed=seed)
+
             if seed is None:
-                verdict = thorough_verdict(
-                    lambda batch: forward_verdict(losses, tuple(examples), {}, batch),
-                    batch,
-                    lambda: brought_out(parameters),
-                )
+                verdict = thorough_verdict(probe, batch, lambda: brought_out(parameters))
             else:
-                verdict = forward_verdict(losses, tuple(examples), {}, batch, seed=seed)
+                verdict = repeated_verdict(probe, batch, seed)
         except TypeError as error:
             error.add_note("the objective is called as objective(model, *examples, keys), keys being RowKeys")
             raise

@@ -32,7 +32,7 @@ from dpfast.progress import Progress, silent
 from dpfast.seeding import seeded
 from dpfast.unnoised import Unnoised
 
-CHECKPOINTS = 50  # over a run, or more: a kill loses 2% of the steps, unless writing so many took more than that
+CHECKPOINTS = 50  # over a run, or fewer where writing them would take more than its allowance (``pace``)
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -127,6 +127,7 @@ class DPTrainer:
             stability=stability,
             performance=self.performance,
         )
+        self._make_optimizer = optimizer
         self.inner_optimizer = optimizer(list(self.clipper.parameters.values()))
         self.learning_rates = [group["lr"] for group in self.inner_optimizer.param_groups]
         self.ema = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
@@ -168,7 +169,7 @@ class DPTrainer:
                 self._show_objective()
             for step in range(ledger.charged_steps + 1, self.plan.steps + 1):
                 if pace.take():
-                    with pace.spending():
+                    with pace.spending(repeated=True):
                         self._show_objective(seed=step)
                 self._take(step, optimizer)
                 self.charged_steps = ledger.charged_steps
@@ -407,8 +408,9 @@ class DPTrainer:
                 " trained is lost. Restore it, or start anew in another folder with a new budget"
             )
         state = checkpoint.load(path, kind="private training", fingerprint=self.plan.fingerprint())
-        saved, lost = state.get("step"), state.get("lost_steps")
-        if type(saved) is not int or type(lost) is not int or not isinstance(state.get("parts"), dict):
+        saved, lost = state.get("step", -1), state.get("lost_steps", -1)
+        whole = type(saved) is int and type(lost) is int and isinstance(state.get("parts"), dict)
+        if not whole or not 0 <= lost <= saved:
             raise CheckpointError(
                 f"checkpoint {path}: it holds {', '.join(map(str, state))}, no training; it is damaged"
             )
@@ -431,6 +433,7 @@ class DPTrainer:
         try:
             if parts.keys() != self._parts().keys():
                 raise ValueError(f"it holds {', '.join(map(str, parts))}, this training has {', '.join(self._parts())}")
+            self._try_optimizer(parts["optimizer"])
             for name, part in self._parts().items():
                 part.load_state_dict(parts[name])
         except Exception as error:  # each part raises what it does
@@ -438,6 +441,17 @@ class DPTrainer:
                 f"the checkpoint in {self.state_dir} is of another model, optimizer or ema_decay: give those it was"
                 f" made with, or another folder with a new budget ({_brief(error)})"
             ) from error
+
+    def _try_optimizer(self, state: dict[str, Any]) -> None:
+        """A step from this state with other parameters, zeros: an optimizer looks into its state when it is used, and
+        then a step would be charged.
+        """
+        zeros = [nn.Parameter(torch.zeros_like(p, device="cpu")) for p in self.clipper.parameters.values()]
+        for p in zeros:
+            p.grad = torch.zeros_like(p)
+        tried = self._make_optimizer(zeros)
+        tried.load_state_dict(state)
+        tried.step()
 
     def _message(self) -> str:
         lost = f" ({self.lost_steps} charged steps lost to interruptions)" if self.lost_steps else ""

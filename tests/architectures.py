@@ -221,7 +221,8 @@ def architectures(draw: st.DrawFn) -> Architecture:
                 continue
             size *= 2
         if options.get("stride") == 2:
-            options["stride"] = 2 if size >= SIZE else 1
+            # Of 1x1 convolutions with a stride, torch 2.13 writes beyond the gradient's memory, channels last on a CPU.
+            options["stride"] = 2 if size >= SIZE and options["kernel"] > 1 else 1
             size = size // 2 if options["stride"] == 2 else size
         blocks.append((name, tuple(options.items())))
     return Architecture(draw(st.sampled_from([1, 2, 3])), tuple(blocks), draw(st.integers(0, 2**16)))

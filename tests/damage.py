@@ -18,6 +18,9 @@ VALUES = st.recursive(
 DATES = st.just(datetime.date(2026, 1, 1))
 
 
+DEEP = b"[" * 100_000
+
+
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
     """The content with one to four pieces changed, cut out, put in, doubled or moved."""
@@ -27,7 +30,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
         before, after = content[:at], content[at + len(piece) :]
         new = draw(
             st.binary(min_size=len(piece), max_size=len(piece))
-            | st.sampled_from([b"", piece * 2, piece[::-1], bytes(len(piece)), b"\xff" * len(piece)])
+            | st.sampled_from([b"", DEEP, piece * 2, piece[::-1], bytes(len(piece)), b"\xff" * len(piece)])
             | st.binary(max_size=8).map(lambda more, piece=piece: more + piece)  # type: ignore[misc]
         )
         content = before + new + (b"" if draw(st.integers(0, 9)) == 0 else after)

@@ -26,8 +26,8 @@ def test_an_allowance_is_a_second_and_a_share_of_the_time(clock):
     with allowance.spending():
         clock.now += 1.5
     assert not allowance.is_left()
-    clock.now += 70
-    assert not allowance.is_left()
+    clock.now += 290
+    assert not allowance.is_left()  # for as much again
     clock.now += 10
     assert allowance.is_left()
 
@@ -67,31 +67,45 @@ def test_each_kind_of_change_is_counted_by_itself(clock):
 
 def test_a_probe_that_is_due_waits_until_there_is_time(clock):
     pace = Pace()
-    with pace.spending():  # the first time is free
+    with pace.spending(repeated=False):
         clock.now += 50
     pace.changed("parameters")
     assert pace.take()
-    with pace.spending():
+    with pace.spending(repeated=True):
         clock.now += 4
     pace.changed("parameters")
     assert not pace.take()
     for _ in range(10):
-        clock.now += 10
+        clock.now += 70
         pace.changed("parameters")
         assert not pace.take()
-    clock.now += 150
+    clock.now += 100
     assert pace.take()
     assert not pace.take()
+
+
+def test_what_is_shown_anew_in_every_step_leaves_the_allowance_to_the_others(clock):
+    pace, taken = Pace(), []
+    for change in range(1, 2100):
+        pace.changed("parameters")
+        if pace.take():
+            taken.append(change)
+            with pace.spending(repeated=True):
+                clock.now += 0.04
+        with pace.spending(repeated=False):
+            clock.now += 0.04
+        clock.now += 0.1
+    assert taken == [2**power for power in range(12)]
 
 
 def test_what_is_shown_for_the_first_time_again_is_free_again(clock):
     pace = Pace()
     pace.changed("parameters")
     assert pace.take()
-    with pace.spending():
+    with pace.spending(repeated=True):
         clock.now += 9
     pace.begin()
-    with pace.spending():
+    with pace.spending(repeated=True):
         clock.now += 9
     pace.changed("parameters")
     assert pace.take()

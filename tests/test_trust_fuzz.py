@@ -320,12 +320,8 @@ def test_trainings_from_checkpoints_of_other_contents(data):
     files = half_trained()
     _, header, payload = files["checkpoint"].split(b"\n", 2)
     state = torch.load(io.BytesIO(payload), weights_only=True)
-    optimizer = state["parts"].pop("optimizer")  # torch looks into its own states when they are used, and not before
-    state = data.draw(altered(state))
-    if isinstance(state, dict) and isinstance(state.get("parts"), dict):
-        state["parts"]["optimizer"] = optimizer
     file = io.BytesIO()
-    torch.save(state, file)
+    torch.save(data.draw(altered(state)), file)
     goes_on({**files, "checkpoint": signed(header + b"\n" + file.getvalue())})
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dpfast.clipping.capture import Capture
 from dpfast.clipping.ownership import ENOUGH_STEPS, MOST_PATHS
 from dpfast.clipping.problems import Problem, listed, refuse
-from dpfast.clipping.synthetic import Synthetic, Verdict, forward_verdict, is_mask, thorough_verdict
+from dpfast.clipping.synthetic import Synthetic, Verdict, forward_verdict, is_mask, repeated_verdict, thorough_verdict
 from dpfast.clipping.trees import leaves, tensors_in
 from dpfast.clipping.watch import changed, seen
 from dpfast.errors import CaptureError
@@ -119,7 +119,7 @@ class Call:
             if seed is None:
                 said: Said = thorough_verdict(probed, batch, lambda: brought_out(capture.parameters.values()))
             else:
-                said = probed(batch)
+                said = repeated_verdict(probed, batch, seed)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -337,6 +337,12 @@ class ModelCalls:
             self._open.after = self._capture.tape.trace
             self._open = None
             self._capture.inside_model = False
+
+    @property
+    def repeats(self) -> bool:
+        """Whether what the step has run was shown with earlier weights, and not since."""
+        path = self.path()
+        return path in self._before_updates and path not in self._shown
 
     def show(self, rows: int) -> str:
         """Probe what was called; refused if it mixes examples. What could not be shown, in words, or nothing."""

@@ -241,7 +241,7 @@ class GhostClipper:
                 if self._begun is None:
                     self._see_inputs(model.trainable)
                 self._see_examples(examples)
-                with self._pace.spending():
+                with self._pace.spending(repeated=self._calls.repeats):
                     unseen = self._calls.show(len(losses)) if examples else ""
                 clipped = self._clip(losses, examples, example_mask, model.trainable, more=more)
                 refuse(self._state_problems(capture, model.again()))  # hooks can do what they like

@@ -76,6 +76,10 @@ class Ownership:
         self.dims.clear()
         self.times += 1
 
+    def repeats(self, signature: Signature) -> bool:
+        """Whether what it shows next was shown with earlier weights, and not since."""
+        return signature in self.shown and not self.dims.get(signature)
+
     def groups(self, signature: Signature, examples: int) -> list[list[int]]:
         """Of examples to back-propagate: all of ``groups``, or a random half and the other half."""
         if signature not in self.shown:
@@ -182,7 +186,7 @@ class Sketches:
         return Sketch(
             {d: self._sums(of) for d, of in blocks.items()},
             finite,
-            {d: of.abs().amax(1) > 0 for d, of in blocks.items()},
+            {d: of.abs().amax(1) > 0 if of.shape[1] else of.any(1) for d, of in blocks.items()},
             torch.finfo(g.dtype).eps,
         )
 

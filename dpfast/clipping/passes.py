@@ -109,7 +109,7 @@ class Pass:
                 " `with clipper`, one forward pass before each clipper.backward"
             )
         if showing.evidence:
-            with self.pace.spending():
+            with self.pace.spending(repeated=self.ownership.repeats(signature)):
                 self._show(showing, accumulation)
         return accumulation
 

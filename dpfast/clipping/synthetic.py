@@ -136,6 +136,12 @@ def thorough_verdict(
     return "spoiled" if said != "mixed" and _if_it_runs(probe, replace(batch, numbers="broken")) == "mixed" else said
 
 
+def repeated_verdict(probe: Callable[[Synthetic], Verdict], batch: Synthetic, seed: int) -> Verdict:
+    """The verdict of ``probe`` on quiet input, or every other time on loud input, if the model runs on that."""
+    loud = _if_it_runs(probe, replace(batch, numbers="loud")) if seed % 2 else "unseen"
+    return probe(batch) if loud == "unseen" else loud
+
+
 def _if_it_runs(probe: Callable[[Synthetic], Verdict], batch: Synthetic) -> Verdict:
     try:
         return probe(batch)
@@ -178,6 +184,9 @@ def _verdict(
     def unrepeatable() -> bool:
         return any(_differs(one, other) for one, other in zip(before, outputs(usual), strict=True))
 
+    def mixed() -> Verdict:
+        return "unrepeatable" if seed is not None and unrepeatable() else "mixed"
+
     if seed is None and unrepeatable():
         return "unrepeatable"
     idle = {i for i, t in enumerate(tensors_in(whole)) if batch.dim(t) is not None and not leave(t)}
@@ -190,12 +199,12 @@ def _verdict(
             if dim is None:
                 continue
             if one.shape != other.shape:
-                return "unrepeatable" if unrepeatable() else "mixed"
+                return mixed()
             mine = torch.zeros(one.shape[dim], dtype=torch.bool, device=one.device)
             mine[batch.of(changed, len(mine))] = True
             one, other = one.movedim(dim, 0), other.movedim(dim, 0)
             if _differs(one[~mine], other[~mine]):
-                return "unrepeatable" if unrepeatable() else "mixed"
+                return mixed()
             moved |= not torch.equal(one[mine], other[mine])
     if len(idle) == held:
         return "unseen"

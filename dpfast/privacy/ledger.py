@@ -166,16 +166,21 @@ class Ledger:
                 self._begin(path, header, content)
             else:
                 self._resume(path, content)
+            sync_folder(path.parent)  # whoever began it may have been killed before that
         except BaseException:
             self.close()
             raise
 
     def _begin(self, path: Path, header: dict[str, Any], content: bytes) -> None:
         """An empty file, or one whose first line a crash cut off: no step was ever charged in it."""
-        if not self._state.line(header).startswith(content):
-            raise LedgerError(f"ledger {path}: this is not a ledger of this plan; choose another path")
+        could_be = [self._state.line(_header(self.plan, debug)) for debug in (True, False)]
+        begun = content.rstrip(b"\0")  # a power cut may leave zeros
+        if not any(line.startswith(begun) and len(content) <= len(line) for line in could_be):
+            raise LedgerError(
+                f"ledger {path}: this is not a ledger of this plan, and no step was ever charged in it; delete it if a"
+                " crash left it, or choose another path"
+            )
         self._append(header, over=len(content))
-        sync_folder(path.parent)
 
     def _resume(self, path: Path, content: bytes) -> None:
         found, torn = _parse(path, content)
@@ -340,7 +345,7 @@ def _cut_off(path: Path, state: _State, plan: Plan, torn: bytes, debug: bool = F
 def _decoded(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,7 +138,9 @@ class Stage:
         self._write(done=True)
 
     def _stopped(self, error: OSError) -> FileError:
-        return FileError(f"stage {self.name!r} stopped: {error}. Nothing is lost: make room, then run again")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "make room, then run again" if full else "run again when that is mended"
+        return FileError(f"stage {self.name!r} stopped: {error}; {cure}")
 
     def _write(self, *, done: bool) -> None:
         self._beat = time.monotonic()
