@@ -433,9 +433,9 @@ class DPTrainer:
         try:
             if parts.keys() != self._parts().keys():
                 raise ValueError(f"it holds {', '.join(map(str, parts))}, this training has {', '.join(self._parts())}")
-            self._try_optimizer(parts["optimizer"])
             for name, part in self._parts().items():
                 part.load_state_dict(parts[name])
+            self._try_optimizer(parts["optimizer"])
         except Exception as error:  # each part raises what it does
             raise CheckpointError(
                 f"the checkpoint in {self.state_dir} is of another model, optimizer or ema_decay: give those it was"
