@@ -135,10 +135,11 @@ def test_an_unusable_folder(path):
 def test_everything_is_on_disk_before_the_name_changes(path, monkeypatch):
     events = []
     real_sync, real_replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: events.append("sync") or real_sync(fd))
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or real_sync(fd))
     monkeypatch.setattr(os, "replace", lambda *a: events.append("replace") or real_replace(*a))
     checkpoint.save(path, {"step": 2}, **NAMES)
-    assert events == ["sync", "replace", "sync"]
+    folder = path.parent
+    assert events == [str(folder.parent), str(folder / f".{path.name}.tmp"), "replace", str(folder)]
 
 
 def test_killed_between_writing_and_renaming(path):
