@@ -93,22 +93,32 @@ def assert_sensitivity(
         ones.
     tolerance: relative, what rounding may add.
 
+    seed: of the first randomness. A step that samples is run with further ones until its sample holds the example.
+
     Raises AssertionError where a result moves further, and ConfigError where the same data set gives different results
-    twice. Warns when no neighbour moved anything by half of the promise: choose a smaller clip norm, or other examples.
+    twice, or no example moves anything. Warns when none moves anything by half of the promise: choose a smaller clip
+    norm, or other examples.
     """
     run = _Repeated(step, model)
     found: list[Sensitivity] = []
     for neighbor, one, other in _neighbors(dataset, added, neighboring, neighbors, seed):
-        first = run(one, seed)
         if not found:
-            _check_repeatable(first, run(one, seed), tolerance * promised)
-        parts = _distances(first, run(other, seed))
+            _check_repeatable(run(one, seed), run(one, seed), tolerance * promised)
+        for tried in range(seed, seed + _SEEDS):
+            parts = _distances(run(one, tried), run(other, tried))
+            if any(parts.values()):  # else the sample may be without the example
+                break
         found.append(
             Sensitivity(measured=math.hypot(*parts.values()), promised=promised, neighbor=neighbor, parts=parts)
         )
     worst = max(found, key=lambda one: math.inf if math.isnan(one.measured) else one.measured)
     if not worst.measured <= promised * (1 + tolerance):
         raise AssertionError(_failure(worst))
+    if not worst.measured:
+        raise ConfigError(
+            f"assert_sensitivity: no example moved a result, with {_SEEDS} seeds: the step does not depend on its data,"
+            " gives no gradients, or samples too rarely; let it sample at a higher rate, or not at all"
+        )
     if worst.measured < _NEAR * promised:
         warnings.warn(
             f"assert_sensitivity: nothing moved a result by more than {worst.measured:.3g}, where {promised:.3g} is"

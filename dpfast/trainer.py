@@ -1,5 +1,6 @@
 """DPTrainer: a model, a data set and a plan in; a privately trained model out."""
 
+import copy
 import functools
 import math
 import warnings
@@ -127,7 +128,6 @@ class DPTrainer:
             stability=stability,
             performance=self.performance,
         )
-        self._make_optimizer = optimizer
         self.inner_optimizer = optimizer(list(self.clipper.parameters.values()))
         self.learning_rates = [group["lr"] for group in self.inner_optimizer.param_groups]
         self.ema = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
@@ -435,22 +435,20 @@ class DPTrainer:
                 raise ValueError(f"it holds {', '.join(map(str, parts))}, this training has {', '.join(self._parts())}")
             for name, part in self._parts().items():
                 part.load_state_dict(parts[name])
-            self._try_optimizer(parts["optimizer"])
+            self._try_optimizer()
         except Exception as error:  # each part raises what it does
             raise CheckpointError(
                 f"the checkpoint in {self.state_dir} is of another model, optimizer or ema_decay: give those it was"
                 f" made with, or another folder with a new budget ({_brief(error)})"
             ) from error
 
-    def _try_optimizer(self, state: dict[str, Any]) -> None:
-        """A step from this state with other parameters, zeros: an optimizer looks into its state when it is used, and
-        then a step would be charged.
+    def _try_optimizer(self) -> None:
+        """A step of a copy, which has no hooks: an optimizer looks into its state when it is used, and by then a step
+        would be charged.
         """
-        zeros = [nn.Parameter(torch.zeros_like(p, device="cpu")) for p in self.clipper.parameters.values()]
-        for p in zeros:
+        tried = copy.deepcopy(self.inner_optimizer)
+        for p in (p for group in tried.param_groups for p in group["params"]):
             p.grad = torch.zeros_like(p)
-        tried = self._make_optimizer(zeros)
-        tried.load_state_dict(state)
         tried.step()
 
     def _message(self) -> str:

@@ -99,6 +99,24 @@ def test_a_whole_step_with_sampling_noise_and_update(model, data):
     assert found.measured > 0.9 * C / 3
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.1])
+def test_a_sampled_step_is_run_until_its_sample_holds_the_example(rate):
+    """Nothing is clipped: that the first sample lacks who differs must not hide it."""
+    layer, vectors = nn.Linear(3, 1), 5 * torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+
+    def step(examples):
+        layer(examples[poisson_sample(len(examples), rate)]).sum().backward()
+
+    for seed in range(5):
+        with pytest.raises(AssertionError, match="sensitivity .* promised 1"):
+            assert_sensitivity(step, vectors, promised=1.0, model=layer, neighbors=4, seed=seed)
+
+
+def test_a_step_that_does_not_depend_on_its_data_shows_nothing():
+    with pytest.raises(ConfigError, match="no example moved a result"):
+        assert_sensitivity(lambda examples: torch.ones(2), torch.ones(4, 3), promised=1.0)  # noqa: ARG005
+
+
 def test_image_sets_and_lists_of_examples():
     images = real_digits("train").select(range(4))
 
