@@ -79,7 +79,8 @@ def test_public_names_exist() -> None:
 
 
 def test_every_claim_of_the_guarantee_names_tests_that_exist():
-    rows = [line for line in (ROOT / "docs/guarantee.md").read_text().splitlines() if line.startswith("| ")][1:]
+    claims = (ROOT / "docs/guarantee.md").read_text().split("\n## Claims and their tests\n")[1].split("\n## ")[0]
+    rows = [line for line in claims.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 15
     for row in rows:
         claim, shown = (cell.strip() for cell in row.strip("|").split("|"))

@@ -108,13 +108,13 @@ def test_a_sampled_step_is_run_until_its_sample_holds_the_example(rate):
         layer(examples[poisson_sample(len(examples), rate)]).sum().backward()
 
     for seed in range(5):
-        with pytest.raises(AssertionError, match="sensitivity .* promised 1"):
+        with pytest.raises(AssertionError, match="promised 1 "):
             assert_sensitivity(step, vectors, promised=1.0, model=layer, neighbors=4, seed=seed)
 
 
 def test_a_step_that_does_not_depend_on_its_data_shows_nothing():
     with pytest.raises(ConfigError, match="no example moved a result"):
-        assert_sensitivity(lambda examples: torch.ones(2), torch.ones(4, 3), promised=1.0)  # noqa: ARG005
+        assert_sensitivity(lambda examples: torch.ones(2), torch.ones(4, 3), promised=1.0)
 
 
 def test_image_sets_and_lists_of_examples():
