@@ -4,8 +4,8 @@
     python -m benchmarks.overhead --table    # only writes the table of benchmarks/README.md
 
 The trainings are those of the digits recipe (K = 8) but for the expected batch, with every probe, checkpoint and line
-of the ledger on the disk. Time is that of the rest of the same training. The probes of the first step, which are more
-thorough, count once for all steps: in seconds.
+of the ledger on the disk. Time is that of the rest of the same training. The first probes, of the objective and of each
+size of a physical batch, are more thorough, and there are no more of them however long a training is: in seconds.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,17 @@ class Clock:
 
         setattr(owner, name, timed)
 
+    def watch_repeated(self, owner: Any, name: str, part: str) -> None:
+        """The same of blocks ``with owner.name(repeated=True)``."""
+        function: Callable[..., Any] = getattr(owner, name)
+
+        @contextmanager
+        def timed(*arguments: Any, repeated: bool) -> Iterator[None]:
+            with self.of(part) if repeated else nullcontext(), function(*arguments, repeated=repeated):
+                yield
+
+        setattr(owner, name, timed)
+
 
 def measured(settings: tuple[str, ...], clock: Clock) -> dict[str, Any]:
     """Shares of one training; ``clock`` watches."""
@@ -71,12 +82,6 @@ def measured(settings: tuple[str, ...], clock: Clock) -> dict[str, Any]:
     recipe = load("digits", settings)
     private = inputs.private_data(recipe)
     plan = build.plan(recipe, len(private))
-    once: list[float] = []
-
-    def progress(step: int, steps: int, message: str) -> None:  # noqa: ARG001
-        if step == 1:
-            once.append(clock.seconds.pop("probes"))
-
     with tempfile.TemporaryDirectory() as folder:
         trainer = build.private_trainer(
             recipe,
@@ -87,19 +92,18 @@ def measured(settings: tuple[str, ...], clock: Clock) -> dict[str, Any]:
             build.private_objective(recipe, private),
             seed=0,
             state_dir=Path(folder) / "train",
-            progress=progress,
         )
         clock.seconds.clear()
         begin = time.perf_counter()
         trainer.fit()
         seconds = time.perf_counter() - begin
-    rest = seconds - once[0] - sum(clock.seconds.values())
+    rest = seconds - sum(clock.seconds.values())
     return {
         "expected_batch_size": plan.expected_batch_size,
         "augmult": recipe.private.augmult,
         "steps": plan.steps,
         "step_seconds": rest / plan.steps,
-        "first_probes": once[0],
+        "first_probes": clock.seconds["first probes"],
         "shares": {part: clock.seconds[part] / rest for part in PARTS},
     }
 
@@ -110,6 +114,7 @@ def watching() -> Clock:
     from dpfast.clipping import GhostClipper
     from dpfast.clipping.calls import ModelCalls
     from dpfast.clipping.passes import Pass
+    from dpfast.pace import Pace
     from dpfast.privacy import Ledger
 
     clock = Clock()
@@ -119,9 +124,10 @@ def watching() -> Clock:
     clock.watch(optimizer.DPOptimizer, "_refuse", "checks")
     for check in ("_see_parameters", "_see_fixed", "_see_inputs", "_state_problems", "_buffer_problems"):
         clock.watch(GhostClipper, check, "checks")
-    clock.watch(trainer.DPTrainer, "_show_objective", "probes")
-    clock.watch(ModelCalls, "show", "probes")
-    clock.watch(Pass, "_show", "probes")
+    clock.watch(trainer.DPTrainer, "_show_objective", "first probes")
+    clock.watch(ModelCalls, "show", "first probes")
+    clock.watch(Pass, "_show", "first probes")
+    clock.watch_repeated(Pace, "spending", "probes")
     clock.watch(checkpoint, "save", "checkpoints")
     return clock
 

@@ -18,6 +18,7 @@ from dpfast.errors import CheckpointError, FileError
 from dpfast.files import write_atomic
 
 _MAGIC = b"dpfast-checkpoint-1 "
+_CURE = "restore a copy from after the last step, or begin anew in another folder: what was spent stays spent"
 _PLAIN = (torch.Tensor, str, bool, int, float, type(None), torch.Size, torch.dtype, torch.device)
 
 
@@ -56,9 +57,9 @@ def load(path: str | os.PathLike[str], *, kind: str, fingerprint: str) -> dict[s
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch finds in a file that is whole, but not made by this version
-        raise CheckpointError(f"checkpoint {path}: its contents cannot be read ({error})") from error
+        raise CheckpointError(f"checkpoint {path}: its contents cannot be read ({error}); {_CURE}") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"checkpoint {path}: expected a dict in it, got a {type(state).__name__}")
+        raise CheckpointError(f"checkpoint {path}: expected a dict in it, got a {type(state).__name__}; {_CURE}")
     return state
 
 
@@ -75,21 +76,21 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror}); nothing was changed") from error
     first, _, rest = content.partition(b"\n")
     if not first.startswith(_MAGIC):
-        raise CheckpointError(f"checkpoint {path}: this is not a checkpoint of dpfast")
+        raise CheckpointError(f"checkpoint {path}: this is not a checkpoint of dpfast, or it was cut off; {_CURE}")
     if first[len(_MAGIC) :] != hashlib.sha256(rest).hexdigest().encode():
-        raise CheckpointError(
-            f"checkpoint {path}: wrong checksum, the file is damaged; restore a copy, or start anew in another folder"
-        )
+        raise CheckpointError(f"checkpoint {path}: wrong checksum, the file is damaged; {_CURE}")
     line, _, payload = rest.partition(b"\n")
     try:
         header = json.loads(line)
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise CheckpointError(f"checkpoint {path}: expected an object of JSON in its second line; it is damaged")
+        raise CheckpointError(
+            f"checkpoint {path}: expected an object of JSON in its second line; it is damaged; {_CURE}"
+        )
     return header, payload
 
 

@@ -157,10 +157,19 @@ class DPOptimizer(torch.optim.Optimizer):
         problems = self._problems(closure)
         spent = self.steps_taken >= self.plan.steps
         if spent:
-            problems.append(f"all {self.plan.steps} planned steps are spent; a longer run needs another Plan")
+            problems.append(self._spent())
         if problems:
             error = BudgetExhausted if spent else PrivacyError
             raise error(_itemised("this step is refused, nothing was updated", problems))
+
+    def _spent(self) -> str:
+        said = (
+            f"all {self.plan.steps} planned steps are spent; a longer training is another Plan, from its first step on"
+        )
+        memory = (
+            " (the ledger in memory counts for all optimizers of a clipper; tests may give each Ledger(None, plan))"
+        )
+        return said + memory if self._in_memory else said
 
     def _problems(self, closure: object) -> list[str]:
         found = []

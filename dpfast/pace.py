@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SHARE = 0.01  # of the time, that each may take
-FREE = 1.0  # seconds that it may take in any case
+FREE = 0.25  # seconds that it may take in any case
 
 
 class Allowance:

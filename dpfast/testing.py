@@ -87,18 +87,26 @@ def assert_sensitivity(
     promised: the most that the result may move, as an L2 norm: the clip norm C where it is a sum, C over the expected
         batch size where it is a mean; for "replace" twice that.
     model: its parameters, buffers and gradients are put back before every run. Nothing else that a step changes is:
-        make optimizers inside of it.
+        make optimizers inside of it, each with a ledger of its own (``DPOptimizer(inner, plan, clipper, Ledger(None,
+        plan))``). A whole ``DPTrainer`` is a step too: make one inside, of a plan with ``dataset_size=len(examples)``,
+        ``expected_batch_size=rate * len(examples)``, ``steps=1`` and SGD with a learning rate of 1, and give what its
+        parameters moved by, times the expected batch size.
     neighbors: examples that are removed (or replaced by another) one by one, all of them where there are no more.
     added: further examples, of the kind of ``dataset``, each added (or put in the place of one) by itself: try extreme
         ones.
     tolerance: relative, what rounding may add.
-
     seed: of the first randomness. A step that samples is run with further ones until its sample holds the example.
 
-    Raises AssertionError where a result moves further, and ConfigError where the same data set gives different results
-    twice, or no example moves anything. Warns when none moves anything by half of the promise: choose a smaller clip
-    norm, or other examples.
+    Raises AssertionError where a result moves further (K times the promise: rows are clipped where examples should be,
+    or ``augmult`` is not what the step makes of each), and ConfigError where the same data set gives different results
+    twice, no example moves anything, or an argument makes no sense. Warns when none moves anything by half of the
+    promise: choose a smaller clip norm, or other examples.
     """
+    if not 0 < promised < math.inf or neighbors < 1 or not tolerance >= 0:
+        raise ConfigError(
+            f"assert_sensitivity: promised={promised!r}, neighbors={neighbors!r}, tolerance={tolerance!r}; expected a"
+            " promise above 0, one neighbour or more, and a tolerance that is not negative"
+        )
     run = _Repeated(step, model)
     found: list[Sensitivity] = []
     for neighbor, one, other in _neighbors(dataset, added, neighboring, neighbors, seed):
@@ -162,19 +170,25 @@ def audit_step(
     Raises AssertionError where the lower bound exceeds ``epsilon`` or a result is not finite, and ConfigError where no
     example moves anything. Warns when so few repetitions could not refute ``epsilon``.
     """
+    if not epsilon >= 0 or repetitions < 1:
+        raise ConfigError(
+            f"audit_step: epsilon={epsilon!r}, repetitions={repetitions!r}; expected an epsilon that is not negative,"
+            " and one repetition or more"
+        )
     run = _Repeated(step, model)
     worlds, neighbor, move = _furthest(run, dataset, added, seed)
     scores = [[_along(move, run.anew(world)) for _ in range(repetitions)] for world in worlds]
     if not np.isfinite(scores).all():
         raise AssertionError(f"audit_step: results that are not finite: {neighbor}")
     bound = two_worlds_bound(*scores, delta=delta, confidence=confidence)
-    if bound.epsilon > epsilon:
-        raise AssertionError(
-            f"epsilon is at least {bound.epsilon:.4g} (delta {delta:g}, confidence {confidence:g}), claimed"
-            f" {epsilon:.4g}: {neighbor}"
-        )
     apart = [[float(world)] * repetitions for world in (0, 1)]
     most = two_worlds_bound(*apart, delta=delta, confidence=confidence).epsilon
+    if bound.epsilon > epsilon:
+        always = ". The two worlds were told apart every time: is there noise?" if bound.epsilon >= most else ""
+        raise AssertionError(
+            f"epsilon is at least {bound.epsilon:.4g} (delta {delta:g}, confidence {confidence:g}), claimed"
+            f" {epsilon:.4g}: {neighbor}{always}"
+        )
     if most <= epsilon:
         warnings.warn(
             f"audit_step: {repetitions} repetitions show no epsilon beyond {most:.3g}, where {epsilon:.3g} is claimed:"
@@ -290,6 +304,8 @@ def _neighbors(dataset: Any, added: Any, neighboring: str, neighbors: int, seed:
         raise ConfigError(
             f"{size} examples, neighboring={neighboring!r}; expected two or more, and 'add_remove' or 'replace'"
         )
+    if added is not None and _kind(added) != _kind(dataset):
+        raise ConfigError(f"added is a {_kind(added)}; expected a {_kind(dataset)}, like the data set")
     every = torch.arange(size)
     for i in torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:neighbors].tolist():
         rest = every[every != i]
@@ -304,6 +320,13 @@ def _neighbors(dataset: Any, added: Any, neighboring: str, neighbors: int, seed:
             yield f"example {i} of added ones added", dataset, _joined(dataset, extra)
         else:
             yield f"the last example replaced by added one {i}", dataset, _joined(_select(dataset, every[:-1]), extra)
+
+
+def _kind(dataset: Any) -> str:
+    if isinstance(dataset, tuple):
+        return f"tuple of {len(dataset)}"
+    known = (kind.__name__ for kind in (ImageSet, Tensor) if isinstance(dataset, kind))
+    return next(known, "sequence of examples")
 
 
 def _size(dataset: Any) -> int:

@@ -34,6 +34,7 @@ from dpfast.seeding import seeded
 from dpfast.unnoised import Unnoised
 
 CHECKPOINTS = 50  # over a run, or fewer where writing them would take more than its allowance (``pace``)
+_ANEW = "begin anew in another folder, with a budget that adds to what is spent here"
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -65,7 +66,9 @@ class DPTrainer:
     clipping, stability: how gradients are clipped to the plan's ``max_grad_norm``, as ``GhostClipper`` has it.
     seed: of augmentation, timesteps and diffusion noise, keyed by example. It reaches neither the privacy noise nor the
         sampling nor dropout nor random transforms of the data set, which come from the operating system.
-    state_dir: ledger and checkpoint, of one data set; None keeps the ledger in memory and writes nothing.
+    state_dir: ledger and checkpoint, of one data set (another of the same size is not noticed); None keeps the ledger
+        in memory and writes nothing. Checkpoints are written 50 times over a run, less often where that takes more than
+        1% of the time.
     performance: ``microbatch`` examples run at a time; by default as many as make some 65,000 numbers of input (two
         million on a GPU), and no more than the expected batch; fewer, down to some rows of one, where
         ``memory_budget`` asks for it.
@@ -79,7 +82,9 @@ class DPTrainer:
     ``dataset`` with ``trainer.epsilon``: each step takes a fresh Poisson sample, clips each example's mean gradient
     over its K rows, and adds noise through ``DPOptimizer``, the ledger written first. Before the first step the
     objective is run on synthetic examples: one that mixes them is refused. Training that was cut off goes on after the
-    last *charged* step: what was charged and not saved is lost, never run again (``lost_steps``).
+    last *charged* step: what was charged and not saved is lost, never run again (``lost_steps``, known once ``fit``
+    goes on). ``epsilon`` is that of the steps charged; a training that is ended early by what it has shown owes that of
+    the plan.
     """
 
     def __init__(
@@ -405,24 +410,25 @@ class DPTrainer:
         if not path.exists():
             raise CheckpointError(
                 f"{charged} steps are charged to the ledger in {self.state_dir}, and the checkpoint is gone: what they"
-                " trained is lost. Restore it, or start anew in another folder with a new budget"
+                f" trained is lost. Restore it, or {_ANEW}"
             )
         state = checkpoint.load(path, kind="private training", fingerprint=self.plan.fingerprint())
         saved, lost = state.get("step", -1), state.get("lost_steps", -1)
         whole = type(saved) is int and type(lost) is int and isinstance(state.get("parts"), dict)
         if not whole or not 0 <= lost <= saved:
             raise CheckpointError(
-                f"checkpoint {path}: it holds {', '.join(map(str, state))}, no training; it is damaged"
+                f"checkpoint {path}: it holds {', '.join(map(str, state))}, no training; it is damaged. Restore a copy"
+                f" of the whole folder from after its last step, or {_ANEW}"
             )
         if saved > charged:
             raise PrivacyError(
                 f"the checkpoint is at step {saved}, the ledger at {charged}: the ledger was cut or replaced. Restore"
-                " the ledger that belongs to the checkpoint, or start anew in another folder with a new budget"
+                f" the ledger that belongs to the checkpoint, or {_ANEW}"
             )
         if state.get("settings") != self._settings():
             raise CheckpointError(
                 f"the training in {self.state_dir} was begun with {state.get('settings')}, and goes on with"
-                f" {self._settings()}: give what it was begun with, or another folder with a new budget"
+                f" {self._settings()}: give what it was begun with, or {_ANEW}"
             )
         self._load(state["parts"])
         self.lost_steps = lost + charged - saved
@@ -439,7 +445,7 @@ class DPTrainer:
         except Exception as error:  # each part raises what it does
             raise CheckpointError(
                 f"the checkpoint in {self.state_dir} is of another model, optimizer or ema_decay: give those it was"
-                f" made with, or another folder with a new budget ({_brief(error)})"
+                f" made with, or {_ANEW} ({_brief(error)})"
             ) from error
 
     def _try_optimizer(self) -> None:

@@ -71,11 +71,15 @@ def test_cures_of_training(name) -> None:
 @pytest.mark.parametrize(
     ("gone", "error", "told"),
     [
-        ("checkpoint", CheckpointError, "the checkpoint is gone: .* Restore it, or start anew in another folder"),
+        (
+            "checkpoint",
+            CheckpointError,
+            "the checkpoint is gone: .* Restore it, or begin anew in another folder, with a budget that adds",
+        ),
         (
             "ledger.jsonl",
             PrivacyError,
-            "the ledger was cut or replaced. Restore the ledger .*, or start anew in another",
+            "the ledger was cut or replaced. Restore the ledger .*, or begin anew in another",
         ),
     ],
 )

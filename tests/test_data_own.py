@@ -357,6 +357,18 @@ def test_truncated_tables_and_tables_of_other_classes_are_refused(tmp_path, kind
     refused(tmp_path, tmp_path / "source", rf"b{path.suffix}: expected image, label and classes as in .*a{path.suffix}")
 
 
+def test_an_arrow_file_whose_values_lie_elsewhere_is_refused(tmp_path):
+    """Read as they are said to lie, values would be other bytes of the process."""
+    arrow(tmp_path / "x.arrow", table(plain=True), rows=6)
+    content = (tmp_path / "x.arrow").read_bytes()
+    ends = np.cumsum([0, *map(len, table(plain=True)["image"].to_pylist())]).astype("<i4")
+    there = ends.tobytes()
+    assert content.count(there) == 1
+    ends[3] = 1 << 20
+    (tmp_path / "x.arrow").write_bytes(content.replace(there, ends.tobytes()))
+    refused(tmp_path, tmp_path / "x.arrow", r"x.arrow cannot be read .*damaged", FileError)
+
+
 # All of them
 
 

@@ -91,9 +91,9 @@ def test_what_is_shown_anew_in_every_step_leaves_the_allowance_to_the_others(clo
         if pace.take():
             taken.append(change)
             with pace.spending(repeated=True):
-                clock.now += 0.04
+                clock.now += 0.01
         with pace.spending(repeated=False):
-            clock.now += 0.04
+            clock.now += 0.01
         clock.now += 0.1
     assert taken == [2**power for power in range(12)]
 

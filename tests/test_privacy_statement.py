@@ -151,7 +151,7 @@ def test_unsafe_debug_is_said_first_beside_what_is_promised_otherwise(changes, t
     assert otherwise in statement.text().splitlines()[4]
     assert statement.to_dict()["verdict"].startswith(shown)
     assert otherwise in statement.to_dict()["verdict"]
-    assert "epsilon does not cover whoever saw them" in statement.text()
+    assert "epsilon covers neither whoever saw them" in statement.text()
     assert statement.unsafe_debug
     assert statement.is_private != bool(changes)
 

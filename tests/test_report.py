@@ -195,7 +195,7 @@ def test_a_run_without_protection_is_marked_in_the_first_line(case):
 def test_what_unsafe_debug_showed_is_said_in_the_first_line(changes):
     html = visible(release(dataclasses.replace(statement(**changes), unsafe_debug=True)).html())
     assert html.startswith("NOT PRIVATE" if changes else "UNSAFE DEBUG: un-noised values")
-    assert "epsilon does not cover whoever saw them." in html.split("Release report")[0]
+    assert "epsilon covers neither whoever saw them" in html.split("Release report")[0]
     assert "are recorded nowhere" not in html
     usual = visible(release(statement(**changes)).html())
     assert "UNSAFE" not in usual

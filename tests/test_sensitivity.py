@@ -1,5 +1,6 @@
 """assert_sensitivity and audit_step: find what moves too far, or betrays too much, in dpfast's steps and in others'."""
 
+import functools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dpfast import DPOptimizer, GhostClipper, Plan, poisson_sample
+from dpfast import DPOptimizer, DPTrainer, GhostClipper, Plan, poisson_sample
 from dpfast.data import real_digits
 from dpfast.errors import ConfigError
 from dpfast.privacy import Ledger, entropy
@@ -117,6 +118,49 @@ def test_a_step_that_does_not_depend_on_its_data_shows_nothing():
         assert_sensitivity(lambda examples: torch.ones(2), torch.ones(4, 3), promised=1.0)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"promised": value} for value in (0.0, -1.0, math.nan, math.inf)),
+        {"neighbors": 0},
+        {"tolerance": -1.0},
+        {"added": [torch.ones(3)]},
+        {"added": (torch.ones(1, 3),)},
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_sense(arguments):
+    (name,) = arguments
+    with pytest.raises(ConfigError, match=name):
+        assert_sensitivity(lambda examples: examples.sum(0), torch.ones(4, 3), **{"promised": 9.0, **arguments})
+
+
+@pytest.mark.parametrize("arguments", [{"epsilon": -1.0}, {"epsilon": math.nan}, {"repetitions": 0}], ids=str)
+def test_audits_that_make_no_sense(vectors, arguments):
+    (name,) = arguments
+    with pytest.raises(ConfigError, match=name):
+        audit_step(gaussian(), vectors, **{"epsilon": 1.0, "delta": DELTA, **arguments})
+
+
+def test_a_whole_trainer_is_a_step():
+    """As the docstring has it."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+
+    def losses(model, examples, keys):
+        return model(examples.repeat_interleave(keys.augmult, 0)).square().sum(1)
+
+    def step(examples):
+        plan = one_step(size=len(examples), rate=0.75)
+        before = [p.detach().clone() for p in model.parameters()]
+        sgd = functools.partial(torch.optim.SGD, lr=1.0)
+        DPTrainer(model, examples, plan, objective=losses, optimizer=sgd, augmult=2).fit()
+        return [(p - was) * plan.expected_batch_size for p, was in zip(model.parameters(), before, strict=True)]
+
+    found = assert_sensitivity(step, 5 * torch.randn(6, 4), promised=C, model=model, neighbors=3)
+    assert found.measured > 0.99 * C
+
+
 def test_image_sets_and_lists_of_examples():
     images = real_digits("train").select(range(4))
 
@@ -169,10 +213,10 @@ def gaussian(*, noise=1.0, draw=lambda: torch.randn(4)):
     return step
 
 
-def one_step(*, rate=1.0, noise_multiplier=1.0) -> Plan:
+def one_step(*, size=6, rate=1.0, noise_multiplier=1.0) -> Plan:
     return Plan(
-        dataset_size=6,
-        expected_batch_size=6 * rate,
+        dataset_size=size,
+        expected_batch_size=size * rate,
         max_grad_norm=C,
         steps=1,
         target_delta=DELTA,
@@ -217,7 +261,7 @@ def test_noise_that_is_always_the_same_betrays_everything(vectors):
         torch.manual_seed(0)
         return torch.randn(4)
 
-    with pytest.raises(AssertionError, match="epsilon is at least 4"):
+    with pytest.raises(AssertionError, match=r"epsilon is at least 4.*told apart every time: is"):
         audit_step(gaussian(noise=100.0, draw=draw), vectors, epsilon=1.0, delta=DELTA)
 
 

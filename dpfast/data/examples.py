@@ -19,8 +19,8 @@ class Dataset(Protocol):
 class Examples:
     """A data set read by numbers.
 
-    Raises ConfigError for a data loader (it decides by itself which examples form a batch), DataError for items that
-    are no tensors or of different shapes.
+    Raises ConfigError for a data loader (it decides by itself which examples form a batch) and a tuple, DataError for
+    items that are no tensors or of different shapes.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -28,6 +28,11 @@ class Examples:
             raise ConfigError(
                 f"dataset is a {type(dataset).__name__}: expected the numbered examples themselves (dataset[i]), from"
                 " which each step draws its own Poisson sample"
+            )
+        if isinstance(dataset, tuple):
+            raise ConfigError(
+                f"dataset is a tuple of {len(dataset)}: expected numbered examples (dataset[i]);"
+                " torch.utils.data.TensorDataset(*tensors) makes them of tensors"
             )
         self.dataset = dataset
 

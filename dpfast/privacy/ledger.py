@@ -23,6 +23,8 @@ from dpfast.privacy.releases import GaussianRelease
 from dpfast.unnoised import MARK
 
 _KIND = "dpfast ledger 1"
+_ADDS = "what was spent stays spent and adds to its epsilon"
+_RESTORE = f"Restore a copy made after its last step, or begin elsewhere: {_ADDS}"
 
 
 def library_version() -> str:
@@ -54,7 +56,7 @@ class Ledger:
     Guarantee: when ``charge(n)`` returns, step n is on stable storage as spent; a crash at any moment loses
     no spent step. A last line that was cut off by a crash counts as spent and is completed when the file is
     opened again. No second process (or object) can open the file meanwhile. An old copy put back in its place
-    is not noticed.
+    is not noticed, and checksums find accidents, not a forger.
 
     Raises LedgerError, and leaves the file as it was, when the file belongs to another plan, has been
     altered, is not a ledger, or is in use, and FileError when its file system knows no locks.
@@ -104,7 +106,8 @@ class Ledger:
             raise LedgerError(f"ledger {self._name}: expected step {self.charged_steps + 1}, got {step}")
         if step > self.plan.steps:
             raise BudgetExhausted(
-                f"all {self.plan.steps} planned steps are spent; a longer run needs another Plan, with more noise"
+                f"all {self.plan.steps} planned steps are spent; a longer training is another Plan, from its first step"
+                f" on, and {_ADDS}"
             )
         self._append(_record(step, self._marks_debug))
 
@@ -125,7 +128,7 @@ class Ledger:
         left = [i for i in places if self._state.draws[i] < release.count]
         if not left:
             raise BudgetExhausted(
-                f"all planned draws of {release} are spent; more need another Plan, with a higher count"
+                f"all planned draws of {release} are spent; more need another Plan, with a higher count, and {_ADDS}"
             )
         self._append(_draw(left[0], self._state.draws[left[0]] + 1, self._marks_debug))
 
@@ -160,7 +163,9 @@ class Ledger:
             raise LedgerError(f"ledger {path}: cannot be opened ({error.strerror})") from error
         try:
             if not lock(self._fd, path):
-                raise LedgerError(f"ledger {path}: it is in use by another process; wait for it or stop it")
+                raise LedgerError(
+                    f"ledger {path}: it is in use by another process, or a Ledger of this one; close that"
+                )
             content = path.read_bytes()
             if b"\n" not in content:
                 self._begin(path, header, content)
@@ -185,7 +190,10 @@ class Ledger:
     def _resume(self, path: Path, content: bytes) -> None:
         found, torn = _parse(path, content)
         if not _is_of(found.header, self.plan):
-            raise LedgerError(f"ledger {path}: it belongs to another plan ({_difference(found.header, self.plan)})")
+            raise LedgerError(
+                f"ledger {path}: it belongs to another plan ({_difference(found.header, self.plan)}): go on with that"
+                f" one, or begin another ledger elsewhere, and {_ADDS}"
+            )
         cut_off = _cut_off(path, found, self.plan, torn, self._marks_debug)
         self._state = found
         if cut_off is not None:
@@ -210,7 +218,9 @@ class Ledger:
         status = os.fstat(fd)
         if status.st_nlink == 0 or status.st_size != offset + over:
             self.close()
-            raise LedgerError(f"ledger {self._name}: the file was changed or deleted by somebody else while in use")
+            raise LedgerError(
+                f"ledger {self._name}: the file was changed or deleted by somebody else while in use. {_RESTORE}"
+            )
         written = 0
         while written < len(line):
             written += os.pwrite(fd, line[written:], offset + written)
@@ -225,7 +235,7 @@ def read_ledger(path: str | os.PathLike[str]) -> LedgerContents:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise LedgerError(f"ledger {path}: cannot be read ({error.strerror})") from error
+        raise LedgerError(f"ledger {path}: cannot be read ({error.strerror}); nothing was changed") from error
     state, torn = _parse(path, content)
     try:
         plan = Plan.from_dict(state.header["plan"])
@@ -233,7 +243,9 @@ def read_ledger(path: str | os.PathLike[str]) -> LedgerContents:
     except Exception as error:
         raise LedgerError(f"ledger {path}: its plan cannot be read by this version of dpfast ({error})") from error
     if not of_it:
-        raise LedgerError(f"ledger {path}: its plan has another fingerprint than it says; the file was altered")
+        raise LedgerError(
+            f"ledger {path}: its plan has another fingerprint than it says; the file was altered. {_RESTORE}"
+        )
     cut_off = _cut_off(path, state, plan, torn)
     if cut_off is not None:
         state.add(cut_off)
@@ -308,13 +320,15 @@ def _parse(path: Path, content: bytes) -> tuple[_State, bytes]:
     for number, line in enumerate(lines):
         record = _decoded(line)
         if number == 0 and record.get("kind") != _KIND:
-            raise LedgerError(f"ledger {path}: this is not a ledger; choose another path")
+            raise LedgerError(f"ledger {path}: this is not a ledger; choose another path, or see what put it there")
         if number > 0 and not state.follows(record):
             expected = f"step {state.steps + 1} or the next draw of another release"
-            raise LedgerError(f"ledger {path}, line {number + 1}: expected {expected}; the file was altered")
+            raise LedgerError(
+                f"ledger {path}, line {number + 1}: expected {expected}; the file was altered. {_RESTORE}"
+            )
         record.pop("checksum", None)
         if state.line(record) != line + b"\n":
-            raise LedgerError(f"ledger {path}, line {number + 1}: wrong checksum; the file was altered")
+            raise LedgerError(f"ledger {path}, line {number + 1}: wrong checksum; the file was altered. {_RESTORE}")
         state.add(record)
     if not lines:
         raise LedgerError(f"ledger {path}: this is not a ledger, or no step was ever taken with it")
@@ -336,7 +350,8 @@ def _cut_off(path: Path, state: _State, plan: Plan, torn: bytes, debug: bool = F
     over_drawn = any(draws > allowed.get(i, 0) for i, draws in state.draws.items())
     if state.steps > plan.steps or over_drawn or (torn and not could_be):
         raise LedgerError(
-            f"ledger {path}: it holds more than the {plan.steps} planned steps and the planned releases; it is damaged"
+            f"ledger {path}: it holds more than the {plan.steps} planned steps and the planned releases; it is damaged."
+            f" {_RESTORE}"
         )
     begun = [record for record in could_be if state.line(record).startswith(torn)]
     return [*begun, *could_be][0] if torn else None

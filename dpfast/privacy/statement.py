@@ -15,8 +15,8 @@ from dpfast.privacy.releases import GaussianRelease
 from dpfast.unnoised import UNSAFE_DEBUG
 
 SHOWN = (
-    f"{UNSAFE_DEBUG}: un-noised values computed from private images were shown during the training; epsilon does not"
-    " cover whoever saw them."
+    f"{UNSAFE_DEBUG}: un-noised values computed from private images were shown during the training; epsilon covers"
+    " neither whoever saw them nor what was chosen by them (when to stop, which settings)."
 )
 
 _RELATION = {
