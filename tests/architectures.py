@@ -216,6 +216,8 @@ def architectures(draw: st.DrawFn) -> Architecture:
     blocks, size = [], SIZE
     for name in draw(st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=5)):
         options = {key: draw(of) for key, of in _OPTIONS[name].items()}
+        if not blocks and (name == "residual block" or options.get("kind") == "group"):
+            continue  # group norms of images that need no gradient crash torch 2.13, channels last on a CPU
         if name == "transposed convolution":
             if size > SIZE:
                 continue

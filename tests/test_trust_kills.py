@@ -61,8 +61,8 @@ class Story:
         ledger = at / "state/train/ledger.jsonl"
         fingerprint = read_ledger(ledger).plan.fingerprint()
         saved = checkpoint.load(at / "state/train/checkpoint", kind="private training", fingerprint=fingerprint)
-        assert saved["step"] == cuts.STEPS
-        assert cuts.STEPS - len(self.steps[str(ledger)]) <= saved["lost_steps"]
+        lost = saved["lost_steps"] + cuts.STEPS - saved["step"]  # the last ones, if no step came after the cut
+        assert cuts.STEPS - len(self.steps[str(ledger)]) <= lost
         assert json.loads((at / "release/privacy.json").read_text())["epsilon"] <= 1.0
         assert len(load_shards(at / "release/samples")) == 20
         assert all((at / "release" / name).exists() for name in ("model/classes.json", "report.html", "PRIVACY.md"))
