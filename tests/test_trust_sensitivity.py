@@ -68,18 +68,18 @@ def measured(architecture, cases):
     return found
 
 
-@trust.tries(few=3, many=25)
-@given(architectures())
-def every_case_of_one(seen, architecture):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*correct and slow")  # the vmapped fallback
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # torch's, of RMSNorm
-        seen.append(measured(architecture, EVERY if trust.FULL else SOME))
-
-
 def test_the_promised_sensitivity_of_networks_that_nobody_thought_of():
     seen = []
-    every_case_of_one(seen)
+
+    @trust.tries(few=3, many=25)
+    @given(architectures())
+    def every_case_of_one(architecture):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*correct and slow")  # the vmapped fallback
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # torch's, of RMSNorm
+            seen.append(measured(architecture, EVERY if trust.FULL else SOME))
+
+    every_case_of_one()
     ratios = {
         dtype: [ratio for found in seen for case, ratio in found.items() if case[1] == dtype]
         for dtype in get_args(Dtype)
