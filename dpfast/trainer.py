@@ -176,8 +176,10 @@ class DPTrainer:
                 if pace.take():
                     with pace.spending(repeated=True):
                         self._show_objective(seed=step)
-                self._take(step, optimizer)
-                self.charged_steps = ledger.charged_steps
+                try:
+                    self._take(step, optimizer)
+                finally:
+                    self.charged_steps = ledger.charged_steps
                 pace.changed("steps")
                 if step == self.plan.steps or (step % max(1, self.plan.steps // CHECKPOINTS) == 0 and saving.is_left()):
                     with saving.spending():

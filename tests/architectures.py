@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -227,4 +228,5 @@ def architectures(draw: st.DrawFn) -> Architecture:
             options["stride"] = 2 if size >= SIZE and options["kernel"] > 1 else 1
             size = size // 2 if options["stride"] == 2 else size
         blocks.append((name, tuple(options.items())))
+    assume(blocks)
     return Architecture(draw(st.sampled_from([1, 2, 3])), tuple(blocks), draw(st.integers(0, 2**16)))
