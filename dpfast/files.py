@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dpfast.errors import FileError
+
+_CURES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Change its permissions"),
+}
 
 
 def write_atomic(path: str | os.PathLike[str], *parts: str | bytes | memoryview) -> None:
@@ -34,8 +40,9 @@ def write_atomic(path: str | os.PathLike[str], *parts: str | bytes | memoryview)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
+        cure = _CURES.get(error.errno or 0, "Choose another folder")
         raise FileError(
-            f"cannot write {path}: {error.strerror}; the previous file, if any, is intact. Make room, then run again"
+            f"cannot write {path}: {error.strerror}; the previous file, if any, is intact. {cure}, then run again"
         ) from error
 
 
@@ -46,7 +53,8 @@ def make_folder(folder: Path) -> None:
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)  # before anything is in it: what is there has a durable name, but for the last folder
     if not missing:
-        sync_folder(folder.parent)
+        with suppress(PermissionError):  # above a folder of one's own, others may not look
+            sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

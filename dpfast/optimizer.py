@@ -28,6 +28,8 @@ class Clipper(Protocol):
 
     def zero_grad(self) -> None: ...
 
+    def show_again(self) -> None: ...
+
 
 class DPOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose every step adds the plan's noise and is charged to a ledger first.
@@ -106,6 +108,8 @@ class DPOptimizer(torch.optim.Optimizer):
                 self._stepping = False
                 if self.steps_taken > charged:  # also when interrupted right after the charge
                     self.zero_grad()
+            if self.steps_taken == self.plan.steps - 1:  # whatever weights came to do is seen before the last step
+                self.clipper.show_again()
 
     def _update(self, step: int) -> None:
         self.ledger.charge(step)
@@ -113,11 +117,7 @@ class DPOptimizer(torch.optim.Optimizer):
         scale, grid = self.plan.noise_on(sum(p.numel() for p in trainable.values()))
         for name, parameter in trainable.items():
             parameter.grad = self._noised_mean(parameter, scale, grid)
-            if not torch.isfinite(parameter.grad).all():  # allowed to depend on the data: it is noised
-                raise DPFastError(
-                    f"step {step}: the noised gradient of {name} ({parameter.dtype}) is not finite; use a wider dtype"
-                    " for the parameters, or a smaller max_grad_norm"
-                )
+            check_finite(step, name, parameter.grad)
         self._stepping = True
         self.optimizer.step()
 
@@ -220,6 +220,15 @@ def _memory_ledger(clipper: Clipper, plan: Plan) -> Ledger:
     if ledger is None or (not ledger.charged_steps and ledger.plan.fingerprint() != plan.fingerprint()):
         ledger = _memory[clipper] = Ledger(None, plan)
     return ledger
+
+
+def check_finite(step: int, name: str, noised: torch.Tensor) -> None:
+    """Raises DPFastError, which may depend on the data: it tells what the noised gradient does."""
+    if not torch.isfinite(noised).all():
+        raise DPFastError(
+            f"step {step}: the noised gradient of {name} ({noised.dtype}) is not finite; use a wider dtype for the"
+            " parameters, or a smaller max_grad_norm"
+        )
 
 
 def _itemised(what: str, problems: list[str]) -> str:

@@ -33,7 +33,7 @@ class Allowance:
 
 class Pace:
     """Of the probes of one model or objective: repeated after 1, 2, 4, 8, ... changes, or as soon after that as their
-    allowance lasts.
+    allowance lasts, and where somebody insists.
     """
 
     def __init__(self) -> None:
@@ -43,12 +43,17 @@ class Pace:
     def begin(self) -> None:
         """What comes next is shown for the first time."""
         self._allowance: Allowance | None = None  # for the first time there is none
-        self._due = False
+        self._due = self._stale = self._insisted = False
 
     def changed(self, what: str) -> None:
         """Once more. What is due now is so until it is taken."""
+        self._stale = True
         self._changes[what] += 1
         self._due |= self._changes[what] & (self._changes[what] - 1) == 0
+
+    def insist(self) -> None:
+        """Whatever has changed since the last time is due, and for nothing."""
+        self._due = self._insisted = self._stale
 
     def take(self) -> bool:
         """Whether to repeat the probes now."""
@@ -56,7 +61,9 @@ class Pace:
             return False
         if self._allowance is None:
             self._allowance = Allowance()
-        self._due = not self._allowance.is_left()
+        self._due = not (self._insisted or self._allowance.is_left())
+        if not self._due:
+            self._stale = self._insisted = False
         return not self._due
 
     @contextmanager

@@ -9,6 +9,8 @@ from dpfast.errors import ConfigError
 Form = Literal["auto", "gram", "direct", "materialise", "example"]
 Dtype = Literal["float32", "bfloat16"]
 
+_MOST_EXAMPLES = 1 << 20  # of a physical batch: more are a mistake
+
 
 @dataclass(frozen=True, kw_only=True)
 class Performance:
@@ -46,3 +48,5 @@ class Performance:
             if value is not None and not (isinstance(value, Real) and float(value) >= 1):
                 unit = " of bytes" if name == "memory_budget" else ""
                 raise ConfigError(f"Performance({name}={value!r}): expected a positive number{unit} or None")
+        if self.microbatch is not None and self.microbatch > _MOST_EXAMPLES:
+            raise ConfigError(f"Performance(microbatch={self.microbatch!r}): expected {_MOST_EXAMPLES} or less")

@@ -173,6 +173,8 @@ class DPTrainer:
             if ledger.charged_steps < self.plan.steps:
                 self._show_objective()
             for step in range(ledger.charged_steps + 1, self.plan.steps + 1):
+                if step == self.plan.steps:  # whatever weights came to do is seen before they are used
+                    pace.insist()
                 if pace.take():
                     with pace.spending(repeated=True):
                         self._show_objective(seed=step)
@@ -254,7 +256,8 @@ class DPTrainer:
     def physical_size(self) -> Size:
         """Of a full physical batch: what ``performance`` says, or fits its memory budget; less once memory ran out."""
         expected = self.plan.expected_batch_size
-        return self.fitting(usual_size(self.performance, self.augmult, self._numbers_per_example, expected))
+        usual = usual_size(self.performance, self.augmult, self._numbers_per_example, expected)
+        return self.fitting(replace(usual, examples=min(usual.examples, len(self.examples))))
 
     def fitting(self, size: Size, *, device: str | None = None) -> Size:
         """The largest physical batch up to ``size`` that is predicted to keep to the memory budget (device: as for
@@ -432,18 +435,19 @@ class DPTrainer:
                 f"the training in {self.state_dir} was begun with {state.get('settings')}, and goes on with"
                 f" {self._settings()}: give what it was begun with, or {_ANEW}"
             )
-        self._load(state["parts"])
+        self._load(state["parts"], tried=saved > 0)
         self.lost_steps = lost + charged - saved
         if charged:
             self.progress(charged, self.plan.steps, self._message())
 
-    def _load(self, parts: dict[str, Any]) -> None:
+    def _load(self, parts: dict[str, Any], *, tried: bool) -> None:
         try:
             if parts.keys() != self._parts().keys():
                 raise ValueError(f"it holds {', '.join(map(str, parts))}, this training has {', '.join(self._parts())}")
             for name, part in self._parts().items():
                 part.load_state_dict(parts[name])
-            self._try_optimizer()
+            if tried:
+                self._try_optimizer()
         except Exception as error:  # each part raises what it does
             raise CheckpointError(
                 f"the checkpoint in {self.state_dir} is of another model, optimizer or ema_decay: give those it was"
@@ -452,8 +456,10 @@ class DPTrainer:
 
     def _try_optimizer(self) -> None:
         """A step of a copy, which has no hooks: an optimizer looks into its state when it is used, and by then a step
-        would be charged.
+        would be charged. Of torch's alone: copies of others lack what they keep elsewhere.
         """
+        if not type(self.inner_optimizer).__module__.startswith("torch.optim."):
+            return
         tried = copy.deepcopy(self.inner_optimizer)
         for p in (p for group in tried.param_groups for p in group["params"]):
             p.grad = torch.zeros_like(p)

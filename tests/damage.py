@@ -9,7 +9,12 @@ WORDS = st.sampled_from(
     ["", "digits", "cuda", "none", "nan", "../..", "\x00", "a" * 300, "ü", "1e400", "[]", "poisson"]
 )
 NUMBERS = (
-    st.integers(-(2**70), 2**70) | st.integers(-3, 70) | st.floats() | st.sampled_from([0.0, -0.0, 1.0, 1e-300, 1e300])
+    st.integers(-(2**70), 2**70)
+    | st.integers(-3, 70)
+    | st.floats()
+    | st.sampled_from(
+        [0.0, -0.0, 1.0, 1e-300, 1e300, *(2**bits - end for bits in (31, 32, 53, 63, 64) for end in (0, 1))]
+    )
 )
 PLAIN = st.none() | st.booleans() | NUMBERS | WORDS | st.text(max_size=8)
 VALUES = st.recursive(

@@ -75,8 +75,26 @@ def test_other_tables_are_generated(page, name, module) -> None:
     (written,) = re.findall(
         rf"<!-- {name}: begin[^\n]*\n(.*?)\n?<!-- {name}: end", (ROOT / page).read_text(), re.DOTALL
     )
-    if rows:
-        assert written == made.table(made.newest_of(rows) if module == "figures" else rows)
+    assert written == made.table(made.newest_of(rows) if module == "figures" else rows)
+
+
+def test_what_is_committed_of_trust_is_what_is_promised() -> None:
+    from benchmarks import overhead, results
+
+    found = {row["name"]: row for row in results.rows("trust")}
+    assert found["sensitivity"]["architectures"] >= 20
+    assert max(found["sensitivity"]["excess"].values()) <= 1e-5
+    assert found["cuts"]["cuts"] >= 200
+    assert sum(found["fuzzing"]["inputs"].values()) >= 10_000
+    audits = {(row["epsilon"], row["seed"]): row["audit"]["canaries"] for row in results.rows("audits")}
+    assert audits.keys() == {(epsilon, seed) for epsilon in ("10", "1") for seed in range(5)}
+    for audit in audits.values():
+        for part in ("step", "training"):
+            assert audit[part]["epsilon"] < audit[f"{part}_epsilon"]
+    for runs in overhead.newest(results.rows("overhead")).values():
+        assert overhead.together(runs) < overhead.MOST
+        assert runs[0]["expected_batch_size"] >= 64
+        assert runs[0]["augmult"] == 8
 
 
 @pytest.mark.parametrize("examples", [4, 1])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cases import Raw, losses
-from dpfast import GhostClipper
+from dpfast import DPOptimizer, GhostClipper, Plan
 from dpfast.clipping.ownership import ENOUGH_STEPS, groups
 from dpfast.errors import CaptureError
 from oracle import per_example
@@ -909,3 +909,37 @@ def test_constants_given_to_a_part() -> None:
     exact = per_example(model, compared, (x,), augmult=2, max_grad_norm=1.0)
     norms = clip(GhostClipper(model, max_grad_norm=1.0, augmult=2), x, compared)
     torch.testing.assert_close(norms, exact.norms, rtol=1e-5, atol=0)
+
+
+def test_what_a_model_comes_to_do_is_seen_before_the_last_step(monkeypatch):
+    """A gate that opens after 3 updates, when there is no time for more repeats than the first."""
+    monkeypatch.setattr("dpfast.pace.FREE", 0.0)
+    monkeypatch.setattr("dpfast.pace.SHARE", 0.0)
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.open = nn.Linear(4, 3), torch.tensor(False)
+
+        def forward(self, x):
+            out = self.layer(x)
+            return out - torch.where(self.open, out.detach().mean(0), torch.zeros(3))
+
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(6, 4)
+    plan = Plan(
+        dataset_size=6, expected_batch_size=6, max_grad_norm=1.0, steps=6, target_delta=1e-3, noise_multiplier=1.0
+    )
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    optimizer = DPOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), plan, clipper)
+
+    def train():
+        for step in range(plan.steps):
+            model.open.fill_(step >= 3)
+            with clipper:
+                clipper.backward(model(x).square().sum(1))
+            optimizer.step()
+
+    with pytest.raises(CaptureError, match=r"changing one example.s input changes"):
+        train()
+    assert optimizer.steps_taken == 5

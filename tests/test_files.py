@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +92,29 @@ def test_a_folder_is_made_with_those_above_it_and_each_name_is_synced(tmp_path, 
     synced.clear()
     make_folder(tmp_path / "a" / "b" / "c")
     assert synced == [str(tmp_path / "a/b")]  # who made it may have been killed before that
+
+
+def test_a_folder_of_ones_own_below_one_that_others_may_not_read(tmp_path, monkeypatch):
+    """As homes often are: mode 711."""
+    folder = tmp_path / "home/mine"
+    folder.mkdir(parents=True)
+    opened = os.open
+
+    def refusing(path, *arguments, **options):
+        if Path(path) == folder.parent:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr("os.open", refusing)
+    write_atomic(folder / "x", "whole")
+    assert (folder / "x").read_text() == "whole"
+
+
+@pytest.mark.parametrize(("number", "cure"), [(errno.ENOSPC, "Make room"), (errno.EACCES, "Change its permissions")])
+def test_a_failed_write_says_what_to_do(number, cure, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    with pytest.raises(FileError, match=rf"{os.strerror(number)}; .* {cure}, then run again"):
+        write_atomic(tmp_path / "x", "whole")
 
 
 def test_what_others_wrote_is_synced_with_all_it_holds(tmp_path, synced):

@@ -23,6 +23,7 @@ class FakeClipper:
         self.max_grad_norm = max_grad_norm
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._written = {}
+        self.shown_again = 0
 
     def write(self, **sums):
         for name, total in sums.items():
@@ -36,6 +37,9 @@ class FakeClipper:
             for name, p in self.parameters.items()
             if p.grad is not None and self._written.get(name) != (p.grad, p.grad._version)
         ]
+
+    def show_again(self):
+        self.shown_again += 1
 
     def zero_grad(self):
         self._written.clear()
@@ -386,3 +390,14 @@ def test_neighbouring_sums_stay_within_what_a_grid_pays_for():
         other = one + plan.max_grad_norm * apart / apart.norm()
         moved = ((one / grid).round() - (other / grid).round()).norm() * grid
         assert float(moved) <= scale / plan.noise_multiplier
+
+
+def test_before_the_last_step_all_is_shown_again():
+    model = nn.Linear(2, 1)
+    clipper, plan = FakeClipper(model), make_plan(steps=3)
+    optimizer = DPOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), plan, clipper)
+    seen = []
+    for _ in range(3):
+        seen.append(clipper.shown_again)
+        optimizer.step()
+    assert seen == [0, 0, 1]

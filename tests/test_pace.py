@@ -21,7 +21,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_an_allowance_is_a_second_and_a_share_of_the_time(clock):
+def test_an_allowance_is_a_moment_and_a_share_of_the_time(clock):
     allowance = Allowance()
     with allowance.spending():
         clock.now += 1.5
@@ -53,6 +53,24 @@ def test_probes_are_due_after_powers_of_two(clock):
         if pace.take():
             taken.append(change)
     assert taken == [1, 2, 4, 8, 16]
+
+
+def test_what_has_changed_is_taken_where_somebody_insists(clock):
+    pace = Pace()
+    pace.insist()
+    assert not pace.take()  # nothing has
+    taken = []
+    for change in range(1, 20):
+        pace.changed("parameters")
+        if change == 19:
+            pace.insist()
+        if pace.take():
+            taken.append(change)
+            with pace.spending(repeated=True):
+                clock.now += 9
+    assert taken == [1, 19]
+    pace.insist()
+    assert not pace.take()
 
 
 def test_each_kind_of_change_is_counted_by_itself(clock):

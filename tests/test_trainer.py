@@ -403,6 +403,40 @@ def test_empty_batches_of_any_data_set(monkeypatch) -> None:
     DPTrainer(network(), pairs, plan(), objective=objective, optimizer=torch.optim.Adam, augmult=K).fit()
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_step_that_was_taken_is_known_when_it_is_interrupted(folder, tmp_path, monkeypatch) -> None:
+    step = DPOptimizer.step
+
+    def interrupted(self) -> None:
+        step(self)
+        if self.steps_taken == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DPOptimizer, "step", interrupted)
+    t = trainer(state_dir=tmp_path if folder else None)
+    with pytest.raises(KeyboardInterrupt):
+        t.fit()
+    assert t.charged_steps == t.statement().steps_charged == 2
+    assert t.epsilon == t.plan.epsilon(2)
+
+
+def test_an_optimizer_that_keeps_something_of_its_own_goes_on(tmp_path) -> None:
+    class Rescaled(torch.optim.SGD):
+        def __init__(self, parameters) -> None:
+            super().__init__(parameters, lr=0.1)
+            self.rescale = 0.5
+
+        def step(self, closure=None):
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.grad.mul_(self.rescale)
+            super().step(closure)
+
+    with pytest.raises(Cut):
+        trainer(state_dir=tmp_path, optimizer=Rescaled, progress=cut_at(3)).fit()
+    trainer(state_dir=tmp_path, optimizer=Rescaled).fit()
+    assert read_ledger(tmp_path / "ledger.jsonl").charged_steps == 6
+
+
 def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -669,7 +703,9 @@ def test_a_checkpoint_of_another_training(options, what, tmp_path) -> None:
     other = trainer(state_dir=tmp_path, **options)
     with pytest.raises(CheckpointError, match=what) as caught:
         other.fit()
-    assert re.search("another model, optimizer or ema_decay|another folder with a budget", str(caught.value))
+    assert re.search(
+        "another model, optimizer or ema_decay|begin anew in another folder, with a budget that adds", str(caught.value)
+    )
     assert read_ledger(tmp_path / "ledger.jsonl").charged_steps == 3, "refused before a step is spent"
 
 
@@ -757,6 +793,22 @@ def test_objectives_are_shown_again_while_weights_move() -> None:
     with pytest.raises(CaptureError, match="changing one example changes the loss of another"):
         t.fit()
     assert t.charged_steps == 1
+
+
+def test_what_an_objective_comes_to_do_is_seen_before_the_last_step(monkeypatch) -> None:
+    """It begins to mix after 3 updates, when there is no time for more repeats than the first."""
+    monkeypatch.setattr("dpfast.pace.FREE", 0.0)
+    monkeypatch.setattr("dpfast.pace.SHARE", 0.0)
+
+    def later(*arguments):
+        losses = objective(*arguments)
+        return losses - torch.where(torch.tensor(later.mixes), losses.detach().mean(), torch.zeros(()))
+
+    later.mixes = False
+    t = trainer(objective=later, progress=lambda step, *_: setattr(later, "mixes", step >= 3))
+    with pytest.raises(CaptureError, match="changing one example changes the loss of another"):
+        t.fit()
+    assert t.charged_steps == 5
 
 
 def test_objectives_that_reduce_or_know_no_keys() -> None:

@@ -171,6 +171,13 @@ class GhostClipper:
         self._written.clear()
         self._begun = None
 
+    def show_again(self) -> None:
+        """Have it shown with the next batch that examples stay apart, if anything has changed since it was: otherwise
+        it is after 1, 2, 4, 8, ... updates, or as soon after that as it takes 1% of the time (``dpfast.pace``).
+        ``DPOptimizer`` asks for it before the last step of the plan.
+        """
+        self._pace.insist()
+
     def __enter__(self) -> Self:
         if self._capture is not None:
             raise CaptureError("this clipper is already active: leave its `with` block before entering it again")

@@ -287,9 +287,9 @@ class _State:
     def follows(self, record: dict[str, Any]) -> bool:
         """Whether the record is the next step, or the next draw of its release."""
         if "release" not in record:
-            return bool(record.get("step") == self.steps + 1)
+            return _is_number(record.get("step"), self.steps + 1)
         place = record["release"]
-        return isinstance(place, int) and bool(record.get("draw") == self.draws[place] + 1)
+        return type(place) is int and _is_number(record.get("draw"), self.draws[place] + 1)
 
     def _chained(self, record: dict[str, Any]) -> str:
         return hashlib.sha256((self._checksum + json.dumps(record)).encode()).hexdigest()
@@ -363,6 +363,11 @@ def _decoded(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _is_number(value: object, expected: int) -> bool:
+    """1.0 and true are not 1."""
+    return type(value) is int and value == expected
 
 
 def _is_of(header: dict[str, Any], plan: Plan) -> bool:

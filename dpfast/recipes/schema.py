@@ -102,8 +102,8 @@ class Pretrain:
 
     steps: int = at_least(0)
     batch_size: int = above(0)
-    learning_rate: float = above(0)
-    weight_decay: float = at_least(0)
+    learning_rate: float = between(0, 1e6)
+    weight_decay: float = within(0, 1e6)
     ema_decay: float = within(0, 1)
     weights: str | None = None
 
@@ -127,7 +127,7 @@ class Private:
     steps: int = above(0)
     augmult: int = above(0)
     max_grad_norm: float = above(0)
-    learning_rate: float = above(0)
+    learning_rate: float = between(0, 1e6)
     warmup_steps: int = at_least(0)
     ema_decay: float = within(0, 1)
     timesteps: tuple[tuple[float, float, float], ...]
@@ -176,7 +176,7 @@ class Baseline:
     steps: int = above(0)
     augmult: int = above(0)
     max_grad_norm: float = above(0)
-    learning_rate: float = above(0)
+    learning_rate: float = between(0, 1e6)
     warmup_steps: int = at_least(0)
     ema_decay: float = within(0, 1)
     shift: int = at_least(0)
@@ -196,11 +196,11 @@ class Evaluate:
     extractor_steps: int = above(0)
     steps: int = above(0)
     batch_size: int = above(0)
-    learning_rate: float = above(0)
+    learning_rate: float = between(0, 1e6)
     network: Literal["small-cnn", "wrn-40-4", "wrn-16-4", "wrn-16-1", "resnet-18"] = "small-cnn"
     norm: Literal["group", "batch"] = "group"
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = at_least(0, default=0.05)
+    weight_decay: float = within(0, 1e6, default=0.05)
     warp: float = at_least(0, default=0.12)
     pixel_noise: float = at_least(0, default=0.1)
     flip: bool = False
@@ -216,7 +216,7 @@ class Recipe:
     """
 
     name: str
-    seed: int = at_least(0)
+    seed: int = within(0, 2**32)
     data: Data
     model: Model
     diffusion: Diffusion
