@@ -1,6 +1,7 @@
 """DPOptimizer: the one place where a private sum becomes an update."""
 
 import inspect
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -115,9 +116,9 @@ class DPOptimizer(torch.optim.Optimizer):
         self.ledger.charge(step)
         trainable = self._trainable()
         scale, grid = self.plan.noise_on(sum(p.numel() for p in trainable.values()))
-        for name, parameter in trainable.items():
+        for parameter in trainable.values():
             parameter.grad = self._noised_mean(parameter, scale, grid)
-            check_finite(step, name, parameter.grad)
+        check_finite(step, {name: p.grad for name, p in trainable.items() if p.grad is not None})
         self._stepping = True
         self.optimizer.step()
 
@@ -194,7 +195,8 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def _coverage_problems(self) -> list[str]:
         found = []
-        covered = {id(p): name for name, p in self.clipper.parameters.items()}
+        parameters = self.clipper.parameters
+        covered = {id(p): name for name, p in parameters.items()}
         optimized = {id(p): p for group in self.param_groups for p in group["params"]}
         for key, p in optimized.items():
             name = covered.get(key, f"a parameter of shape {tuple(p.shape)}")
@@ -202,7 +204,7 @@ class DPOptimizer(torch.optim.Optimizer):
                 found.append(f"{name} is optimized but not clipped; build the clipper on the model that has it")
             elif not p.requires_grad and p.grad is not None:
                 found.append(f"{name} is frozen but has a gradient; set its grad to None, or unfreeze it")
-        missing = [name for name, p in self._trainable().items() if id(p) not in optimized]
+        missing = [name for name, p in parameters.items() if p.requires_grad and id(p) not in optimized]
         if missing:
             are = "is" if len(missing) == 1 else "are"
             found.append(
@@ -222,13 +224,15 @@ def _memory_ledger(clipper: Clipper, plan: Plan) -> Ledger:
     return ledger
 
 
-def check_finite(step: int, name: str, noised: torch.Tensor) -> None:
-    """Raises DPFastError, which may depend on the data: it tells what the noised gradient does."""
-    if not torch.isfinite(noised).all():
-        raise DPFastError(
-            f"step {step}: the noised gradient of {name} ({noised.dtype}) is not finite; use a wider dtype for the"
-            " parameters, or a smaller max_grad_norm"
-        )
+def check_finite(step: int, noised: Mapping[str, torch.Tensor]) -> None:
+    """Raises DPFastError, which may depend on the data: it tells what noised gradients do."""
+    if math.isfinite(torch.nn.utils.get_total_norm(noised.values(), math.inf)):
+        return
+    name = next(name for name, grad in noised.items() if not torch.isfinite(grad).all())
+    raise DPFastError(
+        f"step {step}: the noised gradient of {name} ({noised[name].dtype}) is not finite; use a wider dtype for the"
+        " parameters, or a smaller max_grad_norm"
+    )
 
 
 def _itemised(what: str, problems: list[str]) -> str:

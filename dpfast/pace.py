@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SHARE = 0.01  # of the time, that each may take
+SHARE = 0.005  # of the time, that each may take
 FREE = 0.25  # seconds that it may take in any case
 
 

@@ -68,7 +68,7 @@ class DPTrainer:
         sampling nor dropout nor random transforms of the data set, which come from the operating system.
     state_dir: ledger and checkpoint, of one data set (another of the same size is not noticed); None keeps the ledger
         in memory and writes nothing. Checkpoints are written 50 times over a run, less often where that takes more than
-        1% of the time.
+        0.5% of the time.
     performance: ``microbatch`` examples run at a time; by default as many as make some 65,000 numbers of input (two
         million on a GPU), and no more than the expected batch; fewer, down to some rows of one, where
         ``memory_budget`` asks for it.

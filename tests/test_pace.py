@@ -26,7 +26,7 @@ def test_an_allowance_is_a_moment_and_a_share_of_the_time(clock):
     with allowance.spending():
         clock.now += 1.5
     assert not allowance.is_left()
-    clock.now += 290
+    clock.now += 590
     assert not allowance.is_left()  # for as much again
     clock.now += 10
     assert allowance.is_left()
@@ -94,10 +94,10 @@ def test_a_probe_that_is_due_waits_until_there_is_time(clock):
     pace.changed("parameters")
     assert not pace.take()
     for _ in range(10):
-        clock.now += 70
+        clock.now += 140
         pace.changed("parameters")
         assert not pace.take()
-    clock.now += 100
+    clock.now += 200
     assert pace.take()
     assert not pace.take()
 

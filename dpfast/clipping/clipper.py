@@ -173,7 +173,7 @@ class GhostClipper:
 
     def show_again(self) -> None:
         """Have it shown with the next batch that examples stay apart, if anything has changed since it was: otherwise
-        it is after 1, 2, 4, 8, ... updates, or as soon after that as it takes 1% of the time (``dpfast.pace``).
+        it is after 1, 2, 4, 8, ... updates, or as soon after that as it takes 0.5% of the time (``dpfast.pace``).
         ``DPOptimizer`` asks for it before the last step of the plan.
         """
         self._pace.insist()
