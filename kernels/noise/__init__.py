@@ -61,7 +61,8 @@ def _run(x: Tensor, scale: float, divisor: float, grid: float, key: list[int], b
     if out.stride() != x.stride():  # x has gaps, or numbers in several places
         x = torch.empty_like(out).copy_(x)
     chosen = choose(backend, x, native=_DTYPES, triton=_DTYPES)
-    implementation(__name__, chosen).noised(_in_memory(x), _in_memory(out), scale, divisor, grid, key)
+    numbers = (x, out) if chosen == "native" else (_in_memory(x), _in_memory(out))  # which needs their place alone
+    implementation(__name__, chosen).noised(*numbers, scale, divisor, grid, key)
     return out
 
 
