@@ -943,3 +943,42 @@ def test_what_a_model_comes_to_do_is_seen_before_the_last_step(monkeypatch):
     with pytest.raises(CaptureError, match=r"changing one example.s input changes"):
         train()
     assert optimizer.steps_taken == 5
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["any size", "one size alone"])
+def test_a_repeated_probe_takes_few_examples_where_the_model_does(fixed):
+    sizes = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.open = nn.Linear(4, 3), torch.tensor(False)
+
+        def forward(self, x):
+            if fixed and len(x) != 24:
+                raise ValueError("another size")
+            sizes.append(len(x))
+            out = self.layer(x)
+            return out - torch.where(self.open, out.detach().mean(0), torch.zeros(3))
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(24, 4)
+    clipper = GhostClipper(model, max_grad_norm=1.0, augmult=2)
+
+    def step():
+        sizes.clear()
+        with clipper:
+            clipper.backward(model(x).square().sum(1))
+        clipper.zero_grad()
+        with torch.no_grad():
+            model.layer.weight += 0.01
+
+    step()
+    assert set(sizes) == {24}
+    step()
+    assert set(sizes) == ({24} if fixed else {24, 16})
+    assert sizes.count(24) == (4 if fixed else 1)
+    model.open.fill_(True)
+    clipper.show_again()
+    with pytest.raises(CaptureError, match=r"changing one example's input changes"):
+        step()

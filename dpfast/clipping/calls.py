@@ -4,7 +4,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +15,14 @@ from dpfast.clipping.capture import Capture
 from dpfast.clipping.ownership import ENOUGH_STEPS, MOST_PATHS
 from dpfast.clipping.problems import Problem, listed, refuse
 from dpfast.clipping.synthetic import Synthetic, Verdict, forward_verdict, is_mask, repeated_verdict, thorough_verdict
-from dpfast.clipping.trees import leaves, tensors_in
+from dpfast.clipping.trees import leaves, replace_tensors, tensors_in
 from dpfast.clipping.watch import changed, seen
 from dpfast.errors import CaptureError
 from dpfast.seeding import RandomState
 
 Said = Verdict | Literal["mixed, or square"]
 _PLAIN = (bool, int, float, str, type(None))
+FEW_EXAMPLES = 8  # of a probe that is repeated
 FAINT = 1e-2  # times an activation of 1, and rounding to 1e-5 of it: a tenth of a percent still shows
 
 
@@ -66,7 +67,8 @@ class Autocast:
 class Call:
     """One call of a module by the user's code, and what the step had run before and after it.
 
-    optional: made without gradients, and of interest only if it has the rows of the losses.
+    optional: made without gradients, and of interest only if it has the rows of the losses. compiled: another size of
+    batch would be compiled anew.
     """
 
     module: Callable[..., Any]  # a module, or a compiled region
@@ -76,6 +78,7 @@ class Call:
     autocast: Autocast
     before: int
     optional: bool
+    compiled: bool
     after: int = 0
 
     def shape(self) -> Hashable:
@@ -90,12 +93,25 @@ class Call:
     def verdict(self, capture: Capture, rows: int, augmult: int, seed: int | None) -> tuple[Said, bool]:
         """Of the forward probe, with the weights as they are and, the first time, without those that hide and on other
         input; whether it ran what the step ran. seed: of the examples that are changed (None: the first time).
+
+        After the first time a few examples will do, where the model runs on a smaller batch as on this one.
         """
-        given = list(tensors_in((self.args, self.kwargs)))
-        batch = Synthetic(rows, augmult)
-        dims = {batch.dim(t) for t in given} - {None}
+        given = (self.args, self.kwargs)
+        batch, few = Synthetic(rows, augmult), Synthetic(FEW_EXAMPLES * augmult, augmult)
+        dims = {batch.dim(t) for t in tensors_in(given)} - {None}
         if not dims:
             return "apart" if self.optional else "unseen", True
+        if seed is not None and batch.examples > FEW_EXAMPLES and not self.compiled:
+            with suppress(CaptureError):
+                first = replace_tensors(given, lambda t: batch.first(t, FEW_EXAMPLES))
+                said, same_path = self._said(capture, first, few, seed)
+                if said == "apart" and same_path:
+                    return said, same_path
+        return self._said(capture, given, batch, seed)
+
+    def _said(self, capture: Capture, given: Any, batch: Synthetic, seed: int | None) -> tuple[Said, bool]:
+        args, kwargs = given
+        dims = {batch.dim(t) for t in tensors_in(given)} - {None}
         same_path = True
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +126,7 @@ class Call:
             nonlocal same_path
             same_before = same_path
             try:
-                return forward_verdict(run, self.args, self.kwargs, numbers, public=is_mask, seed=seed)
+                return forward_verdict(run, args, kwargs, numbers, public=is_mask, seed=seed)
             finally:
                 if numbers is not batch:  # what other weights and inputs call is not what the step called
                     same_path = same_before
@@ -129,7 +145,7 @@ class Call:
                 "the model fails on synthetic input of the batch's own shapes, by which it is shown that it keeps"
                 f" examples apart ({type(error).__name__}: {error}). Let it run on any numbers in its inputs' range"
             ) from error
-        if said == "mixed" and any(map(batch.square, given)):
+        if said == "mixed" and any(map(batch.square, tensors_in(given))):
             said = "mixed, or square"
         return said, same_path
 
@@ -325,8 +341,16 @@ class ModelCalls:
                 capture.detach = not (self.one_by_one and 0 < rows <= self.augmult)  # all rows of one example, or some
             if not self._calls and not capture.started:
                 capture.tape.trace = 0  # what the user's code did before is none of the model's path
+            compiled = not isinstance(module, nn.Module) or runs_compiled(module) or self._compiled is not None
             self._open = Call(
-                module, args, kwargs, RandomState(), Autocast(), capture.tape.trace, optional=not with_grad
+                module,
+                args,
+                kwargs,
+                RandomState(),
+                Autocast(),
+                capture.tape.trace,
+                optional=not with_grad,
+                compiled=compiled,
             )
             self._calls.append(self._open)
             capture.inside_model = True

@@ -42,6 +42,11 @@ class Synthetic:
         per_example = found is None and t.ndim > 0 and t.shape[0] == self.examples > 1
         return 0 if per_example else found
 
+    def first(self, t: Tensor, examples: int) -> Tensor:
+        """The rows of the first examples alone."""
+        dim = self.dim(t)
+        return t if dim is None else t.narrow(dim, 0, t.shape[dim] // self.examples * examples)
+
     def square(self, t: Tensor) -> bool:
         """Whether a second dimension looks the same."""
         return t.ndim > 1 and t.shape[0] == t.shape[1] == self.rows
