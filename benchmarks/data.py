@@ -32,7 +32,7 @@ CHUNK = 1000
 def row_of(model: str, augmult: int) -> Row:
     """A full physical batch, as ``DPTrainer`` makes it."""
     of = MODELS[model]
-    size = usual_size(Performance(), augmult, of.channels * of.size**2, RATE * COUNT)
+    size = usual_size(Performance(), augmult, of.channels * of.size**2, RATE * COUNT, COUNT)
     return Row(model, size.examples, augmult)
 
 

@@ -14,10 +14,13 @@ from typing import Any
 
 from dpfast.errors import FileError
 
-_CURES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Change its permissions"),
-}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room: on the disk, in a quota, below the largest size of a file."""
+    return error.errno in _FULL
 
 
 def write_atomic(path: str | os.PathLike[str], *parts: str | bytes | memoryview) -> None:
@@ -40,7 +43,8 @@ def write_atomic(path: str | os.PathLike[str], *parts: str | bytes | memoryview)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        cure = _CURES.get(error.errno or 0, "Choose another folder")
+        cure = "Change its permissions" if error.errno in _FORBIDDEN else "Choose another folder"
+        cure = "Make room" if is_full(error) else cure
         raise FileError(
             f"cannot write {path}: {error.strerror}; the previous file, if any, is intact. {cure}, then run again"
         ) from error

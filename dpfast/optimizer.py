@@ -11,7 +11,7 @@ from torch import nn
 from dpfast.clipping.problems import listed
 from dpfast.errors import BudgetExhausted, ConfigError, DPFastError, PrivacyError
 from dpfast.privacy.entropy import noised
-from dpfast.privacy.ledger import Ledger
+from dpfast.privacy.ledger import Ledger, all_spent
 from dpfast.privacy.plan import Plan
 
 
@@ -163,13 +163,10 @@ class DPOptimizer(torch.optim.Optimizer):
             raise error(_itemised("this step is refused, nothing was updated", problems))
 
     def _spent(self) -> str:
-        said = (
-            f"all {self.plan.steps} planned steps are spent; a longer training is another Plan, from its first step on"
+        of_clipper = (
+            "the ledger in memory counts for all optimizers of a clipper; tests may give each Ledger(None, plan)"
         )
-        memory = (
-            " (the ledger in memory counts for all optimizers of a clipper; tests may give each Ledger(None, plan))"
-        )
-        return said + memory if self._in_memory else said
+        return f"{all_spent(self.plan)} ({of_clipper})" if self._in_memory else all_spent(self.plan)
 
     def _problems(self, closure: object) -> list[str]:
         found = []

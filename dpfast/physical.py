@@ -33,13 +33,18 @@ class Size:
         return replace(self, rows=math.ceil(self.rows / 2)) if self.rows > 1 else None
 
 
-def usual_size(performance: Performance, augmult: int, numbers_per_example: int, expected_batch_size: float) -> Size:
-    """Of a full physical batch, where no memory budget asks for less: no more than the expected batch."""
+def usual_size(
+    performance: Performance, augmult: int, numbers_per_example: int, expected_batch_size: float, dataset_size: int
+) -> Size:
+    """Of a full physical batch, where no memory budget asks for less: no more than the expected batch, or where
+    ``microbatch`` says how many, than the data set.
+    """
     if performance.form == "example":
         return Size(1, augmult)
     numbers = NUMBERS_OF_GPU if performance.device.startswith("cuda") else NUMBERS
     fits = max(1, numbers // (augmult * numbers_per_example))
-    return Size(performance.microbatch or min(fits, math.ceil(expected_batch_size)), augmult)
+    usual = performance.microbatch or min(fits, math.ceil(expected_batch_size))
+    return Size(min(usual, dataset_size), augmult)
 
 
 def largest_fitting(size: Size, fits: Callable[[Size], bool]) -> Size | None:

@@ -255,9 +255,8 @@ class DPTrainer:
     @functools.cached_property
     def physical_size(self) -> Size:
         """Of a full physical batch: what ``performance`` says, or fits its memory budget; less once memory ran out."""
-        expected = self.plan.expected_batch_size
-        usual = usual_size(self.performance, self.augmult, self._numbers_per_example, expected)
-        return self.fitting(replace(usual, examples=min(usual.examples, len(self.examples))))
+        expected, most = self.plan.expected_batch_size, self.plan.dataset_size
+        return self.fitting(usual_size(self.performance, self.augmult, self._numbers_per_example, expected, most))
 
     def fitting(self, size: Size, *, device: str | None = None) -> Size:
         """The largest physical batch up to ``size`` that is predicted to keep to the memory budget (device: as for

@@ -274,7 +274,7 @@ def test_dropout_is_drawn_alike_when_run_again_and_apart_in_each_part() -> None:
 
 
 def test_a_gpu_takes_more_rows_at_a_time() -> None:
-    sizes = [usual_size(Performance(device=name), 4, 3 * 32 * 32, 1e4) for name in ("cpu", "cuda", "cuda:1")]
+    sizes = [usual_size(Performance(device=name), 4, 3 * 32 * 32, 1e4, 100_000) for name in ("cpu", "cuda", "cuda:1")]
     assert sizes == [Size(5, 4), Size(170, 4), Size(170, 4)]
 
 

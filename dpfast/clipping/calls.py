@@ -67,8 +67,7 @@ class Autocast:
 class Call:
     """One call of a module by the user's code, and what the step had run before and after it.
 
-    optional: made without gradients, and of interest only if it has the rows of the losses. compiled: another size of
-    batch would be compiled anew.
+    optional: made without gradients, and of interest only if it has the rows of the losses.
     """
 
     module: Callable[..., Any]  # a module, or a compiled region
@@ -78,7 +77,6 @@ class Call:
     autocast: Autocast
     before: int
     optional: bool
-    compiled: bool
     after: int = 0
 
     def shape(self) -> Hashable:
@@ -90,28 +88,28 @@ class Call:
         )
         return self.module, kinds, tuple(self.kwargs)
 
-    def verdict(self, capture: Capture, rows: int, augmult: int, seed: int | None) -> tuple[Said, bool]:
+    def verdict(
+        self, capture: Capture, rows: int, augmult: int, seed: int | None, *, compiled: bool
+    ) -> tuple[Said, bool]:
         """Of the forward probe, with the weights as they are and, the first time, without those that hide and on other
         input; whether it ran what the step ran. seed: of the examples that are changed (None: the first time).
 
-        After the first time a few examples will do, where the model runs on a smaller batch as on this one.
+        After the first time a few examples will do, where the model runs on a smaller batch as on this one. compiled:
+        another size of batch would be compiled anew.
         """
-        given = (self.args, self.kwargs)
-        batch, few = Synthetic(rows, augmult), Synthetic(FEW_EXAMPLES * augmult, augmult)
-        dims = {batch.dim(t) for t in tensors_in(given)} - {None}
-        if not dims:
+        given, batch = (self.args, self.kwargs), Synthetic(rows, augmult)
+        if not batch.dims(given):
             return "apart" if self.optional else "unseen", True
-        if seed is not None and batch.examples > FEW_EXAMPLES and not self.compiled:
+        if seed is not None and batch.examples > FEW_EXAMPLES and not compiled:
             with suppress(CaptureError):
                 first = replace_tensors(given, lambda t: batch.first(t, FEW_EXAMPLES))
-                said, same_path = self._said(capture, first, few, seed)
-                if said == "apart" and same_path:
-                    return said, same_path
+                found = self._said(capture, first, Synthetic(FEW_EXAMPLES * augmult, augmult), seed)
+                if found == ("apart", True):
+                    return found
         return self._said(capture, given, batch, seed)
 
     def _said(self, capture: Capture, given: Any, batch: Synthetic, seed: int | None) -> tuple[Said, bool]:
         args, kwargs = given
-        dims = {batch.dim(t) for t in tensors_in(given)} - {None}
         same_path = True
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -139,7 +137,7 @@ class Call:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if dims == {1}:  # as many features as rows, by chance
+            if batch.dims(given) == {1}:  # as many features as rows, by chance
                 return "unseen", True
             raise CaptureError(
                 "the model fails on synthetic input of the batch's own shapes, by which it is shown that it keeps"
@@ -341,16 +339,8 @@ class ModelCalls:
                 capture.detach = not (self.one_by_one and 0 < rows <= self.augmult)  # all rows of one example, or some
             if not self._calls and not capture.started:
                 capture.tape.trace = 0  # what the user's code did before is none of the model's path
-            compiled = not isinstance(module, nn.Module) or runs_compiled(module) or self._compiled is not None
             self._open = Call(
-                module,
-                args,
-                kwargs,
-                RandomState(),
-                Autocast(),
-                capture.tape.trace,
-                optional=not with_grad,
-                compiled=compiled,
+                module, args, kwargs, RandomState(), Autocast(), capture.tape.trace, optional=not with_grad
             )
             self._calls.append(self._open)
             capture.inside_model = True
@@ -393,13 +383,19 @@ class ModelCalls:
         self._tries.clear()
         self._times += 1
 
+    def _runs_compiled(self, module: Callable[..., Any]) -> bool:
+        return self._compiled is not None or not isinstance(module, nn.Module) or runs_compiled(module)
+
     def _probe(self, rows: int, seed: int | None) -> tuple[str, bool]:
         names = {id(m): name.removeprefix("_orig_mod").removeprefix(".") for name, m in self.model.named_modules()}
         assert self._capture is not None
         calls = list({call.shape(): call for call in reversed(self._calls)}.values())
         self._depth = 1  # what the probe calls is no call of the user's
         with no_trace_left(self.model):
-            verdicts = [call.verdict(self._capture, rows, self.augmult, seed) for call in calls]
+            verdicts = [
+                call.verdict(self._capture, rows, self.augmult, seed, compiled=self._runs_compiled(call.module))
+                for call in calls
+            ]
         self._depth = 0
         said = {verdict for verdict, _ in verdicts}
         same_path = all(same and verdict != "partly" for verdict, same in verdicts)

@@ -42,6 +42,10 @@ class Synthetic:
         per_example = found is None and t.ndim > 0 and t.shape[0] == self.examples > 1
         return 0 if per_example else found
 
+    def dims(self, given: Any) -> set[int]:
+        """Of all tensors in it."""
+        return {dim for t in tensors_in(given) if (dim := self.dim(t)) is not None}
+
     def first(self, t: Tensor, examples: int) -> Tensor:
         """The rows of the first examples alone."""
         dim = self.dim(t)

@@ -27,6 +27,11 @@ _ADDS = "what was spent stays spent and adds to its epsilon"
 _RESTORE = f"Restore a copy made after its last step, or begin elsewhere: {_ADDS}"
 
 
+def all_spent(plan: Plan) -> str:
+    """What is said where a step is asked for after the plan's last."""
+    return f"all {plan.steps} planned steps are spent; a longer training is another Plan, from its first step on"
+
+
 def library_version() -> str:
     """Version of the installed dpfast, for what is written down."""
     try:
@@ -105,10 +110,7 @@ class Ledger:
         if step != self.charged_steps + 1:
             raise LedgerError(f"ledger {self._name}: expected step {self.charged_steps + 1}, got {step}")
         if step > self.plan.steps:
-            raise BudgetExhausted(
-                f"all {self.plan.steps} planned steps are spent; a longer training is another Plan, from its first step"
-                f" on, and {_ADDS}"
-            )
+            raise BudgetExhausted(f"{all_spent(self.plan)}, and {_ADDS}")
         self._append(_record(step, self._marks_debug))
 
     def charge_release(self, release: GaussianRelease) -> None:

@@ -108,8 +108,9 @@ class _Measured:
 
     def _physical_batch(self) -> int:
         """Images of it, as ``DPTrainer`` chooses them."""
-        numbers, expected = math.prod(self.run.private.image_shape), self.plan.expected_batch_size
-        return usual_size(self.run.recipe.performance, self.training.augmult, numbers, expected).examples
+        performance, numbers = self.run.recipe.performance, math.prod(self.run.private.image_shape)
+        expected, most = self.plan.expected_batch_size, self.plan.dataset_size
+        return usual_size(performance, self.training.augmult, numbers, expected, most).examples
 
     def _step(self, batch: float) -> float:
         """Seconds of a step with so many images on average: the mean of two, after one to warm up."""

@@ -48,7 +48,7 @@ def _on(run: Run, trainer: DPTrainer, device: str) -> Foreseen:
     """A physical batch as ``DPTrainer`` makes it there; what is not private takes what its ordinary step does."""
     kind, elsewhere = ("cpu", None) if device == HERE else ("cuda", device)
     there, numbers = replace(run.recipe.performance, device=kind), math.prod(run.private.image_shape)
-    usual = usual_size(there, trainer.augmult, numbers, run.plan.expected_batch_size)
+    usual = usual_size(there, trainer.augmult, numbers, run.plan.expected_batch_size, run.plan.dataset_size)
     size = trainer.fitting(usual, device=elsewhere)
     plan = trainer.plan_step(size, device=elsewhere)
     rows = size.examples * size.rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpfast.errors import ConfigError, FileError, LedgerError
-from dpfast.files import make_folder, remove, sync, write_json
+from dpfast.files import is_full, make_folder, remove, sync, write_json
 from dpfast.privacy.ledger import read_ledger
 from dpfast.progress import Progress
 
@@ -138,8 +137,7 @@ class Stage:
         self._write(done=True)
 
     def _stopped(self, error: OSError) -> FileError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        cure = "make room, then run again" if full else "run again when that is mended"
+        cure = "make room, then run again" if is_full(error) else "run again when that is mended"
         return FileError(f"stage {self.name!r} stopped: {error}; {cure}")
 
     def _write(self, *, done: bool) -> None:
