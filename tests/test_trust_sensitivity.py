@@ -82,7 +82,7 @@ def test_the_promised_sensitivity_of_networks_that_nobody_thought_of():
         tried.add(architecture)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*correct and slow")  # the vmapped fallback
-            # After an instance norm the mean over positions hardly moves: in bfloat16 a probe sees nothing, and says so.
+            # After an instance norm the mean of positions hardly moves: a probe in bfloat16 sees nothing, and says so.
             warnings.filterwarnings("ignore", message=".*its output does not depend on its input")
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # torch's, of RMSNorm
             seen.append(measured(architecture, EVERY if trust.FULL else SOME))

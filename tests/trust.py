@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 FULL = bool(os.environ.get("DPFAST_TRUST"))
 
@@ -18,6 +18,7 @@ def tries(few: int, many: int) -> Callable[..., Any]:
         deadline=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # to shrink what failed takes minutes: that is for who looks for the cause
     )
 
 
