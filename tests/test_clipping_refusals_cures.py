@@ -438,11 +438,20 @@ def looked_up(model, rows):
     return model(rows[0] * rows[0][:, 1][(rows[0][:, 0].abs() % 6).long(), None]).square().mean(1)
 
 
+def all_alike(model, rows):
+    return model(rows[0], torch.zeros(6, dtype=torch.long)).square().mean(1)
+
+
 OF_WARNINGS = {  # a forward function, a loss, what is said
     "unused": (lambda m, x: F.linear(x, m.p), losses, "no loss depends on other: .*; freeze what stays"),
     "read out": (other_calls, losses, r"\(__bool__\).* Use torch\.where, or decide outside of the model"),
     "selected": (lambda m, x: F.linear(x, m.p), looked_up, r"by __getitem__.* Look things up before the block, or in"),
     "other calls": (other_calls, losses, "on synthetic input it calls other functions than on the batch's own"),
+    "labels of 0": (
+        lambda m, x, of: F.linear(x + of[:, None], m.p),
+        all_alike,
+        r"its inputs \(labels, say\) was 0 in every row",
+    ),
     "unmoved": (of_no_input, losses, "its output does not depend on its input"),
     "attribute": (by_attribute, losses, r"it reads Raw\.kept, .* hand tensors over as arguments, their rows along"),
 }

@@ -363,16 +363,14 @@ class ModelCalls:
         path = self.path()
         if path in self._shown or rows <= self.augmult:  # one example alone meets nobody
             return ""
-        unseen, same_path = self._probe(rows, seed=self._times if path in self._before_updates else None)
+        words, may_come = self._probe(rows, seed=self._times if path in self._before_updates else None)
         self._tries[path] += 1
         if len(self._shown) > MOST_PATHS:
             self.forget()
         given_up = self._tries[path] >= ENOUGH_STEPS
-        if (same_path and not unseen) or given_up:
+        if given_up or not words:
             self._shown.add(path)
-        if given_up and not unseen:
-            return "on synthetic input it calls other functions than on the batch's own"
-        return unseen
+        return "" if may_come and not given_up else words
 
     def forget(self, *, wholly: bool = False) -> None:
         """Show every path anew; with a few changed examples, unless wholly."""
@@ -387,6 +385,7 @@ class ModelCalls:
         return self._compiled is not None or not isinstance(module, nn.Module) or runs_compiled(module)
 
     def _probe(self, rows: int, seed: int | None) -> tuple[str, bool]:
+        """What was not shown of the path, in words or nothing, and whether another batch may show it."""
         names = {id(m): name.removeprefix("_orig_mod").removeprefix(".") for name, m in self.model.named_modules()}
         assert self._capture is not None
         calls = list({call.shape(): call for call in reversed(self._calls)}.values())
@@ -398,7 +397,6 @@ class ModelCalls:
             ]
         self._depth = 0
         said = {verdict for verdict, _ in verdicts}
-        same_path = all(same and verdict != "partly" for verdict, same in verdicts)
         if said & {"mixed", "mixed, or square"}:
             what = "changing one example's input changes the model's output for another example"
             cure = (
@@ -416,17 +414,17 @@ class ModelCalls:
             )
             refuse([Problem((), what, cure)])
         if "unrepeatable" in said:
-            return "it gives two results for one input (a generator of its own, a counter)", same_path
+            return "it gives two results for one input (a generator of its own, a counter)", False
         if not calls or "unseen" in said:
-            return "it was not called with rows [B*K, ...] from which tensors with rows come out", same_path
+            return "it was not called with rows [B*K, ...] from which tensors with rows come out", False
         if "unmoved" in said:
-            return "its output does not depend on its input", same_path
+            return "its output does not depend on its input", False
         hidden = sorted({name for call in calls for name in call.hidden(self._capture, rows, self.augmult)})
         if hidden:
             return (
                 f"it reads {listed(hidden)}, which the probe cannot vary: hand tensors over as arguments, their rows"
                 " along the first dimension"
-            ), same_path
+            ), False
         called = {call.module for call in calls if not call.optional}
         regions = [part for part in called if id(part) not in names]  # one alone is the compiled model
         parts = sorted({names.get(id(part), "compiled") for part in called if part not in regions or len(regions) > 1})
@@ -434,6 +432,10 @@ class ModelCalls:
         if parts:
             return (
                 f"its parts {listed(parts)} were called one by one, and what happens between them is unseen",
-                same_path,
+                False,
             )
-        return "", same_path
+        if "partly" in said:
+            return "one of its inputs (labels, say) was 0 in every row, which the probe did not change", True
+        if not all(same for _, same in verdicts):
+            return "on synthetic input it calls other functions than on the batch's own", True
+        return "", False
