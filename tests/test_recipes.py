@@ -19,6 +19,20 @@ def test_bundled_recipes_load_and_survive_being_written(name, tmp_path):
     assert load(name) != recipe
 
 
+@pytest.mark.parametrize("name", ["\0", "\x7f", '\x1b"\\\n\t', "\x85é"])
+def test_strange_names_survive_being_written(name, tmp_path):
+    recipe = load("digits", [f"data.private=a{name}b"])
+    path = tmp_path / "copy.toml"
+    path.write_text(to_toml(recipe), encoding="utf-8")
+    assert load(path) == recipe
+    assert recipe.data.private == f"a{name}b"
+
+
+def test_a_setting_that_is_no_text_is_refused():
+    with pytest.raises(ConfigError, match=r"'data\.private=\\udc80': expected text in UTF-8"):
+        load("digits", ["data.private=\udc80"])
+
+
 def test_the_process_and_its_settings_survive_being_written(tmp_path):
     recipe = load("digits", ["process=edm", "sampler=heun", "sigma_data=0.3", "p_mean=-2", "p_std=1.5"])
     path = tmp_path / "copy.toml"

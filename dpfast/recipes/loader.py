@@ -107,6 +107,8 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = (part.strip() for part in override.partition("="))
+    if any("\ud800" <= letter <= "\udfff" for letter in override):  # bytes of the command line that are no text
+        raise ConfigError(f"--set {override!r}: expected text in UTF-8")
     if not equals or not key:
         raise ConfigError(f"--set {override}: expected key=value, for example --set target_epsilon=1")
     *sections, name = _full_key(key).split(".")
