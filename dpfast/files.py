@@ -50,6 +50,11 @@ def write_atomic(path: str | os.PathLike[str], *parts: str | bytes | memoryview)
         ) from error
 
 
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether it exists. A name that is too long for a file, for which ``Path.exists`` raises OSError, does not."""
+    return os.path.exists(path)
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder, and those above it that are missing, durably. Raises OSError when it cannot be made."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

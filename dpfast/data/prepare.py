@@ -12,6 +12,7 @@ from dpfast.data.pictures import RESIZING, resized
 from dpfast.data.store import Store, open_store
 from dpfast.data.store_writer import StoreWriter
 from dpfast.errors import ConfigError
+from dpfast.files import is_there
 from dpfast.progress import Progress, silent
 
 
@@ -45,7 +46,7 @@ def prepare_store(
     if partial and form.published is None:
         raise ConfigError(f"partial: nothing is published of {name!r} to be a part of; leave it out")
     files = Source(source, published=form.published, size=size or form.size, partial=partial)
-    if not source.exists():
+    if not is_there(source):
         raise files.missing("a file or folder")
     reading = form.read(files)
     if form.published is not None and not partial:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dpfast.errors import ConfigError, FileError
-from dpfast.files import read_json
+from dpfast.files import is_there, read_json
 from dpfast.seeding import seeded
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def load_unet(folder: str | Path) -> "UNet2DModel":
     from diffusers import UNet2DModel
 
     folder = Path(folder)
-    folder = folder / "unet" if (folder / "model_index.json").exists() else folder
+    folder = folder / "unet" if is_there(folder / "model_index.json") else folder
     _check_class(folder)
     network: Any = UNet2DModel
     try:
