@@ -55,6 +55,11 @@ def is_there(path: str | os.PathLike[str]) -> bool:
     return os.path.exists(path)
 
 
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether it exists and is a file, likewise."""
+    return os.path.isfile(path)
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder, and those above it that are missing, durably. Raises OSError when it cannot be made."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -28,6 +28,15 @@ def test_strange_names_survive_being_written(name, tmp_path):
     assert recipe.data.private == f"a{name}b"
 
 
+def test_a_folder_named_like_a_recipe_is_none(tmp_path):
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"no recipe file .*folder\.toml: expected an existing \.toml file"):
+        load(str(tmp_path / "folder.toml"))
+    (tmp_path / "own.toml").write_text('base = "folder.toml"')
+    with pytest.raises(ConfigError, match=r"no recipe file folder\.toml"):
+        load(str(tmp_path / "own.toml"))
+
+
 def test_a_setting_that_is_no_text_is_refused():
     with pytest.raises(ConfigError, match=r"'data\.private=\\udc80': expected text in UTF-8"):
         load("digits", ["data.private=\udc80"])

@@ -516,9 +516,8 @@ def test_a_charged_step_that_was_not_saved_is_lost_and_not_repeated(tmp_path, mo
 
 
 def test_a_kill_loses_at_most_two_percent(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(
-        "dpfast.pace.FREE", math.inf
-    )  # on a machine that is busy, writing takes longer than its allowance
+    # On a machine that is busy, writing takes longer than its allowance.
+    monkeypatch.setattr("dpfast.pace.FREE", math.inf)
     long = plan(steps=200, dataset_size=2, expected_batch_size=1)
     saved = []
     t = trainer(plan=long, state_dir=tmp_path)

@@ -21,7 +21,7 @@ from dpfast.checkpoint import weights_fingerprint
 from dpfast.data.mapped import on_disk
 from dpfast.errors import DataError, FileError
 from dpfast.evaluation.networks import Classifier
-from dpfast.files import is_there
+from dpfast.files import is_file
 from dpfast.progress import Progress, silent
 
 
@@ -169,7 +169,7 @@ def _checked(extractor: Extractor, values: Tensor, count: int) -> Tensor:
 
 
 def _load_torchscript(path: Path, device: str | torch.device) -> Any:
-    if not is_there(path):
+    if not is_file(path):
         raise FileError(f"{path}: expected a TorchScript file, there is none; give the path of a local copy")
     with warnings.catch_warnings():
         # The form in which this network is passed around, whatever torch plans for it.

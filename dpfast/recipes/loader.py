@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from dpfast.errors import ConfigError
-from dpfast.files import is_there
+from dpfast.files import is_file
 from dpfast.recipes.convert import build, flatten, nearest
 from dpfast.recipes.schema import Recipe
 
@@ -67,10 +67,10 @@ def defaults(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _find(recipe: str) -> Path:
     bundled = _FOLDER / f"{recipe}.toml"
-    if "/" not in recipe and is_there(bundled):
+    if "/" not in recipe and is_file(bundled):
         return bundled
     path = Path(recipe)
-    if path.suffix == ".toml" and is_there(path):
+    if path.suffix == ".toml" and is_file(path):
         return path
     if path.suffix == ".toml":
         raise ConfigError(f"no recipe file {recipe}: expected an existing .toml file")
@@ -93,7 +93,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"recipe {path}: base = {base!r}: expected the name of a recipe")
     beside = path.parent / base
-    merged = _read(beside if beside.suffix == ".toml" and is_there(beside) else _find(base), (*seen, path))
+    merged = _read(beside if beside.suffix == ".toml" and is_file(beside) else _find(base), (*seen, path))
     _merge(merged, values)
     return merged
 
