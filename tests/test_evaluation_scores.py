@@ -295,6 +295,8 @@ def test_a_local_torchscript_file(tmp_path):
 def test_files_that_are_no_torchscript(tmp_path):
     with pytest.raises(FileError, match="there is none"):
         torchscript_extractor(tmp_path / "missing.pt")
+    with pytest.raises(FileError, match="there is none"):
+        torchscript_extractor(tmp_path)
     (tmp_path / "text.pt").write_text("not a network")
     with pytest.raises(FileError, match="no TorchScript file"):
         torchscript_extractor(tmp_path / "text.pt")
