@@ -41,13 +41,16 @@ def save(path: str | os.PathLike[str], state: dict[str, Any], *, kind: str, fing
         raise CheckpointError(f"checkpoint: {error}") from error
 
 
-def load(path: str | os.PathLike[str], *, kind: str, fingerprint: str) -> dict[str, Any]:
+def load(path: str | os.PathLike[str], *, kind: str, fingerprint: str, content: bytes | None = None) -> dict[str, Any]:
     """The state that ``save`` wrote, tensors on the CPU.
+
+    content: of the file, where somebody else has read it.
 
     Raises CheckpointError when the file is missing, damaged, no checkpoint of dpfast, or of another kind or
     fingerprint.
     """
-    header, payload = _read(Path(path))
+    path = Path(path)
+    header, payload = _taken_apart(path, read(path) if content is None else content)
     for name, expected in (("kind", kind), ("fingerprint", fingerprint)):
         if header.get(name) != expected:
             raise CheckpointError(
@@ -72,11 +75,15 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+def read(path: Path) -> bytes:
+    """The file as it is, for ``load``."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror}); nothing was changed") from error
+
+
+def _taken_apart(path: Path, content: bytes) -> tuple[dict[str, Any], bytes]:
     first, _, rest = content.partition(b"\n")
     if not first.startswith(_MAGIC):
         raise CheckpointError(f"checkpoint {path}: this is not a checkpoint of dpfast, or it was cut off; {_CURE}")

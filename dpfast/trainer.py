@@ -5,7 +5,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpfast import checkpoint
+from dpfast.callbacks import Callback, Callbacks
 from dpfast.clipping import GhostClipper
 from dpfast.clipping.planner import StepPlan, plan_step
 from dpfast.clipping.rule import Clipping
 from dpfast.data.examples import Dataset, Examples
 from dpfast.data.keyed import RowKeys
-from dpfast.errors import CheckpointError, ConfigError, PrivacyError
+from dpfast.diagnostics import Spent, StepReport
+from dpfast.errors import CheckpointError, ConfigError, DPFastError, PrivacyError
 from dpfast.files import make_folder
 from dpfast.objective import Objective
 from dpfast.optimizer import DPOptimizer
@@ -30,6 +32,11 @@ from dpfast.physical import Batch, Size, is_out_of_memory, largest_fitting, usua
 from dpfast.privacy import Ledger, Plan, PrivacyStatement, poisson_sample, random_bytes, read_ledger
 from dpfast.probe import PROBED_EXAMPLES, show_objective
 from dpfast.progress import Progress, silent
+from dpfast.ranks import RankLedger, Ranks, gathered
+from dpfast.ranks.ledger import kept_by_first
+from dpfast.ranks.shards import Average, full_state, is_sharded, load_full_state
+from dpfast.ranks.team import check_data
+from dpfast.schedules import LearningRates, Schedule
 from dpfast.seeding import seeded
 from dpfast.unnoised import Unnoised
 
@@ -37,6 +44,12 @@ CHECKPOINTS = 50  # over a run, or fewer where writing them would take more than
 _ANEW = "begin anew in another folder, with a budget that adds to what is spent here"
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel | Average:
+    if is_sharded(model):
+        return Average(model, decay)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def _unknown_seed() -> int:
@@ -61,7 +74,9 @@ class DPTrainer:
     plan: everything that moves epsilon.
     objective: losses per row, given the examples of a batch and their ``dpfast.data.keyed.RowKeys`` (random numbers
         that belong to an example and a step, not to a place in the batch); ``DiffusionObjective`` is one.
-    optimizer: makes a torch optimizer from parameters; its learning rate is reached after ``warmup_steps``.
+    optimizer: makes a torch optimizer from parameters; its learning rate is reached after ``warmup_steps``,
+        and moves by ``schedule``: a function from the number of steps before to a factor, or what makes a scheduler of
+        torch from an optimizer (``dpfast.schedules.LearningRates``). That of a step depends on its number alone.
     augmult: K, the rows made of each example.
     clipping, stability: how gradients are clipped to the plan's ``max_grad_norm``, as ``GhostClipper`` has it.
     seed: of augmentation, timesteps and diffusion noise, keyed by example. It reaches neither the privacy noise nor the
@@ -73,7 +88,11 @@ class DPTrainer:
         million on a GPU), and no more than the expected batch; fewer, down to some rows of one, where
         ``memory_budget`` asks for it.
     progress: called as ``progress(step, steps, message)`` after each step.
+    callbacks: hear of each step (``dpfast.callbacks``: ``CSVLogger``, ``TensorBoardLogger``, one's own); what they
+        raise ends the training, which can go on later.
     ema_decay: of the averaged copy of the model, ``ema_model``.
+    ranks: the processes that train together, ``torch.distributed``'s by default (``dpfast.ranks``): all of them make
+        the same trainer and call ``fit``, which is a collective. The model may be cut by ``fully_shard``.
     unsafe_debug: the message of a step says what nothing says without: how many examples it drew, their mean loss, the
         median and the largest norm, and the share that was clipped, none of it noised. Epsilon does not cover whoever
         sees that: the ledger is marked before, for good, and with it every statement of what it holds.
@@ -105,6 +124,9 @@ class DPTrainer:
         warmup_steps: int = 0,
         progress: Progress = silent,
         unsafe_debug: bool = False,
+        schedule: Schedule | None = None,
+        callbacks: Sequence[Callback] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.examples = Examples(dataset)
         if len(dataset) != plan.dataset_size:
@@ -119,11 +141,12 @@ class DPTrainer:
                 "optimizer: expected what makes one from parameters, like torch.optim.Adam or"
                 f" lambda parameters: torch.optim.SGD(parameters, lr=0.1); got a {type(optimizer).__name__}"
             )
+        self.ranks = ranks or Ranks.current()
         self.performance = performance or Performance()
         self.model = model.to(self.performance.device)
         self.plan, self.objective = plan, objective
         self.augmult, self.seed, self.warmup_steps = augmult, seed, warmup_steps
-        self.progress = progress
+        self.progress = progress if self.ranks.leads else silent
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.clipper = GhostClipper(
             model,
@@ -134,10 +157,13 @@ class DPTrainer:
             performance=self.performance,
         )
         self.inner_optimizer = optimizer(list(self.clipper.parameters.values()))
-        self.learning_rates = [group["lr"] for group in self.inner_optimizer.param_groups]
-        self.ema = None if ema_decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        self.rates = LearningRates(self.inner_optimizer, schedule, steps=plan.steps, warmup_steps=warmup_steps)
+        self.callbacks, self._spent = tuple(callbacks), Spent(plan)
+        self.ema = None if ema_decay is None else _averaged(model, ema_decay)
         self.lost_steps = 0
-        self.charged_steps = self._charged()
+        given = (state_dir is None, unsafe_debug, ema_decay, is_sharded(model), len(dataset), self._settings())
+        self.ranks.alike("settings", repr(given), "Give the same to all ranks")
+        self.charged_steps = self.ranks.first(self._charged)
         self._unsafe_debug = unsafe_debug
         self._unnoised: Unnoised | None = None  # of the step that is taken, where they are to be shown
         self._memory = Ledger(None, plan, unsafe_debug=unsafe_debug)
@@ -145,8 +171,28 @@ class DPTrainer:
 
     @property
     def ema_model(self) -> nn.Module:
-        """The averaged model, or the model itself without ``ema_decay``."""
+        """The averaged model, or the model itself without ``ema_decay``.
+
+        Raises ConfigError for a model in shards: of that there is no second one (``averaged``).
+        """
+        if isinstance(self.ema, Average):
+            raise ConfigError("the model is in shards, and so are its averages: use `with trainer.averaged() as model`")
         return self.model if self.ema is None else self.ema.module
+
+    def averages(self) -> list[Tensor] | None:
+        """Of the parameters, in their order, as the averaged model has them; None without ``ema_decay``."""
+        if self.ema is None:
+            return None
+        return self.ema.means if isinstance(self.ema, Average) else list(self.ema.module.parameters())
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """``ema_model``; of a model in shards the model itself, which has the averages for its parameters meanwhile."""
+        if isinstance(self.ema, Average):
+            with self.ema.swapped_in() as model:
+                yield model
+        else:
+            yield self.ema_model
 
     @property
     def epsilon(self) -> float:
@@ -165,17 +211,19 @@ class DPTrainer:
                 " whoever sees them, which the ledger and every privacy statement will say from now on",
                 stacklevel=2,
             )
-        with self._ledger() as ledger:
+        with self._ledger() as ledger, Callbacks(self.callbacks, self) as callbacks:
             self.charged_steps = ledger.charged_steps
-            optimizer = DPOptimizer(self.inner_optimizer, self.plan, self.clipper, ledger)
+            self._meet()
+            optimizer = DPOptimizer(self.inner_optimizer, self.plan, self.clipper, ledger, ranks=self.ranks)
             self._resume(ledger.charged_steps)
+            callbacks.begin(self.inner_optimizer)
             pace, saving = Pace(), Allowance()
             if ledger.charged_steps < self.plan.steps:
                 self._show_objective()
             for step in range(ledger.charged_steps + 1, self.plan.steps + 1):
                 if step == self.plan.steps:  # whatever weights came to do is seen before they are used
                     pace.insist()
-                if pace.take():
+                if self.ranks.first(pace.take):
                     with pace.spending(repeated=True):
                         self._show_objective(seed=step)
                 try:
@@ -183,10 +231,18 @@ class DPTrainer:
                 finally:
                     self.charged_steps = ledger.charged_steps
                 pace.changed("steps")
-                if step == self.plan.steps or (step % max(1, self.plan.steps // CHECKPOINTS) == 0 and saving.is_left()):
+                due = step % max(1, self.plan.steps // CHECKPOINTS) == 0 and self.ranks.first(saving.is_left)
+                if step == self.plan.steps or due:
                     with saving.spending():
                         self._save(step)
+                callbacks.step(step)
                 self.progress(step, self.plan.steps, self._unnoised_message() + self._message())
+
+    def report_of(self, step: int) -> StepReport:
+        """What is known of step ``step``, counted from 1, without diagnostics: before it is taken or after."""
+        rates = tuple(float(rate) for rate in self.rates.at(step))
+        expected = self.plan.expected_batch_size
+        return StepReport(step, self.plan.steps, self.lost_steps, rates, expected, None, self._spent)
 
     def statement(
         self,
@@ -200,7 +256,7 @@ class DPTrainer:
         (sentences, for the reader).
         """
         path = self._ledger_path()
-        spent = self._memory if path is None or not path.exists() else read_ledger(path)
+        spent = self._memory if path is None or not path.exists() else read_ledger(path)  # the file is that of rank 0
         return PrivacyStatement.of(spent, augmult=self.augmult, public=public, not_accounted=not_accounted)
 
     def _ledger_path(self) -> Path | None:
@@ -212,39 +268,70 @@ class DPTrainer:
         return read_ledger(path).charged_steps if path is not None and path.exists() else 0
 
     @contextmanager
-    def _ledger(self) -> Iterator[Ledger]:
+    def _ledger(self) -> Iterator[Ledger | RankLedger]:
         """The ledger on disk, locked for as long as it is used, or the one in memory, which lives with the trainer."""
+        with ExitStack() as stack:
+            kept = self._memory
+            if self.state_dir is not None:
+                on_disk = kept_by_first(self.ranks, self._ledger_on_disk, self.plan)
+                kept = stack.enter_context(on_disk) if self.ranks.leads else kept
+            yield kept if self.ranks.size == 1 else RankLedger(kept, self.ranks)
+
+    def _ledger_on_disk(self) -> Ledger:
         path = self._ledger_path()
-        if path is None:
-            yield self._memory
-        else:
-            try:
-                make_folder(path.parent)
-            except OSError as error:
-                raise ConfigError(
-                    f"state_dir={str(path.parent)!r}: no folder can be made there ({error.strerror})"
-                ) from error
-            with Ledger(path, self.plan, unsafe_debug=self._unsafe_debug) as ledger:
-                yield ledger
+        assert path is not None
+        try:
+            make_folder(path.parent)
+        except OSError as error:
+            raise ConfigError(
+                f"state_dir={str(path.parent)!r}: no folder can be made there ({error.strerror})"
+            ) from error
+        return Ledger(path, self.plan, unsafe_debug=self._unsafe_debug)
+
+    def _meet(self) -> None:
+        """Ranks begin alike: with the weights and buffers of rank 0, its settings and its data set."""
+        if self.ranks.size == 1:
+            return
+        check_data(self.ranks, len(self.examples), lambda few: self.examples.batch(torch.tensor(few), len(few)))
+        models = [self.model] if self.ema is None else [self.model, self.ema]
+        for model in models:
+            if isinstance(model, nn.Module) and not is_sharded(model):
+                self.ranks.copy_from_first(model.parameters())
+                self.ranks.copy_from_first(model.buffers())
 
     # One step
 
     def _take(self, step: int, optimizer: DPOptimizer) -> None:
         """One private step over one Poisson sample, empty or not."""
-        for group, rate in zip(optimizer.param_groups, self.learning_rates, strict=True):
-            group["lr"] = rate * min(1.0, step / max(1, self.warmup_steps))
-        optimizer.zero_grad()  # what an interrupted step has summed belongs to a sample that is gone
+        for group, rate in zip(optimizer.param_groups, self.rates.at(step), strict=True):
+            group["lr"] = rate
         self._unnoised = Unnoised() if self._unsafe_debug else None
-        sample = poisson_sample(self.plan.dataset_size, self.plan.sample_rate)
-        for ids, mask in self._microbatches(sample):
-            self._accumulate(step, ids, mask)
-        optimizer.step()
+        with gathered(self.model):
+            optimizer.zero_grad()  # what an interrupted step has summed belongs to a sample that is gone
+            sample, largest = self.ranks.first(self._draw)
+            batches = list(self._microbatches(sample, largest))
+            self.ranks.agree(self._accumulate_share(step, batches))
+            optimizer.step()
+        if self._unnoised is not None:
+            self._unnoised = Unnoised.of_all(self.ranks.tell(self._unnoised))
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
-    def _microbatches(self, sample: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _accumulate_share(self, step: int, batches: list[tuple[Tensor, Tensor]]) -> DPFastError | None:
+        """Those of the physical batches that this rank gets hold of. What is refused, all ranks are to refuse."""
+        try:
+            for number in self.ranks.take(len(batches)):
+                self._accumulate(step, *batches[number])
+        except DPFastError as error:
+            return error
+        return None
+
+    def _draw(self) -> tuple[Tensor, int]:
+        """A Poisson sample, and how many of its examples make a physical batch."""
+        return poisson_sample(self.plan.dataset_size, self.plan.sample_rate), self.physical_size.examples
+
+    def _microbatches(self, sample: Tensor, largest: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids ``[m]`` and mask ``[m]`` of physical batches of few sizes; padding has ids beyond the data set."""
-        largest = self.physical_size.examples
         for ids in sample.split(largest):
             size = largest
             while size // 2 >= max(len(ids), largest // 8, 1):
@@ -255,7 +342,7 @@ class DPTrainer:
     @functools.cached_property
     def physical_size(self) -> Size:
         """Of a full physical batch: what ``performance`` says, or fits its memory budget; less once memory ran out."""
-        expected, most = self.plan.expected_batch_size, self.plan.dataset_size
+        expected, most = self.plan.expected_batch_size / self.ranks.size, self.plan.dataset_size
         return self.fitting(usual_size(self.performance, self.augmult, self._numbers_per_example, expected, most))
 
     def fitting(self, size: Size, *, device: str | None = None) -> Size:
@@ -372,6 +459,10 @@ class DPTrainer:
         """On a few examples, with no more rows than a physical batch has. seed: as ``show_objective`` has it."""
         if len(self.examples) < 2:
             return
+        with gathered(self.model):
+            self._show_objective_whole(seed)
+
+    def _show_objective_whole(self, seed: int | None) -> None:
         device, size = self.performance.device, self.physical_size
         ids = self.examples.unlike(PROBED_EXAMPLES)
         examples = [x.to(device) for x in self.examples.batch(ids, len(ids))]
@@ -393,30 +484,36 @@ class DPTrainer:
         return {"optimizer": name, "augmult": self.augmult, "seed": self.seed, "clipping": rule}
 
     def _save(self, step: int) -> None:
-        if self.state_dir is not None:
-            state = {
-                "parts": {name: part.state_dict() for name, part in self._parts().items()},
-                "step": step,
-                "lost_steps": self.lost_steps,
-                "settings": self._settings(),
-            }
-            checkpoint.save(
-                self.state_dir / "checkpoint", state, kind="private training", fingerprint=self.plan.fingerprint()
-            )
+        """By rank 0, with whole tensors."""
+        if self.state_dir is None:
+            return
+        path = self.state_dir / "checkpoint"
+        state = {
+            "parts": {
+                name: full_state(part.state_dict(), keep=self.ranks.leads) for name, part in self._parts().items()
+            },
+            "step": step,
+            "lost_steps": self.lost_steps,
+            "settings": self._settings(),
+        }
+        self.ranks.first(
+            lambda: checkpoint.save(path, state, kind="private training", fingerprint=self.plan.fingerprint())
+        )
 
     def _resume(self, charged: int) -> None:
         """Load the last checkpoint; steps charged after it are spent and lost."""
         if self.state_dir is None:
             return  # the model in memory is where the ledger in memory is
         path = self.state_dir / "checkpoint"
-        if not charged and not path.exists():
+        if not charged and not self.ranks.first(path.exists):
             self._save(0)  # from now on a missing checkpoint is a lost one
-        if not path.exists():
+        if not self.ranks.first(path.exists):
             raise CheckpointError(
                 f"{charged} steps are charged to the ledger in {self.state_dir}, and the checkpoint is gone: what they"
                 f" trained is lost. Restore it, or {_ANEW}"
             )
-        state = checkpoint.load(path, kind="private training", fingerprint=self.plan.fingerprint())
+        content = self.ranks.first(lambda: checkpoint.read(path))  # other machines may not see it
+        state = checkpoint.load(path, kind="private training", fingerprint=self.plan.fingerprint(), content=content)
         saved, lost = state.get("step", -1), state.get("lost_steps", -1)
         whole = type(saved) is int and type(lost) is int and isinstance(state.get("parts"), dict)
         if not whole or not 0 <= lost <= saved:
@@ -444,8 +541,8 @@ class DPTrainer:
             if parts.keys() != self._parts().keys():
                 raise ValueError(f"it holds {', '.join(map(str, parts))}, this training has {', '.join(self._parts())}")
             for name, part in self._parts().items():
-                part.load_state_dict(parts[name])
-            if tried:
+                load_full_state(part, parts[name])
+            if tried and not is_sharded(self.model):
                 self._try_optimizer()
         except Exception as error:  # each part raises what it does
             raise CheckpointError(

@@ -224,16 +224,17 @@ def twice(real: Any) -> Any:
 def kept_sums() -> Plant:
     sums: dict[int, Tensor] = {}
 
-    def mean(real: Any) -> Any:
-        def wrong(self: Any, parameter: Any, *noise: Any) -> Tensor:
-            if parameter.grad is not None:
-                sums[id(parameter)] = parameter.grad + sums.get(id(parameter), 0)
-            parameter.grad = sums.get(id(parameter))
-            return real(self, parameter, *noise)
+    def add_up(real: Any) -> Any:
+        def wrong(parameters: Any, *others: Any) -> None:
+            for parameter in parameters.values():
+                if parameter.grad is not None:
+                    sums[id(parameter)] = parameter.grad + sums.get(id(parameter), 0)
+                parameter.grad = sums.get(id(parameter))
+            real(parameters, *others)
 
         return wrong
 
-    return swap(("optimizer.DPOptimizer._noised_mean", mean))
+    return swap(("optimizer.add_up", add_up))
 
 
 def by_number_drawn(wrong: Wrong) -> Plant:

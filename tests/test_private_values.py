@@ -1,7 +1,8 @@
-"""Of a whole run: nothing computed from private images without noise is anywhere but among the private files, unless
-``unsafe_debug`` shows it, which every statement says.
+"""Of a whole run, whose steps are logged: nothing computed from private images without noise is anywhere but among the
+private files, unless ``unsafe_debug`` shows it, which every statement says.
 """
 
+import csv
 import io
 import json
 import re
@@ -14,19 +15,26 @@ import torch
 from typer.testing import CliRunner
 
 from dpfast import DPTrainer, GhostClipper
+from dpfast.callbacks import CSVLogger, TensorBoardLogger
 from dpfast.cli import app
 from dpfast.privacy import read_ledger
 from dpfast.recipes import load
 from dpfast.runs.pipeline import execute
 from dpfast.runs.terminal import TerminalProgress
 from test_runs import TINY
+from test_trainer import trainer
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run, what it printed, and the norms, factors and losses of each of its private steps."""
     folder, steps = tmp_path_factory.mktemp("runs"), []
-    backward, take = GhostClipper.backward, DPTrainer._take
+    backward, take, make = GhostClipper.backward, DPTrainer._take, DPTrainer.__init__
+
+    def made(self, *arguments, **options):
+        make(self, *arguments, **options)
+        if "internal" not in self.state_dir.parts:  # the baseline's
+            self.callbacks = (CSVLogger(self.state_dir / "log.csv"), TensorBoardLogger(self.state_dir / "events"))
 
     def taken(self, *arguments):
         steps.append({"losses": [], "norms": [], "factors": []})
@@ -40,6 +48,7 @@ def run(tmp_path_factory):
         return result
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DPTrainer, "__init__", made)
         patch.setattr(DPTrainer, "_take", taken)
         patch.setattr(GhostClipper, "backward", watched)
         flags = [part for setting in TINY for part in ("--set", setting)]
@@ -72,10 +81,10 @@ FILES = re.compile(
     r"|(release/samples|state/sample/public)/(grid\.png|manifest\.json|shard-\d{5}\.npz)"
     r"|state/(DO_NOT_RELEASE\.txt|(pretrain|train|sample|baseline|evaluate|report)/stage\.json)"
     r"|state/pretrain/(checkpoint|losses\.json|model/(config\.json|diffusion_pytorch_model\.safetensors))"
-    r"|state/train/(checkpoint|ledger\.jsonl)|state/public-classifier-[0-9a-f]{16}"
+    r"|state/train/(checkpoint|ledger\.jsonl|log\.csv|events/events\.out\.tfevents\.[^/]+)|state/public-classifier-[0-9a-f]{16}"
 )
 LINES = re.compile(
-    r"|\w+ \.\.\.|\w+: done in \d+ s"
+    r"|\w+ \.\.\.|\w+: done in (\d+ min )?\d+ s|  [a-z -]+ \d+/\d+, about [\w ]+ left"  # the last where it takes long
     r"|Accuracy on 360 real test images of a classifier trained on"
     r"|  (the public images themselves|samples of the public model|the released samples|real images, by DP-SGD)"
     r" +\d+\.\d%"
@@ -88,6 +97,28 @@ LINES = re.compile(
 
 def outside(folder):
     return [path for path in folder.rglob("*") if path.is_file() and "internal" not in path.relative_to(folder).parts]
+
+
+# All that loggers write of a step (``dpfast.callbacks.values`` says why each is covered).
+LOGGED = {
+    "epsilon_at_most", "learning_rate", "expected_batch_size", "lost_steps", "parameter_norm", "update_norm",
+    "noised_gradient_norm", "expected_noise_norm", "noise_share", "ema_distance",
+}  # fmt: skip
+
+
+def events(path):
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    return list(LegacyEventFileLoader(str(path)).Load())
+
+
+def text_of(path):
+    """None of a file that holds no text."""
+    if path.suffix in (".json", ".jsonl", ".md", ".html", ".toml", ".txt", ".csv"):
+        return re.sub(r"base64,[^\"]+|<svg .*?</svg>", "", path.read_text(), flags=re.DOTALL)
+    if "tfevents" in path.name:
+        return " ".join(f"{value.simple_value:.9e}" for event in events(path) for value in event.summary.value)
+    return None
 
 
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -120,10 +151,9 @@ def leaked(text, numbers):
 def test_no_text_outside_holds_them(run):
     folder, output, _ = run
     texts = {"terminal": output}
-    for path in outside(folder):
-        if path.suffix in (".json", ".jsonl", ".md", ".html", ".toml", ".txt"):
-            texts[str(path)] = re.sub(r"base64,[^\"]+|<svg .*?</svg>", "", path.read_text(), flags=re.DOTALL)
+    texts |= {str(path): text for path in outside(folder) if (text := text_of(path)) is not None}
     assert len(texts) > 10
+    assert sum("log.csv" in name or "tfevents" in name for name in texts) == 2
     for kind, numbers in values(run).items():
         found = {name: leaked(text, numbers) for name, text in texts.items()}
         assert {name: of for name, of in found.items() if of} == {}, kind
@@ -135,6 +165,20 @@ def test_nothing_is_there_or_said_that_was_not_looked_at(run):
     names = [str(path.relative_to(folder)) for path in outside(folder)]
     assert [name for name in names if not FILES.fullmatch(name)] == []
     assert [line for line in output.splitlines() if not LINES.fullmatch(line)] == []
+
+
+def test_loggers_write_what_is_listed_and_no_times(run):
+    """How long a step took tells how many examples it drew: every event has the time of the first."""
+    folder, _, steps = run
+    with open(folder / "state/train/log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    (path,) = (folder / "state/train/events").iterdir()
+    begun, *logged = events(path)
+    assert set(rows[0]) == {"step", *LOGGED}
+    assert [{value.tag for value in event.summary.value} for event in logged] == [{f"dpfast/{n}" for n in LOGGED}] * 4
+    assert len(rows) == len(logged) == 4 < len(steps)
+    assert {event.wall_time for event in logged} == {begun.wall_time // 60 * 60}
+    assert all(value for row in rows for value in row.values())
 
 
 def test_no_file_outside_holds_their_bytes(run):
@@ -156,9 +200,16 @@ def test_the_losses_that_are_published_are_of_public_images(run):
     assert len(json.loads((folder / "state/pretrain/losses.json").read_text())) == 3
 
 
-def test_a_planted_value_is_found():
-    """That the two tests above can fail."""
+def test_a_planted_value_is_found(tmp_path):
+    """That the tests above can fail."""
     number = 1.8512367
+    for logger in (CSVLogger(tmp_path / "log.csv"), TensorBoardLogger(tmp_path)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dpfast.callbacks.values", lambda _: {"noise_share": 0.97531, "norm": number})
+            trainer(callbacks=[logger]).fit()
+    for path in tmp_path.iterdir():
+        assert leaked(text_of(path), {number, 7.5}), path
+        assert not leaked(text_of(path), {7.5})
     for text in (f"norm {number:.9f}", f"{number:.5g}", f"[{number}, {number!r}]", f"{number:.6e}"):
         assert leaked(text, {number, 7.5}), text
     assert not leaked(f"norm {number * 1.0003:.9f} {number:.4g}", {number})

@@ -126,7 +126,7 @@ def test_no_performance_setting_moves_the_clipped_sum(name, value, dtype, monkey
         found = []
         for _ in range(2):
             t.clipper.zero_grad()
-            for ids, mask in t._microbatches(torch.arange(EXAMPLES)):
+            for ids, mask in t._microbatches(torch.arange(EXAMPLES), t.physical_size.examples):
                 t._accumulate(1, ids, mask)
             found.append(torch.cat([p.grad.flatten() for p in t.model.parameters()]).cpu().double())
         return found
@@ -249,7 +249,7 @@ def test_an_empty_sample_in_passes_says_nothing() -> None:
     """Whether a sample was empty is not to be seen: warnings are errors here."""
     t = trainer(performance=Performance(memory_budget=4_200))
     assert t.physical_size.rows < K
-    for ids, mask in t._microbatches(torch.arange(0)):
+    for ids, mask in t._microbatches(torch.arange(0), t.physical_size.examples):
         t._accumulate(1, ids, mask)
     assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
 
@@ -282,7 +282,7 @@ def test_physical_batches_have_few_sizes_and_each_example_once() -> None:
     t = trainer(plan=plan(dataset_size=100), performance=Performance(microbatch=16))
     for count in range(101):
         sample = torch.randperm(100)[:count].sort().values
-        batches = list(t._microbatches(sample))
+        batches = list(t._microbatches(sample, t.physical_size.examples))
         assert {len(ids) for ids, _ in batches} <= {16, 8, 4, 2}
         assert torch.equal(torch.cat([ids[mask] for ids, mask in batches] or [sample]), sample)
         assert all((ids[~mask] >= 100).all() for ids, mask in batches)
