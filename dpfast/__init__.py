@@ -4,6 +4,7 @@
     Plan            everything that moves epsilon
     DPOptimizer     the one place where a private sum becomes an update
     DPTrainer       a model, a data set and a plan in; a privately trained model out
+    PrivacyEngine   the same for a training loop of Opacus, after changing its import
     Ledger          the steps spent, on disk before they are taken
     Performance     how it is computed; cannot move epsilon
     poisson_sample  which examples take part in a step
@@ -18,6 +19,7 @@ from dpfast._installed import require_installed
 
 if TYPE_CHECKING:
     from dpfast.clipping import ClipResult, GhostClipper
+    from dpfast.engine import PrivacyEngine
     from dpfast.errors import DPFastError
     from dpfast.optimizer import DPOptimizer
     from dpfast.performance import Performance
@@ -33,6 +35,7 @@ __all__ = [
     "Ledger",
     "Performance",
     "Plan",
+    "PrivacyEngine",
     "poisson_sample",
 ]
 
@@ -45,6 +48,7 @@ _HOME = {
     "Ledger": "dpfast.privacy",
     "Performance": "dpfast.performance",
     "Plan": "dpfast.privacy",
+    "PrivacyEngine": "dpfast.engine",
     "poisson_sample": "dpfast.privacy",
 }
 

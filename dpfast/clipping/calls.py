@@ -268,8 +268,7 @@ class ModelCalls:
             (kind, vars(kind).get("__call__"), self._watching(kind.__call__, capture, own, compiles=compiles))
             for kind in kinds
         ]
-        for kind, _, call in self._watched:
-            kind.__call__ = call
+        self.resume()
 
     def _watching(
         self, usual: Callable[..., Any], capture: Capture, own: set[int], *, compiles: bool
@@ -303,7 +302,12 @@ class ModelCalls:
         finally:
             self._after()
 
-    def end(self) -> None:
+    def resume(self) -> None:
+        """Watch again, after ``pause``."""
+        for kind, _, call in self._watched:
+            kind.__call__ = call
+
+    def pause(self) -> None:
         """Put the usual calls back, unless somebody has put another in the place of ours (which then does nothing)."""
         for kind, usual, call in self._watched:
             if vars(kind).get("__call__") is call:
@@ -311,6 +315,10 @@ class ModelCalls:
                     del kind.__call__
                 else:
                     kind.__call__ = usual
+
+    def end(self) -> None:
+        """Watch no more."""
+        self.pause()
         self._watched = []
         self.restart()
         self._capture = None

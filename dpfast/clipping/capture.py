@@ -89,6 +89,8 @@ class Capture(TorchFunctionMode):
     is refused.
     """
 
+    hidden_from_tracing = True
+
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],

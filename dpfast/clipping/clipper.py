@@ -1,5 +1,6 @@
 """GhostClipper: per-example clipping for any model in any loop."""
 
+import sys
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping
@@ -104,6 +105,11 @@ class GhostClipper:
         self._rule = ClipRule.of(max_grad_norm, clipping, stability)
         if isinstance(model, torch.jit.ScriptModule):
             raise CaptureError("a scripted model hides its operations: give the Python module it was made from")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise CaptureError(
+                "DistributedDataParallel adds up gradients that are not clipped: give the module in it (model.module);"
+                " DPOptimizer adds up the clipped sums of all ranks"
+            )
         if augmult < 1:
             raise ConfigError(f"augmult={augmult!r}: expected at least 1 row per example")
         self.model = model
@@ -119,6 +125,7 @@ class GhostClipper:
         self._warned: set[str] = set()
         self._anchor, self._standing = torch.zeros((), requires_grad=True), Standing()
         self._capture: Capture | None = None
+        self._paused = False
         self._begun: Begun | None = None
         self._clipped: list[tuple[weakref.ref[Tensor], int]] = []  # inputs of the block's last call, and versions
         self._last: Seen = {}  # the parameters, when the last step began
@@ -147,6 +154,11 @@ class GhostClipper:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name: those whose gradients are clipped together."""
         return Inventory.of(self.model).trainable
+
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """Buffers and frozen parameters by name: what a step leaves as it is."""
+        return Inventory.of(self.model).fixed
 
     def foreign_gradients(self) -> list[str]:
         """Parameters whose ``p.grad`` is neither None, nor zero, nor exactly what this clipper last wrote."""
@@ -182,7 +194,7 @@ class GhostClipper:
         if self._capture is not None:
             raise CaptureError("this clipper is already active: leave its `with` block before entering it again")
         model = Inventory.of(self.model)
-        refuse(_model_problems(model))
+        refuse(_model_problems(model) + _shard_problems(model))
         self._clipped = []
         self._buffers = seen(model.fixed)
         if self._fixed:
@@ -197,9 +209,31 @@ class GhostClipper:
         self._calls.begin(self._capture, model.modules, one_by_one=self.one_by_one, compiles=compiles)
         self._regions.begin(self._capture)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
+        self._paused = False
         return self
 
+    def pause(self) -> None:
+        """Inside the block: what is called until ``resume`` is no part of the step, and is not seen."""
+        if self._capture is None or self._paused:
+            raise CaptureError("clipper.pause: expected an active clipper that is not paused")
+        self._capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._compilation.__exit__(None, None, None)
+        self._calls.pause()
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on with the step after ``pause``."""
+        if self._capture is None or not self._paused:
+            raise CaptureError("clipper.resume: expected a paused clipper")
+        self._compilation = private_compilation()
+        self._compilation.__enter__()
+        self._calls.resume()
+        self._capture.__enter__()  # type: ignore[no-untyped-call]
+        self._paused = False
+
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._paused:
+            self.resume()
         capture, self._capture = self._capture, None
         assert capture is not None
         capture.__exit__(kind, value, tb)  # type: ignore[no-untyped-call]
@@ -232,7 +266,7 @@ class GhostClipper:
         Raises ``CaptureError``, listing every problem at once, before any ``p.grad`` is written.
         """
         capture = self._capture
-        if capture is None:
+        if capture is None or self._paused:
             raise CaptureError("clipper.backward was called outside `with clipper`: compute the losses inside, too")
         tape = capture.tape
         try:
@@ -486,6 +520,20 @@ def _without_grad(names: Collection[str]) -> str:
     )
 
 
+def _shard_problems(model: Inventory) -> list[Problem]:
+    """Of parameters that are not here in full."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    cut = [] if tensor is None else [name for name, p in model.trainable.items() if isinstance(p, tensor.DTensor)]
+    what, cure = "lies in shards", "enter `with dpfast.ranks.gathered(model)` first, once for each logical batch"
+    return [Problem((listed(cut),), what, cure)] if cut else []
+
+
+def _uses_gradients(p: nn.Parameter) -> bool:
+    """Whether a hook waits for autograd's gradient, other than to refuse it."""
+    hooks = p._post_accumulate_grad_hooks or {}
+    return not all(getattr(hook, "refuses", False) for hook in hooks.values())
+
+
 def _model_problems(model: Inventory) -> list[Problem]:
     parameters, every = model.trainable, {**model.trainable, **model.frozen}
     lazy = [name for name, p in every.items() if isinstance(p, nn.parameter.UninitializedParameter)]
@@ -504,7 +552,7 @@ def _model_problems(model: Inventory) -> list[Problem]:
         )
         cure = "keep float32 parameters and compute in bfloat16 under torch.autocast"
         problems.append(Problem((listed(half),), what, cure))
-    hooked = [name for name, p in parameters.items() if p._post_accumulate_grad_hooks or p._backward_hooks]
+    hooked = [name for name, p in parameters.items() if p._backward_hooks or _uses_gradients(p)]
     if hooked:
         what = "a hook on its gradient would see, or use, what is not clipped"
         problems.append(Problem((listed(hooked),), what, "remove the hook: the update is DPOptimizer's"))

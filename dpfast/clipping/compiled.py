@@ -38,27 +38,29 @@ def private_compilation() -> Iterator[bool]:
     if dynamo is None or dynamo.eval_frame._stance.stance == "force_eager":
         yield False
         return
-    with torch.compiler.set_stance("default", force_backend=private_backend), _hidden_from_tracing():
+    hide_from_tracing()
+    with torch.compiler.set_stance("default", force_backend=private_backend):
         yield True
 
 
-@contextmanager
-def _hidden_from_tracing() -> Iterator[None]:
-    """``torch.compile`` traces what it finds, as outside: under a mode it would trace the mode's Python, too.
+def hide_from_tracing() -> None:
+    """From now on ``torch.compile`` traces what it finds as if our modes were not there, whose Python it would trace.
 
-    Its guards still look at the modes, so what was compiled in a block is not run outside.
+    Its guards still look at the modes, so what was compiled under one is not run without it. Nothing is done before the
+    first ``torch.compile`` of the process, which imports what this would.
     """
+    if "torch._dynamo" not in sys.modules:
+        return
     state: Any = torch._dynamo.variables.torch_function.SymbolicTorchFunctionState
     usual = state.__init__
+    if hasattr(usual, "hides"):
+        return
 
-    def without_captures(self: Any, modes: Any, *rest: Any, **named: Any) -> None:
-        usual(self, [mode for mode in modes if not isinstance(mode, Capture)], *rest, **named)
+    def without_ours(self: Any, modes: Any, *rest: Any, **named: Any) -> None:
+        usual(self, [mode for mode in modes if not hasattr(mode, "hidden_from_tracing")], *rest, **named)
 
-    state.__init__ = without_captures
-    try:
-        yield
-    finally:
-        state.__init__ = usual
+    without_ours.hides = True  # type: ignore[attr-defined]
+    state.__init__ = without_ours
 
 
 def is_miscompiled(weight: Tensor) -> bool:

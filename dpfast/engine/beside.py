@@ -1,0 +1,258 @@
+"""That the user's code around the model keeps examples apart: the batch, once more, with others in some places.
+
+The clipper bounds what an example adds to the sum through the model. Around it the user's code may let examples meet:
+in-batch negatives, a mean over the batch's tokens, weights by its labels, targets standardised over it. What comes of
+that is seen by comparison with *worlds* in which half of the examples are replaced by others (``shadows``): what goes
+into the model for the examples that are not replaced, and the gradient that comes back to their rows, must stay the
+same. In another the batch is the real one, and what is left of the batch before is not (a running centre, a queue). A
+last one has fewer examples, which shows how the losses are reduced.
+
+Not seen are numbers that leave torch and come back (``item()``, ``numpy()``), and what torch functions do not show:
+functions of ``torch.compile`` and ``torch.jit``, an ``autograd.Function`` of one's own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.clipping.trees import tensors_in
+from dpfast.engine.batches import rows_dim, tensors_of
+from dpfast.engine.exchange import exchanged_halves
+from dpfast.engine.outputs import Cut, Reduction
+from dpfast.engine.shadows import World
+from dpfast.errors import PrivacyError
+
+_FAINT = 1e-6  # of the largest row's gradient: rounding of what all rows have in common
+
+_CURE = (
+    "Compute the loss of each example from its own rows: no statistics, means over tokens of all examples, counts of"
+    " labels or negatives of the batch, not even behind detach(); keep nothing of one batch for the next"
+)
+
+
+class Beside:
+    """The worlds of one batch of B examples of K rows each."""
+
+    def __init__(self, examples: int, augmult: int, reduction: Reduction, earlier: "Beside | None") -> None:
+        """earlier: of the batch before, whose tensors that are left are other than they are in a world of this one."""
+        self.examples, self.augmult, self.reduction = examples, augmult, reduction
+        self.halves: list[World] = []
+        self.fewer: World | None = None  # of half of the examples
+        self.past: World | None = None if earlier is None else _left_of(earlier)
+        self.saw_inputs = False
+
+    @property
+    def worlds(self) -> list[World]:
+        """All of them."""
+        return [*self.halves, *(world for world in (self.past, self.fewer) if world is not None)]
+
+    def exchange_halves(self, batch: Any) -> None:
+        """Make a world for each half of the examples, in which it is replaced by others of ``batch``, and one without
+        it.
+        """
+        if self.examples < 2:
+            return
+        self.halves = [World(places, kept) for kept, places in exchanged_halves(self.examples)]
+        if self.examples > 3:
+            kept = self.halves[0].kept
+            self.fewer = World(kept, sizes=(self.examples, self.examples * self.augmult))
+        with torch._C.DisableTorchFunction():
+            for t in tensors_of(batch):
+                dim = rows_dim(t, self.examples, self.augmult)
+                if dim is not None:
+                    for world in self._of_others:
+                        with world.may_be_lost("the batch"):
+                            world.shadows[t] = world.rows(t, dim, t.shape[dim] // self.examples)
+
+    @property
+    def _of_others(self) -> list[World]:
+        """Those of another batch than the real one."""
+        return self.halves if self.fewer is None else [*self.halves, self.fewer]
+
+    @torch.no_grad()
+    def see_inputs(self, given: Any) -> None:
+        """Raises ``PrivacyError`` if what goes into the model for one example depends on others."""
+        with torch._C.DisableTorchFunction():
+            for world in (world for world in self.worlds if world is not self.fewer):
+                for t in tensors_in(given):
+                    shadow = None if world.lost else world.shadows.get(t, None)
+                    if shadow is None:
+                        continue
+                    self.saw_inputs = self.saw_inputs or world is not self.past
+                    if not self._is_same_input(world, t, shadow):
+                        raise PrivacyError(
+                            "the model is given a tensor computed from the batch that has not the batch's rows: give it"
+                            " the whole batch, rows along the first dimension, and no numbers computed from all of it"
+                            if t.ndim and rows_dim(t, self.examples, self.augmult) is None
+                            else "what the model is given for one example depends on other examples (a mixture of"
+                            " images, standardisation over the batch, a number computed from all of it): make each row"
+                            " of it of one example alone, in the data set or by numbers that are known before"
+                        )
+
+    def see_module(self, module: nn.Module) -> None:
+        """Raises ``PrivacyError`` if the user's code has put something of the batch into the module itself."""
+        with torch._C.DisableTorchFunction():
+            for name, part in module.named_modules() if self.worlds else ():
+                held = {**part._parameters, **part._buffers, **vars(part)}
+                for own, t in held.items():
+                    if isinstance(t, Tensor) and any(t in world.shadows for world in self.worlds):
+                        raise PrivacyError(
+                            f"{'.'.join(filter(None, (name, own)))} of the private model was computed from a batch by"
+                            " the code around it: give the model, as arguments, rows of one example each"
+                        )
+
+    def _is_same_input(self, world: World, t: Tensor, shadow: Tensor) -> bool:
+        dim = rows_dim(t, self.examples, self.augmult)
+        if dim is None or world.kept is None:
+            return _alike(t, shadow)
+        if t.shape != shadow.shape:
+            return False
+        each = t.shape[dim] // self.examples
+        rows = torch.tensor([p * each + k for p in world.kept for k in range(each)], device=t.device)
+        return _alike(t.index_select(dim, rows), shadow.index_select(dim, rows))
+
+    def see_outputs(self, given: Any, cuts: Sequence[Cut], stand_ins: Sequence[Tensor]) -> None:
+        """What is ``given`` to the user, ``stand_ins`` in it for ``cuts``: in a world, the model's results are those of
+        the examples there.
+        """
+        rows = self.examples * self.augmult
+        with torch._C.DisableTorchFunction():
+            for world in self._of_others:
+                with world.may_be_lost("the model's outputs"):
+                    for one, stand_in in zip(cuts, stand_ins, strict=True):
+                        each = one.leaf.shape[0] // self.examples if one.has_rows else 0
+                        leaf = world.rows(one.leaf, 0, each) if each else one.leaf.detach().clone()
+                        world.leaves[id(one.leaf)] = leaf.requires_grad_()
+                        world.shadows[stand_in] = leaf.clone()
+                    for t in (t for t in tensors_in(given) if t not in world.shadows):
+                        if t.ndim and t.shape[0] in (rows, self.examples):
+                            world.shadows[t] = world.rows(t, 0, t.shape[0] // self.examples)
+                        elif world is not self.fewer:  # whatever it is there, no loss may depend on it
+                            world.shadows[t] = t.detach() * torch.nan if t.is_floating_point() else t.detach() + 1
+
+    def knows(self, losses: Sequence[Tensor]) -> bool:
+        """Whether some are known to be computed from the batch."""
+        return any(world.knows(list(losses)) for world in self.halves)
+
+    def see_gradients(
+        self,
+        cuts: Sequence[Cut],
+        losses: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> str:
+        """Raises ``PrivacyError`` if the gradient of one example's rows depends on others; what was not shown, in words
+        or nothing. To be called inside of ``DisableTorchFunction``.
+        """
+        for world in self.worlds:
+            found = self._gradients_there(world, cuts, losses, cotangents)
+            if found is not None and world is self.fewer:
+                self._see_reduction(world, cuts, losses, gradients, found)
+            elif found is not None and not self._are_same(world, cuts, gradients, found):
+                raise PrivacyError(
+                    "the loss of one example depends on others: its gradient changes with what the others are"
+                    f" {'in this batch' if world is not self.past else 'in the batch before'}. {_CURE}"
+                )
+        return next((world.lost for world in self.halves if world.lost), "")
+
+    def _gradients_there(
+        self, world: World, cuts: Sequence[Cut], losses: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> Sequence[Tensor | None] | None:
+        """Of the losses in a world; None where they are not known, or (in the last world) are the real ones."""
+        there = [world.shadows.get(loss, loss if world is self.past else None) for loss in losses]
+        if world.lost or all(mine is loss for mine, loss in zip(there, losses, strict=True)):
+            return None
+        known = [loss for loss in there if loss is not None and loss.requires_grad]
+        if len(known) != len(there):
+            world.lost = "the loss was not seen to be computed from the batch by torch functions"
+            return None
+        leaves = [world.leaves.get(id(one.leaf), one.leaf) for one in cuts]
+        found: Sequence[Tensor | None] | None = None
+        with world.may_be_lost("its backward pass"):
+            weights = [world.shadows.get(g, g) for g in cotangents]
+            found = torch.autograd.grad(known, leaves, weights, retain_graph=True, allow_unused=True)
+        return found
+
+    def _see_reduction(
+        self,
+        world: World,
+        cuts: Sequence[Cut],
+        losses: Sequence[Tensor],
+        here: Sequence[Tensor | None],
+        there: Sequence[Tensor | None],
+    ) -> None:
+        """Raises ``PrivacyError`` if the losses are reduced otherwise than said: by a factor that is the size of the
+        batch, the gradient of each example would depend on how many there are.
+
+        A mean makes twice as much of half as many rows, a sum as much. Division by a size that Python knows looks like
+        a sum in this world.
+        """
+        assert world.places is not None
+        if all(loss.ndim and len(loss) == self.examples * self.augmult for loss in losses):
+            return
+        gathered = [_of_examples(g, self.examples, world.places) for g in here]
+        scale = len(world.places) / self.examples
+        is_mean = self._are_same(world, cuts, gathered, [None if g is None else g * scale for g in there])
+        is_sum = self._are_same(world, cuts, gathered, there)
+        if is_mean == is_sum or (is_sum and world.told) or is_mean == (self.reduction == "mean"):
+            return
+        found, said = ("mean", "sum") if is_mean else ("sum", "mean")
+        raise PrivacyError(
+            f'loss_reduction="{said}", and the loss that was back-propagated is a {found} over the rows of the batch'
+            f' (or a constant times that): say loss_reduction="{found}" to make_private, or reduce it so. Otherwise'
+            " what an example contributes would depend on how many there are"
+        )
+
+    def _are_same(
+        self, world: World, cuts: Sequence[Cut], here: Sequence[Tensor | None], there: Sequence[Tensor | None]
+    ) -> bool:
+        """Whether the rows of kept examples have the same gradients, up to rounding."""
+        examples = len(world.places) if world.places is not None else self.examples
+        differences, sizes, rough = [], [], 1e-4
+        for one, g, other in zip(cuts, here, there, strict=True):
+            some = other if g is None else g
+            if not one.has_rows or some is None:
+                continue
+            g, other = (torch.zeros_like(some) if t is None else t for t in (g, other))
+            rough = max(rough, 8 * torch.finfo(one.leaf.dtype).eps)
+            a, b = (t.double().reshape(examples, -1) for t in (g, other))
+            finite, apart = a.isfinite() & b.isfinite(), a.isfinite() != b.isfinite()
+            differences.append(torch.where(finite, a - b, 0.0).masked_fill(apart, torch.inf).square().sum(1))
+            sizes.append(torch.where(finite, a, 0.0).square().sum(1))
+        if not differences:
+            return True
+        difference, size = torch.stack(differences).sum(0).sqrt(), torch.stack(sizes).sum(0).sqrt()
+        allowed = rough * size + _FAINT * size.max()
+        kept = slice(None) if world.kept is None else torch.tensor(world.kept, device=size.device)
+        return bool((difference <= allowed)[kept].all())
+
+
+def _left_of(earlier: Beside) -> World | None:
+    """The world in which what is left of an earlier batch is what it became with other examples."""
+    if not earlier.halves or earlier.halves[0].lost:
+        return None
+    world = World()
+    for t, shadow in earlier.halves[0].shadows.pairs():
+        world.shadows[t] = shadow.detach()
+    return world if len(world.shadows) else None
+
+
+def _of_examples(g: Tensor | None, examples: int, places: Sequence[int]) -> Tensor | None:
+    """The rows of some examples."""
+    if g is None or not g.ndim or g.shape[0] % examples:
+        return g
+    return g.view(examples, -1, *g.shape[1:])[list(places)].flatten(0, 1)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Up to rounding, in the norm of each entry of the first dimension."""
+    if one.shape != other.shape or not one.is_floating_point():
+        return torch.equal(one, other)
+    a, b = (t.double().reshape(len(t) if t.ndim else 1, -1) for t in (one, other))
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    a, b = (torch.where(t.isfinite(), t, 0.0) for t in (a, b))
+    rough = max(1e-5, 4 * torch.finfo(one.dtype).eps)
+    return bool(((a - b).norm(dim=1) <= rough * a.norm(dim=1)).all())

@@ -1,0 +1,88 @@
+"""The torch-function mode between the loader's giving a batch and ``loss.backward()``."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dpfast.clipping.compiled import hide_from_tracing
+from dpfast.clipping.functions import BACK_PROPAGATES, METADATA, READ_OUT, written_by
+from dpfast.clipping.tape import traced
+from dpfast.clipping.trees import tensors_in
+from dpfast.engine import modes
+from dpfast.engine.shadows import World, call_in_all
+
+_ONCE = READ_OUT | {  # tell Python something, or leave something behind: not called again for a shadow
+    *(Tensor.register_hook, Tensor.retain_grad, Tensor.__hash__, Tensor.__dir__),
+    *(getattr(Tensor, name).__get__ for name in ("grad", "_backward_hooks", "is_leaf", "output_nr", "_version")),
+}
+_NORMS = frozenset((F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm))
+
+
+class Session(Protocol):
+    """Whom backward passes are handed to."""
+
+    def backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+class Between(TorchFunctionMode):
+    """Hands backward passes to the session, which it does not keep alive, and every other call to ``worlds``, too."""
+
+    hidden_from_tracing = True
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = weakref.ref(session)
+        self._on = False
+        self._leaves: weakref.finalize[Any, Any] | None = None
+        self.worlds: Sequence[World] = ()
+        self.trace = 0  # of the functions called
+
+    def open(self) -> None:
+        """Begin to see."""
+        self._on = True
+        hide_from_tracing()
+        modes.insert(self)
+        if self._leaves is None and (session := self._session()) is not None:  # which may be dropped in mid-step
+            self._leaves = weakref.finalize(session, modes.remove, self)
+
+    def begin(self, worlds: Sequence[World]) -> None:
+        """What is called from now on belongs to another batch."""
+        self.worlds, self.trace = worlds, 0
+
+    def close(self) -> None:
+        """See no more. From inside a call that it sees, the mode leaves the stack with the next ``close``."""
+        self._on = False
+        modes.remove(self)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        session = self._session() if self._on else None
+        if session is None or func in METADATA:
+            return func(*args, **kwargs)
+        if func in BACK_PROPAGATES:
+            return session.backward(func, args, kwargs)
+        self.trace = traced(self.trace, func)
+        if not self.worlds or func in _ONCE:
+            return func(*args, **kwargs)
+        for world in self.worlds:
+            world.listen((args, kwargs))
+        worlds = [world for world in self.worlds if not world.lost and world.knows((args, kwargs))]
+        if not worlds:
+            return func(*args, **kwargs)
+        return call_in_all(
+            worlds, func, args, kwargs, [*written_by(func, args, kwargs), *_statistics(func, args, kwargs)]
+        )
+
+
+def _statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The running statistics that a normalisation may change."""
+    if func not in _NORMS:
+        return []
+    return tensors_in((args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")))

@@ -1,0 +1,440 @@
+"""What the user's code does around the private model: where it lets examples meet, it is refused."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+import dpfast
+from dpfast.engine.shadows import Shadows
+from dpfast.errors import DPFastError, PrivacyError
+from dpfast.testing import injected_entropy
+from engine_cases import made_private, numbers, pictures, small_net
+
+APART = "the loss of one example depends on others"
+INPUTS = "what the model is given for one example depends on other examples"
+
+
+def embeddings():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 8))
+
+
+class Centred(nn.Module):
+    """DINO's centre: of the batches before."""
+
+    def __init__(self, *, in_place):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(5))
+        self.in_place = in_place
+
+    def forward(self, out, y):
+        loss = F.cross_entropy(out - self.centre, y)
+        with torch.no_grad():
+            if self.in_place:
+                self.centre.mul_(0.5).add_(out.detach().mean(0), alpha=0.5)
+            else:
+                self.centre = 0.5 * self.centre + 0.5 * out.detach().mean(0)
+        return loss
+
+
+class Queue:
+    """MoCo's negatives: keys of the batches before."""
+
+    def __init__(self):
+        self.keys = torch.randn(6, 8)
+
+    def __call__(self, out, y):
+        loss = F.cross_entropy(out @ self.keys.T, y)
+        self.keys = torch.cat([self.keys, out.detach()])[-6:]
+        return loss
+
+
+def in_batch_negatives(out, y):
+    return F.cross_entropy(out @ out.T, torch.arange(len(out)))
+
+
+def detached_negatives(out, y):
+    return F.cross_entropy(out @ out.detach().T, torch.arange(len(out)))
+
+
+def negatives_without_grad(out, y):
+    with torch.no_grad():
+        keys = F.normalize(out, dim=1)
+    return F.cross_entropy(out @ keys.T, torch.arange(len(out)))
+
+
+def mean_over_tokens_not_ignored(out, y):
+    return F.cross_entropy(out.view(-1, 2), torch.where(y.unsqueeze(1) > torch.arange(4), 1, -100).flatten())
+
+
+def divided_by_counts(out, y):
+    counts = torch.bincount(y, minlength=5)
+    return (F.cross_entropy(out, y, reduction="none") / counts[y]).mean()
+
+
+def weighted_by_classes(out, y):
+    weights = 1 / torch.bincount(y, minlength=8).clamp(min=1)
+    return F.cross_entropy(out, y, weight=weights.float())
+
+
+def standardised_targets(out, y):
+    target = (y - y.float().mean()) / y.float().std()
+    return F.mse_loss(out[:, 0], target)
+
+
+def normalised_over_the_batch(out, y):
+    return F.cross_entropy(F.normalize(out, dim=0), y)
+
+
+def softmax_over_the_batch(out, y):
+    return out.log_softmax(0)[:, 0].mean()
+
+
+def written_in_place(out, y):
+    losses = torch.zeros(len(y))
+    losses[:] = F.cross_entropy(out, y, reduction="none")
+    weights = torch.ones(len(y))
+    weights.div_(y.sum() + 1)
+    return (losses * weights).sum()
+
+
+def hardest(out, y):
+    return F.cross_entropy(out, y, reduction="none").topk(2).values.mean()
+
+
+def mean_of_a_loop(out, y):
+    centre = out.detach()[0]
+    for row in out.detach()[1:]:
+        centre = centre + row
+    return (out - centre).square().mean()
+
+
+MIXING = [
+    *(in_batch_negatives, detached_negatives, negatives_without_grad, mean_over_tokens_not_ignored, divided_by_counts),
+    *(weighted_by_classes, standardised_targets, normalised_over_the_batch, softmax_over_the_batch, written_in_place),
+    *(hardest, mean_of_a_loop),
+]
+
+
+def tried(loss, net=None, prepare=lambda x, y: (x, y), batches=1, **settings):
+    """A training that is refused, with all that was there before."""
+    _, model, optimizer, loader = made_private(net=net, batch_size=20, noise_multiplier=0, **settings)
+    for seen, (x, y) in enumerate(loader, 1):
+        before = numbers(model)
+        x, y = prepare(x, y)
+        try:
+            loss(model(x), y).backward()
+        except DPFastError:
+            assert all(p.grad is None for p in model.parameters())
+            assert torch.equal(before, numbers(model))
+            raise
+        optimizer.step()
+        if seen == batches:
+            break
+    return model
+
+
+@pytest.mark.parametrize("loss", MIXING, ids=lambda loss: loss.__name__)
+def test_losses_that_mix_examples_are_refused_before_anything_is_written(loss):
+    with pytest.raises(PrivacyError, match=APART):
+        tried(loss, nn.Sequential(nn.Flatten(), nn.Linear(108, 8)), batches=4)
+
+
+@pytest.mark.parametrize(
+    "loss", [Centred(in_place=True), Centred(in_place=False), Queue()], ids=["in place", "anew", "queue"]
+)
+def test_what_is_kept_of_a_batch_is_refused_with_the_next(loss):
+    net = small_net() if isinstance(loss, Centred) else embeddings()
+    with pytest.raises(PrivacyError, match=f"{APART}.*in the batch before"):
+        tried(loss, net, batches=2)
+
+
+def mixed_up(x, y):
+    return 0.7 * x + 0.3 * x.flip(0), y
+
+
+def standardised(x, y):
+    return (x - x.mean(0)) / x.std(0), y
+
+
+def shifted_by_a_number(x, y):
+    return x - x.mean(), y
+
+
+@pytest.mark.parametrize("prepare", [mixed_up, standardised, shifted_by_a_number], ids=lambda f: f.__name__)
+def test_inputs_that_mix_examples_are_refused(prepare):
+    with pytest.raises(PrivacyError, match=INPUTS):
+        tried(F.cross_entropy, prepare=prepare)
+
+
+def test_an_argument_without_rows_that_is_computed_from_the_batch():
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x, level):
+            return self.net(x + level)
+
+    _, model, _, loader = made_private(net=Conditioned())
+    with pytest.raises(PrivacyError, match=INPUTS):  # noqa: PT012
+        for x, _ in loader:
+            model(x, x.mean())
+
+
+def test_a_reduction_that_is_not_the_one_that_was_said():
+    def summed(out, y):
+        return F.cross_entropy(out, y, reduction="sum")
+
+    with pytest.raises(PrivacyError, match='say loss_reduction="sum"'):
+        tried(summed, loss_reduction="mean", batches=3)
+    with pytest.raises(PrivacyError, match='say loss_reduction="sum"'):
+        tried(lambda out, y: summed(out, y) / 100, loss_reduction="mean", batches=3)
+    with pytest.raises(PrivacyError, match='say loss_reduction="mean"'):
+        tried(F.cross_entropy, loss_reduction="sum", batches=3)
+    tried(summed, loss_reduction="sum", batches=3)
+    tried(lambda out, y: summed(out, y) / len(y), loss_reduction="mean", batches=3)
+    tried(lambda out, y: F.cross_entropy(out, y, reduction="none"), loss_reduction="sum", batches=3)
+
+
+# What stays apart is not refused
+
+
+def smoothed(out, y):
+    return F.cross_entropy(out, y, label_smoothing=0.1)
+
+
+def with_dropout_of_the_users(out, y):
+    return F.cross_entropy(F.dropout(out, 0.5), y)
+
+
+def noisy(out, y):
+    return F.mse_loss(out, torch.randn_like(out))
+
+
+def own_centre(out, y):
+    out -= out.detach().mean(1, keepdim=True)
+    out[:, 1] *= 2
+    return F.cross_entropy(out, y)
+
+
+def by_hand(out, y):
+    total = 0.0
+    for row, label in zip(out, y, strict=True):
+        total = total + F.cross_entropy(row, label)
+    return total / len(y)
+
+
+def tokens_of_each(out, y):
+    target = torch.where(y.unsqueeze(1) >= torch.arange(4), 1, -100)
+    losses = F.cross_entropy(out.view(-1, 4, 2).transpose(1, 2), target, reduction="none", ignore_index=-100)
+    return (losses.sum(1) / (target != -100).sum(1)).mean()
+
+
+def public_weights(out, y):
+    return F.cross_entropy(out, y, weight=torch.arange(1.0, 9.0), reduction="none").mean()
+
+
+def logged(out, y):
+    accuracy = (out.argmax(1) == y).float().mean().item()
+    assert 0 <= accuracy <= 1
+    return F.cross_entropy(out, y)
+
+
+def with_a_nan(out, y):
+    return F.cross_entropy(out, y) + (out.sum(1) * torch.where(y == 0, torch.inf, 0.0)).mean()
+
+
+APART_LOSSES = [
+    *(smoothed, with_dropout_of_the_users, noisy, own_centre, by_hand, tokens_of_each, public_weights, logged),
+    with_a_nan,
+]
+
+
+@pytest.mark.parametrize("loss", APART_LOSSES, ids=lambda loss: loss.__name__)
+def test_losses_that_keep_examples_apart_are_not_refused(loss):
+    tried(loss, nn.Sequential(nn.Flatten(), nn.Linear(108, 8)), batches=3)
+
+
+def test_bfloat16_losses_are_not_refused():
+    def loss(out, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(out @ torch.eye(5), y)
+
+    tried(loss, batches=3)
+
+
+def test_random_numbers_are_drawn_as_without_checks():
+    drawn = []
+    for first in (False, True):
+        _, model, _, loader = made_private(batch_size=30)
+        batches = iter(loader)
+        with injected_entropy(1):
+            x, _ = next(batches)
+        torch.manual_seed(0)
+        F.dropout(model(x), 0.5)
+        loader.session._between.worlds = () if first else loader.session._between.worlds
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_running_means_for_the_log_are_not_refused():
+    _, model, optimizer, loader = made_private()
+    total = torch.zeros(())
+    for x, y in loader:
+        loss = F.cross_entropy(model(x), y)
+        total += loss.detach()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert total > 0
+
+
+def test_a_loss_that_begins_to_mix_is_refused_with_the_next_batch():
+    _, model, optimizer, loader = made_private(pictures(300), batch_size=10)
+    seen = 0
+    with pytest.raises(PrivacyError, match=APART):  # noqa: PT012
+        for x, y in loader:
+            seen += 1
+            out = model(x)
+            loss = F.cross_entropy(out if seen < 11 else out - out.mean(0), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert seen == 12  # 1, 2, 4, 8, (16) are looked at anyway
+
+
+def test_numbers_that_leave_torch_are_said_not_to_be_seen():
+    with pytest.warns(UserWarning, match="was not seen to be computed from the batch"):
+        tried(F.cross_entropy, prepare=lambda x, y: (torch.from_numpy(x.numpy() * 2), y))
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    with pytest.warns(UserWarning, match="loss was not seen to be computed from the batch by torch functions"):
+        tried(lambda out, y: Own.apply(F.cross_entropy(out, y)))
+
+
+def test_another_model_is_not_trained_on_the_batch_without_noise():
+    probe = nn.Linear(5, 5)
+    _, model, _, loader = made_private()
+    with pytest.raises(DPFastError, match="trained on private data without noise"):  # noqa: PT012
+        for x, y in loader:
+            out = model(x)
+            F.cross_entropy(probe(out.detach()), y).backward()
+    assert probe.weight.grad is None
+
+
+def test_running_statistics_of_another_model_change_once():
+    teacher = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(108, momentum=1.0))
+    _, _model, _, loader = made_private()
+    for x, _y in loader:
+        with torch.no_grad():
+            teacher(x)
+        expected = x.flatten(1).mean(0)
+        assert torch.allclose(teacher[1].running_mean, expected, atol=1e-6)
+        assert teacher[1].num_batches_tracked == 1
+        break
+
+
+def test_shadows_die_with_their_tensors():
+    shadows, t, shadow = Shadows(), torch.ones(3), torch.zeros(3)
+    gone = weakref.ref(shadow)
+    shadows[t] = shadow
+    assert shadows.get(t, None) is shadow
+    del shadow
+    assert gone() is not None
+    del t
+    gc.collect()
+    assert gone() is None
+    assert len(shadows) == 0
+
+
+def test_a_batch_does_not_outlive_the_users_use_of_it():
+    _, model, optimizer, loader = made_private()
+    batches = iter(loader)
+    x, y = next(batches)
+    gone = weakref.ref(x)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    del x, y
+    _x, _y = next(batches)
+    gc.collect()
+    assert gone() is None
+
+
+# Collating
+
+
+def padded(items):
+    length = max(len(x) for x, _ in items)
+    rows = torch.stack([F.pad(x, (0, length - len(x))) for x, _ in items])
+    return rows, torch.stack([y for _, y in items])
+
+
+def padded_left(items):
+    length = max(len(x) for x, _ in items)
+    rows = torch.stack([F.pad(x, (length - len(x), 0)) for x, _ in items])
+    return rows, torch.stack([y for _, y in items])
+
+
+def standardising(items):
+    rows = torch.stack([x[:3].float() for x, _ in items])
+    return (rows - rows.mean(0)) / (rows.std(0) + 1e-3), torch.stack([y for _, y in items])
+
+
+def mixing_up(items):
+    rows = torch.stack([x[:3].float() for x, _ in items])
+    return rows + 0.1 * rows.flip(0), torch.stack([y for _, y in items])
+
+
+def masking(items):
+    rows, y = padded([(x[:3], y) for x, y in items])
+    return torch.where(torch.rand(rows.shape) < 0.2, 0, rows), y
+
+
+class Texts(torch.utils.data.Dataset):
+    def __init__(self):
+        torch.manual_seed(0)
+        self.items = [(torch.randint(1, 9, (3 + i % 5,)), torch.tensor(i % 3)) for i in range(40)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def collated(collate, workers=0):
+    net = nn.Linear(1, 1)
+    return dpfast.PrivacyEngine().make_private(
+        module=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data_loader=DataLoader(Texts(), batch_size=20, collate_fn=collate, num_workers=workers),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )[2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("collate", [standardising, mixing_up], ids=lambda f: f.__name__)
+def test_a_collate_function_that_mixes_examples_is_refused(collate, workers):
+    with pytest.raises(PrivacyError, match="collate_fn: what it makes of one example depends on others"):
+        list(collated(collate, workers))
+
+
+@pytest.mark.parametrize("collate", [padded, padded_left, masking], ids=lambda f: f.__name__)
+def test_a_collate_function_that_pads_or_masks_is_not_refused(collate):
+    assert len(list(collated(collate))) == 2

@@ -1,0 +1,179 @@
+"""Ways around the loss of a private model: gradients, numbers and rows that would reach it by another door."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from dpfast import PrivacyEngine
+from dpfast.errors import DPFastError, PrivacyError
+from engine_cases import made_private, numbers, small_net
+
+
+@pytest.fixture
+def private():
+    """Model, optimizer, loader without noise, and the first batch."""
+    _, model, optimizer, loader = made_private(noise_multiplier=0.0)
+    return model, optimizer, loader
+
+
+def test_a_backward_pass_after_the_step_does_not_reach_the_model(private):
+    model, optimizer, loader = private
+    x, y = next(iter(loader))
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    before = numbers(model)
+    model.eval()
+    with pytest.raises(PrivacyError, match=r"reached 1\.weight|reached .* by another way"):
+        F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert torch.equal(numbers(model), before)
+
+
+def test_gradients_of_inputs_are_ones_own_affair(private):
+    model, _, loader = private
+    x, _ = next(iter(loader))
+    model.eval()
+    x.requires_grad_()
+    (saliency,) = torch.autograd.grad(model(x).sum(), x)
+    assert saliency.shape == x.shape
+
+
+def test_copies_of_the_model_are_free(private):
+    student = copy.deepcopy(private[0])
+    student(torch.randn(2, 3, 6, 6)).sum().backward()
+    assert all(p.grad is not None for p in student.parameters())
+
+
+def test_a_weight_of_the_loss_that_is_computed_from_the_batch(private):
+    model, _, loader = private
+    for x, y in loader:
+        loss = F.cross_entropy(model(x), y)
+        with pytest.raises(PrivacyError, match="the loss of one example depends on others"):
+            loss.backward(x.abs().mean())
+        break
+
+
+class Told(nn.Module):
+    """Adds what somebody has put into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_net()
+        self.register_buffer("running", torch.zeros(5))
+        self.context = None
+
+    def forward(self, x):
+        return self.inner(x) + self.running + (0 if self.context is None else self.context)
+
+
+@pytest.mark.parametrize("place", ["running", "context"])
+def test_what_the_loop_writes_into_the_model(place):
+    _, model, _, loader = made_private(net=Told())
+    for x, _ in loader:
+        mean = x.flatten(1).mean(0)[:5]
+        if place == "running":
+            model.running.lerp_(mean, 0.1)
+        else:
+            model.context = mean
+        with pytest.raises(PrivacyError, match=rf"{place} of the private model was computed from a batch"):
+            model(x)
+        break
+
+
+class WithMean(nn.Module):
+    """Outputs, and their mean over the batch without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_net()
+
+    def forward(self, x):
+        out = self.inner(x)
+        return out, out.detach().mean(0)
+
+
+def test_a_result_without_rows_in_the_loss():
+    _, model, _, loader = made_private(net=WithMean())
+
+    def one_pass():
+        for x, _ in loader:
+            out, mean = model(x)
+            (out - mean).square().mean().backward()
+
+    with pytest.raises(DPFastError, match=r"depends on others|changing one example's input"):
+        one_pass()
+
+
+def test_a_loss_that_mixes_now_and_then_is_looked_at_when_it_comes_again(private):
+    model, optimizer, loader = private
+    mixed = []
+
+    def one_pass():
+        for number, (x, y) in enumerate(loader):
+            optimizer.zero_grad()
+            out = model(x)
+            loss = F.cross_entropy(out, y)
+            if number % 3 == 2:
+                mixed.append(number)
+                loss = loss + (out - out.detach().mean(0)).square().mean()
+            loss.backward()
+            optimizer.step()
+
+    with pytest.raises(PrivacyError, match="the loss of one example depends on others"):
+        one_pass()
+    assert len(mixed) <= 2
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return torch.arange(1, 2 + (7 * i) % 11), i % 5
+
+
+def padded(items):
+    return pad_sequence([tokens for tokens, _ in items], batch_first=True), torch.tensor([label for _, label in items])
+
+
+def with_count(items):
+    tokens, labels = padded(items)
+    return tokens, labels, int((tokens != 0).sum())
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(16, 8), nn.Linear(8, 5)
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens).mean(1))
+
+
+def texts(collate):
+    model = Reader()
+    return PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(Texts(), batch_size=20, collate_fn=collate),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+
+
+def test_padding_to_the_longest_is_warned_of():
+    _, _, loader = texts(padded)
+    with pytest.warns(UserWarning, match="pads to the longest example of the batch"):
+        list(zip(range(3), loader, strict=False))
+
+
+@pytest.mark.filterwarnings("ignore:collate_fn pads to the longest")
+def test_numbers_of_tokens_from_a_collate_function():
+    _, _, loader = texts(with_count)
+    with pytest.raises(PrivacyError, match="collate_fn: what it makes of one example depends on others"):
+        list(loader)
