@@ -308,11 +308,14 @@ def plan(
     settings: Set = None,
     device: Annotated[str | None, typer.Option(help="A GPU that need not be here: h200.")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="FLOPs, bytes and time of each kernel.")] = False,
+    nodes: Annotated[int | None, typer.Option(help="Servers that share the work of the recipe.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs in each of them, h200 unless --device says.")] = None,
     debug: Debug = False,
 ) -> None:
     """The plan of a recipe: sampling, noise, epsilon by step; the form, time and memory of each weight's gradients.
 
-    Without a recipe: the private step of an 83M UNet beside the ordinary one, predicted for a GPU.
+    Without a recipe: the private step of an 83M UNet beside the ordinary one, predicted for a GPU. With nodes: time,
+    communication and memory of the whole recipe on so many GPUs, predicted, which needs neither them nor the data.
 
     \b
     Examples:
@@ -320,8 +323,12 @@ def plan(
       dpfast plan digits --set performance.memory_budget=20000000
       dpfast plan digits --set target_epsilon=1 --set private.steps=60
       dpfast plan --device h200 --kernels
+      dpfast plan cifar10 --nodes 2 --gpus-per-node 8
     """
     with reported(debug):
+        if nodes is not None or gpus_per_node is not None:
+            _plan_cluster(recipe, settings, device, nodes, gpus_per_node, kernels)
+            return
         if recipe is None:
             _plan_elsewhere(device, settings, kernels)
             return
@@ -386,6 +393,33 @@ def _plan_elsewhere(device: str | None, settings: list[str] | None, kernels: boo
         typer.echo(line)
 
 
+def _plan_cluster(
+    recipe: str | None,
+    settings: list[str] | None,
+    device: str | None,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    kernels: bool,
+) -> None:
+    wanted = "as in: dpfast plan cifar10 --nodes 2 --gpus-per-node 8"
+    if recipe is None:
+        raise ConfigError(f"--nodes, --gpus-per-node: expected a recipe, {wanted}")
+    if nodes is None or gpus_per_node is None:
+        raise ConfigError(f"expected both --nodes and --gpus-per-node, {wanted}")
+    if kernels:
+        raise ConfigError(
+            "--kernels: a plan for several GPUs has none; leave it out, or leave out the nodes and recipe"
+        )
+    from dpfast.runs.cluster import plan_cluster
+    from dpfast.runs.cluster_page import page
+
+    planned = plan_cluster(
+        _load(recipe, settings, None), nodes=nodes, gpus_per_node=gpus_per_node, device=device or "h200"
+    )
+    for line in page(planned):
+        typer.echo(line)
+
+
 def _load(recipe: str, settings: list[str] | None, name: str | None) -> Recipe:
     from dpfast.recipes import load
 
@@ -393,6 +427,9 @@ def _load(recipe: str, settings: list[str] | None, name: str | None) -> Recipe:
 
 
 def _execute(recipe: str, settings: list[str] | None, name: str | None, runs: Path, dry_run: bool, until: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _execute_together(recipe, settings, name, runs, dry_run, until)
+        return
     resolved = _load(recipe, settings, name)
     if dry_run:
         _dry_run(resolved, runs)
@@ -403,6 +440,27 @@ def _execute(recipe: str, settings: list[str] | None, name: str | None, runs: Pa
 
     done = execute(resolved, runs, TerminalProgress(sys.stderr), until=until)
     _summary(done, until)
+
+
+def _execute_together(
+    recipe: str, settings: list[str] | None, name: str | None, runs: Path, dry_run: bool, until: str
+) -> None:
+    """The same in one of the processes that torchrun has started; rank 0 speaks."""
+    from dpfast.runs.launch import together, use_own_gpu
+    from dpfast.runs.pipeline import execute
+    from dpfast.runs.terminal import TerminalProgress
+
+    with together() as ranks:
+        resolved = ranks.first(lambda: _load(recipe, settings, name))
+        if dry_run:
+            ranks.first(lambda: _dry_run(resolved, runs))
+            return
+        if ranks.leads:
+            typer.echo(f"loading, on {ranks.size} processes ...", err=True)
+        use_own_gpu(resolved.performance.device, ranks)
+        done = execute(resolved, runs, TerminalProgress(sys.stderr), until=until, ranks=ranks)
+        if ranks.leads:
+            _summary(done, until)
 
 
 def _dry_run(recipe: Recipe, runs: Path) -> None:

@@ -24,6 +24,7 @@ from dpfast.diffusion.sampler import fill_shards, guided, in_batches
 from dpfast.diffusion.timesteps import draw_levels
 from dpfast.errors import ConfigError
 from dpfast.progress import Progress, silent
+from dpfast.ranks import Ranks
 
 if TYPE_CHECKING:
     from diffusers import EDMEulerScheduler
@@ -247,6 +248,7 @@ def generate_edm_shards(
     compile: bool = False,  # noqa: A002 (as in Performance)
     devices: Sequence[str] = (),
     progress: Progress = silent,
+    ranks: Ranks | None = None,
 ) -> ShardFolder:
     """``count`` images in a ``ShardFolder``, exactly ``count / len(classes)`` of each class, as ``generate_shards``."""
     sampler, preconditioning = sampler or HeunSampler(), preconditioning or Preconditioning()
@@ -263,4 +265,6 @@ def generate_edm_shards(
             progress=report,
         )  # fmt: skip
 
-    return fill_shards(model, Path(folder), settings, make, compile=compile, devices=devices, progress=progress)
+    return fill_shards(
+        model, Path(folder), settings, make, compile=compile, devices=devices, progress=progress, ranks=ranks
+    )

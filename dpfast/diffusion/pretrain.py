@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpfast import checkpoint as checkpoints
@@ -15,6 +16,7 @@ from dpfast.errors import ConfigError
 from dpfast.objective import Objective
 from dpfast.performance import Dtype
 from dpfast.progress import Progress, silent
+from dpfast.ranks import Ranks
 from dpfast.seeding import seeded
 
 _KIND = "pretrain"
@@ -45,11 +47,28 @@ class PretrainSpec:
             raise ConfigError(f"PretrainSpec(ema_decay={self.ema_decay}): expected 0 <= decay < 1")
 
 
+class _Losses(nn.Module):
+    """The objective of a model, as a module: what ``DistributedDataParallel`` wraps, so that the objective meets the
+    model itself.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.objective(self.model, *arguments)
+
+
 class _Training:
     """Everything that changes from step to step, and so everything a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, spec: PretrainSpec, dtype: Dtype) -> None:
-        self.model, self.spec, self.dtype = model, spec, dtype
+    def __init__(self, model: nn.Module, objective: Objective, spec: PretrainSpec, dtype: Dtype, ranks: Ranks) -> None:
+        self.model, self.spec, self.dtype, self.ranks = model, spec, dtype, ranks
+        self.objective: nn.Module = _Losses(model, objective)
+        if ranks.size > 1:
+            # Rank 0's weights for all, before they are averaged. The graph: a parameter that no loss needs is no error.
+            self.objective = nn.parallel.DistributedDataParallel(self.objective, static_graph=True)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.ema_decay))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -57,19 +76,30 @@ class _Training:
         )
         self.losses: list[float] = []
 
-    def step(self, objective: Objective, dataset: ImageSet, device: torch.device) -> None:
-        step = len(self.losses)
-        ids = batch_indices(len(dataset), self.spec.batch_size, step, seed=self.spec.seed)
+    def step(self, dataset: ImageSet, device: torch.device) -> None:
+        step, ranks = len(self.losses), self.ranks
+        batch = batch_indices(len(dataset), self.spec.batch_size, step, seed=self.spec.seed)
+        mine = batch[ranks.rank :: ranks.size]
+        # The ranks' gradients are averaged: so weighted, the average is the gradient of the whole batch's mean.
+        weight = len(mine) * ranks.size / len(batch)
+        ids = mine if len(mine) else batch[:1]  # of more ranks than images; its weight is 0
         images, labels = dataset.images[ids].to(device), dataset.labels[ids].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            loss = objective(self.model, images, labels, RowKeys(self.spec.seed, ids.to(device), step)).mean()
+            losses = self.objective(images, labels, RowKeys(self.spec.seed, ids.to(device), step))
+        loss = losses.mean() * weight
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.ema.update_parameters(self.model)
-        self.losses.append(float(loss.detach()))
+        self.losses.append(self._of_all(loss.detach()))
+
+    def _of_all(self, loss: Tensor) -> float:
+        """The loss of the whole batch."""
+        if self.ranks.size > 1:
+            dist.all_reduce(loss)
+        return float(loss) / self.ranks.size
 
     def parts(self) -> tuple[Any, ...]:
         return self.model, self.ema, self.optimizer, self.schedule
@@ -83,6 +113,26 @@ class _Training:
         self.losses = list(state["losses"])
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A file of rank 0's; on other machines there may be none."""
+
+    path: Path
+    fingerprint: str
+    ranks: Ranks
+
+    def load(self, training: _Training) -> None:
+        """What it holds, on every rank, if it is there."""
+        content = self.ranks.first(lambda: checkpoints.read(self.path) if self.path.exists() else None)
+        if content is not None:
+            of = {"kind": _KIND, "fingerprint": self.fingerprint}
+            training.load(checkpoints.load(self.path, content=content, **of))
+
+    def save(self, training: _Training) -> None:
+        of = {"kind": _KIND, "fingerprint": self.fingerprint}
+        self.ranks.first(lambda: checkpoints.save(self.path, training.state(), **of))
+
+
 def pretrain(
     model: nn.Module,
     objective: Objective,
@@ -93,26 +143,34 @@ def pretrain(
     fingerprint: str = "",
     dtype: Dtype = "float32",
     progress: Progress = silent,
+    ranks: Ranks | None = None,
 ) -> list[float]:
     """Train ``model`` in place on public images, leave the averaged weights in it, return the loss of each step.
 
     With ``checkpoint`` the work can be interrupted at any time: the next call with the same ``fingerprint`` goes
     on from the file and ends with the same weights. dtype: that the objective is computed in, by autocast.
+    ranks: ``torch.distributed``'s processes by default, which train together: all of them call this with the same
+    arguments, each computes its part of every batch, and all end with the weights that one would (up to rounding, and
+    dropout). Rank 0 alone reads and writes the checkpoint, and is heard.
 
     Raises:
         CheckpointError: the file belongs to other settings.
     """
+    ranks = ranks or Ranks.current()
     device = next(model.parameters()).device
-    training = _Training(model.train(), spec, dtype)
-    if checkpoint is not None and checkpoint.exists():
-        training.load(checkpoints.load(checkpoint, kind=_KIND, fingerprint=fingerprint))
+    training = _Training(model.train(), objective, spec, dtype, ranks)
+    keep = None if checkpoint is None else _Checkpoint(checkpoint, fingerprint, ranks)
+    if keep is not None:
+        keep.load(training)
     while len(training.losses) < spec.steps:
-        with seeded(spec.seed + len(training.losses), device):  # dropout, the only global randomness
-            training.step(objective, dataset, device)
+        # Of dropout, the only global randomness; each rank has masks of its own.
+        with seeded(spec.seed + len(training.losses) + (ranks.rank << 32), device):
+            training.step(dataset, device)
         done = len(training.losses)
-        if checkpoint is not None and (done % spec.checkpoint_every == 0 or done == spec.steps):
-            checkpoints.save(checkpoint, training.state(), kind=_KIND, fingerprint=fingerprint)
-        progress(done, spec.steps, "pre-training on public images")
+        if keep is not None and (done % spec.checkpoint_every == 0 or done == spec.steps):
+            keep.save(training)
+        if ranks.leads:
+            progress(done, spec.steps, "pre-training on public images")
     model.load_state_dict(training.ema.module.state_dict())
     model.eval()
     return training.losses

@@ -18,6 +18,7 @@ from dpfast.data.shards import ShardFolder
 from dpfast.diffusion.objective import predict
 from dpfast.errors import ConfigError
 from dpfast.progress import Progress, silent
+from dpfast.ranks import Ranks
 
 SamplerName = Literal["ddim", "ddpm"]
 
@@ -145,6 +146,7 @@ def generate_shards(
     compile: bool = False,  # noqa: A002 (as in Performance)
     devices: Sequence[str] = (),
     progress: Progress = silent,
+    ranks: Ranks | None = None,
 ) -> ShardFolder:
     """``count`` images in a ``ShardFolder``, exactly ``count / len(classes)`` of each class.
 
@@ -153,9 +155,11 @@ def generate_shards(
     dtype: as in ``generate``; compile: by ``torch.compile``; devices: that share the shards, each with a copy of the
     model and a thread of its own (by default the model's device). Each shard has a seed of its own: who draws it does
     not matter. progress: called in the caller's thread after each batch, after the last of a shard once it is written.
+    ranks: ``torch.distributed``'s processes by default, which share the shards: all of them call this with the same
+    arguments, for a folder that all see, and return when it is complete. Rank 0 hears of all of them.
 
     Raises:
-        ConfigError: the classes do not divide ``count``.
+        ConfigError: the classes do not divide ``count``, or ranks have different settings or models.
         DataError: the folder was made with other settings or another model.
     """
     settings = {
@@ -171,7 +175,9 @@ def generate_shards(
             steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, dtype=dtype, progress=report,
         )  # fmt: skip
 
-    return fill_shards(model, Path(folder), settings, make, compile=compile, devices=devices, progress=progress)
+    return fill_shards(
+        model, Path(folder), settings, make, compile=compile, devices=devices, progress=progress, ranks=ranks
+    )
 
 
 def fill_shards(
@@ -183,6 +189,7 @@ def fill_shards(
     compile: bool,  # noqa: A002 (as in Performance)
     devices: Sequence[str],
     progress: Progress,
+    ranks: Ranks | None,
 ) -> ShardFolder:
     """A ``ShardFolder``, whose shards that are not there yet come from ``make(network, labels, seed, report)``.
 
@@ -195,63 +202,84 @@ def fill_shards(
             f"count must be a positive multiple of the {len(classes)} classes and shard_size 1 or more, "
             f"got count={count} and shard_size={shard_size}"
         )
-    shards = ShardFolder.claim(folder, settings)
+    ranks = ranks or Ranks.current()
+    ranks.alike("samples", repr(settings), "Give all ranks the same settings and the same model")
+    shards = ranks.first(lambda: ShardFolder.claim(folder, settings))
     workers = [copy.deepcopy(model).to(device) for device in devices] or [model]
-    networks: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
-    for worker in workers:
-        networks.put(cast(nn.Module, torch.compile(worker)) if compile else worker)
+    networks = [cast(nn.Module, torch.compile(worker)) if compile else worker for worker in workers]
 
-    def fill(number: int, labels: Tensor, report: Progress) -> None:
+    def fill(network: nn.Module, number: int, labels: Tensor, report: Progress) -> None:
         if shards.read(number, labels) is None:
-            network = networks.get()
-            try:
-                images = make(network, labels, _shard_seed(settings["seed"], number), report)
-            finally:
-                networks.put(network)  # or the next shard would wait for it
+            images = make(network, labels, _shard_seed(settings["seed"], number), report)
             shards.write(number, images, labels)
 
-    _in_threads(fill, shards, len(workers), progress)
+    _in_threads(fill, networks, shards, ranks, progress if ranks.leads else silent)
+    ranks.wait()
+    if ranks.size > 1 and ranks.leads:
+        progress(len(shards.labels), len(shards.labels), "sampling")  # the others may have drawn the last
     return shards
 
 
 def _in_threads(
-    fill: Callable[[int, Tensor, Progress], None], shards: ShardFolder, workers: int, progress: Progress
+    fill: Callable[[nn.Module, int, Tensor, Progress], None],
+    networks: Sequence[nn.Module],
+    shards: ShardFolder,
+    ranks: Ranks,
+    progress: Progress,
 ) -> None:
-    """``fill(number, labels, report)`` of every shard. ``progress`` hears of all, in this thread; what is raised, here
-    or in one of them, ends the others after their batch.
+    """``fill(network, number, labels, report)`` of the shards that this rank takes, in a thread for each network.
+
+    ``progress`` hears of all ranks', in this thread, when something was drawn here; what is raised, here or in one of
+    them, ends the others after their batch.
     """
-    count = len(shards.labels)
-    drawn: dict[int, int] = {}  # by shard
-    news: queue.SimpleQueue[tuple[int, int] | BaseException] = queue.SimpleQueue()
+    labels_of, count = dict(shards), len(shards.labels)
+    numbers, turn = ranks.take(len(labels_of)), threading.Lock()
+    drawn = ranks.tally()
+    news: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()  # images drawn; None: a thread is through
     stopped = threading.Event()
 
-    def work(number: int, labels: Tensor) -> None:
-        def report(step: int, of: int, _: str, /) -> None:
-            if step < of:  # the last batch counts once the shard is written
-                if stopped.is_set():
-                    raise CancelledError
-                news.put((number, step))
-
+    def work(network: nn.Module) -> None:
         try:
-            fill(number, labels, report)
-            news.put((number, len(labels)))
+            while (number := take()) is not None:
+                draw(network, number, labels_of[number])
+            news.put(None)
         except BaseException as error:  # raised below
             news.put(error)
 
-    threads = ThreadPoolExecutor(workers)
+    def take() -> int | None:
+        with turn:
+            return None if stopped.is_set() else next(numbers, None)
+
+    def draw(network: nn.Module, number: int, labels: Tensor) -> None:
+        told = 0
+
+        def report(step: int, of: int, _: str, /) -> None:
+            nonlocal told
+            if step < of:  # the last batch counts once the shard is written
+                if stopped.is_set():
+                    raise CancelledError
+                news.put(step - told)
+                told = step
+
+        fill(network, number, labels, report)
+        news.put(len(labels) - told)
+
+    threads = ThreadPoolExecutor(len(networks))
     try:
-        for shard in shards:
-            threads.submit(work, *shard)
-        while sum(drawn.values()) < count:
+        for network in networks:
+            threads.submit(work, network)
+        running = len(networks)
+        while running:
             heard = news.get()
             if isinstance(heard, BaseException):
                 raise heard
-            number, images = heard
-            drawn[number] = images
-            progress(sum(drawn.values()), count, "sampling")
+            if heard is None:
+                running -= 1
+            else:
+                progress(drawn(heard), count, "sampling")
     finally:
         stopped.set()
-        threads.shutdown(cancel_futures=True)
+        threads.shutdown()
 
 
 def _shard_seed(seed: int, number: int) -> int:

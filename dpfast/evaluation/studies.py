@@ -12,9 +12,10 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,20 +31,12 @@ from dpfast.evaluation.classifier import (
     train_classifier,
 )
 from dpfast.evaluation.intervals import accuracy_interval, rank_correlation
+from dpfast.evaluation.tasks import Results, Task, work_off
 from dpfast.progress import Progress, silent
+from dpfast.ranks import Ranks
 
 FEWEST_SETTINGS = 12  # the interval of a rank correlation of fewer spans nearly everything
 HELD_OUT = 1 / 12  # 5,000 of 60,000 images, as in DPImageBench
-
-
-class Results(Protocol):
-    """Named results, numbers and texts: a dict, or one that is kept in a file."""
-
-    def __contains__(self, key: str, /) -> bool: ...
-
-    def __getitem__(self, key: str, /) -> Any: ...
-
-    def __setitem__(self, key: str, value: Any, /) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,37 +98,94 @@ def accuracy_by_count(
     results: Results | None = None,
     device: str | torch.device = "cpu",
     progress: Progress = silent,
+    ranks: Ranks | None = None,
 ) -> list[CountAccuracy]:
     """Accuracy on ``test`` of classifiers trained on the first n synthetic images of ``balanced_order``, for each n in
     ``counts``: each set contains the smaller ones, and every classifier takes ``spec.steps`` steps.
 
     results: gets the accuracy of each classifier, and its probabilities as text, of which ensembles are made.
+    ranks: ``torch.distributed``'s processes by default, which share the classifiers: all of them call this with the
+    same arguments. The results of rank 0 are those that count, and rank 0 is heard.
 
     Raises DataError when there are too few images of some class for the largest count.
     """
-    results = {} if results is None else results
-    order = balanced_order(synthetic)
-    found = []
-    for count in counts:
-        chosen = _balanced(synthetic, order, count)
-        keys = [_key(spec, "accuracy_by_count", count, seed) for seed in seeds]
-        for key, seed in zip(keys, seeds, strict=True):
-            if key not in results:
-                model = train_classifier(
-                    synthetic, spec=spec, seed=seed, subset=chosen, device=device, progress=progress
-                )
-                results[f"{key}.probabilities"] = _to_text(predict_probabilities(model, test.images))
-                results[key] = accuracy(model, test)
-        together = np.mean([_from_text(results[f"{key}.probabilities"], len(test)) for key in keys], axis=0)
-        found.append(
-            CountAccuracy(
-                count=count,
-                accuracies=tuple(results[key] for key in keys),
-                ensemble=float((together.argmax(1) == test.labels.numpy()).mean()),
-                test_images=len(test),
-            )
+    ranks = ranks or Ranks.current()
+    kept: Results = {} if results is None else results
+    study = CountStudy(
+        synthetic,
+        test,
+        counts=counts,
+        spec=spec,
+        seeds=seeds,
+        device=device,
+        progress=progress if ranks.leads else silent,
+    )
+    work_off(study.tasks(), kept, ranks)
+    return ranks.first(lambda: study.found(kept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Classifier:
+    """One of the study: the images ``chosen`` (int64) that it is trained on, its seed, the name of its accuracy."""
+
+    chosen: Tensor
+    seed: int
+    key: str
+
+
+class CountStudy:
+    """The classifiers of ``accuracy_by_count``, to be trained by whoever is free. Raises what it raises."""
+
+    def __init__(
+        self,
+        synthetic: ImageSet,
+        test: ImageSet,
+        *,
+        counts: Sequence[int],
+        spec: ClassifierSpec,
+        seeds: Sequence[int],
+        device: str | torch.device,
+        progress: Progress,
+    ) -> None:
+        self._synthetic, self._test, self._spec = synthetic, test, spec
+        self._device, self._progress = device, progress
+        order = balanced_order(synthetic)
+        self._classifiers: dict[int, list[_Classifier]] = {}  # by count
+        for count in counts:
+            chosen = _balanced(synthetic, order, count)
+            keys = [(seed, _key(spec, "accuracy_by_count", count, seed)) for seed in seeds]
+            self._classifiers[count] = [_Classifier(chosen=chosen, seed=seed, key=key) for seed, key in keys]
+
+    def tasks(self) -> dict[str, Task]:
+        """For ``work_off``."""
+        every = [classifier for of_count in self._classifiers.values() for classifier in of_count]
+        return {classifier.key: partial(self._measure, classifier) for classifier in every}
+
+    def found(self, results: Results) -> list[CountAccuracy]:
+        """From the results of all tasks, by count."""
+        return [self._together(count, [c.key for c in of], results) for count, of in self._classifiers.items()]
+
+    def _measure(self, of: _Classifier) -> dict[str, Any]:
+        model = train_classifier(
+            self._synthetic,
+            spec=self._spec,
+            seed=of.seed,
+            subset=of.chosen,
+            device=self._device,
+            progress=self._progress,
         )
-    return found
+        probabilities = _to_text(predict_probabilities(model, self._test.images))
+        return {f"{of.key}.probabilities": probabilities, of.key: accuracy(model, self._test)}
+
+    def _together(self, count: int, keys: Sequence[str], results: Results) -> CountAccuracy:
+        size = len(self._test)
+        mean = np.mean([_from_text(results[f"{key}.probabilities"], size) for key in keys], axis=0)
+        return CountAccuracy(
+            count=count,
+            accuracies=tuple(results[key] for key in keys),
+            ensemble=float((mean.argmax(1) == self._test.labels.numpy()).mean()),
+            test_images=size,
+        )
 
 
 def rank_transfer(

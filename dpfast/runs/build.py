@@ -38,6 +38,7 @@ from dpfast.privacy.choice import choice_release
 from dpfast.privacy.plan import Plan
 from dpfast.privacy.releases import GaussianRelease
 from dpfast.progress import Progress, silent
+from dpfast.ranks import Ranks
 from dpfast.recipes.schema import Baseline, Private, Recipe
 from dpfast.runs.seeds import seed_for
 from dpfast.trainer import DPTrainer
@@ -271,6 +272,7 @@ def private_trainer(
     state_dir: Path | None = None,
     progress: Progress = silent,
     unsafe_debug: bool = False,
+    ranks: Ranks | None = None,
 ) -> DPTrainer:
     """DP-SGD as ``[private]`` or ``[baseline]`` says.
 
@@ -285,6 +287,7 @@ def private_trainer(
         state_dir=state_dir,
         progress=progress,
         unsafe_debug=unsafe_debug,
+        ranks=ranks,
         **training_options(recipe, training),
     )
 

@@ -18,14 +18,21 @@ from dpfast.runs.seeds import seed_for
 
 
 def public_classifier(run: Run, progress: Progress) -> Classifier:
-    """The classifier of the public images: feature extractor, and where the private classifier starts."""
+    """The classifier of the public images: feature extractor, and where the private classifier starts.
+
+    A collective: rank 0 trains it where that is not done yet, and the others wait.
+    """
     keys = ("seed", "data.public", "data.public_count", "evaluate.extractor_steps")
     key = fingerprint(parts(run.recipe, *keys) | inputs.public_identity(run.recipe))
     path = run.directory.state / f"public-classifier-{key}"
-    if not path.exists():
-        seed, spec = seed_for(run.recipe, "classifier"), build.public_classifier_spec(run.recipe)
-        public, device = inputs.public_data(run.recipe), run.recipe.performance.device
-        save(path, train_classifier(public, spec=spec, seed=seed, device=device, progress=progress).cpu())
+
+    def train() -> None:
+        if not path.exists():
+            seed, spec = seed_for(run.recipe, "classifier"), build.public_classifier_spec(run.recipe)
+            public, device = inputs.public_data(run.recipe), run.recipe.performance.device
+            save(path, train_classifier(public, spec=spec, seed=seed, device=device, progress=progress).cpu())
+
+    run.ranks.first(train)
     return load(run, path, inputs.public_classes(run.recipe))
 
 

@@ -79,6 +79,13 @@ class RunDirectory:
         for folder in self._must_stay:
             write_atomic(folder / MARKER, _MARKED)
 
+    def owner(self) -> str:
+        """What the lock says of who holds it, or held it last; nothing where there is no folder."""
+        try:
+            return (self.root / "lock").read_text().strip()
+        except OSError:
+            return ""
+
     def _held(self, descriptor: int) -> str:
         owner = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
         return (

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from dpfast.clipping.planner import StepPlan
+from dpfast.data import ImageSet
 from dpfast.kernels.rates import DEVICES
-from dpfast.physical import usual_size
+from dpfast.physical import Size, usual_size
+from dpfast.privacy.plan import Plan
+from dpfast.recipes.schema import Recipe
 from dpfast.runs import build
 from dpfast.runs.elsewhere import state_bytes
 from dpfast.runs.estimate import image_passes
@@ -32,25 +36,34 @@ class Foreseen:
 
 def foresee(run: Run) -> list[Foreseen]:
     """Of this machine's CPU, and of every GPU of which rates are known (assumed, not measured)."""
-    recipe = run.recipe
-    trainer = build.private_trainer(
-        replace(recipe, performance=replace(recipe.performance, device="cpu")),  # fake tensors stand for the device's
-        recipe.private,
-        build.tuned(recipe, build.unet(recipe, run.private)),
-        run.private,
-        run.plan,
-        build.private_objective(recipe, run.private),
-    )
+    trainer = trainer_to_plan(run.recipe, run.private, run.plan)
     return [_on(run, trainer, device) for device in (HERE, *DEVICES)]
 
 
-def _on(run: Run, trainer: DPTrainer, device: str) -> Foreseen:
-    """A physical batch as ``DPTrainer`` makes it there; what is not private takes what its ordinary step does."""
+def trainer_to_plan(recipe: Recipe, private: ImageSet, plan: Plan) -> DPTrainer:
+    """Of a private training that is not carried out, whatever device it is for."""
+    return build.private_trainer(
+        replace(recipe, performance=replace(recipe.performance, device="cpu")),  # fake tensors stand for the device's
+        recipe.private,
+        build.tuned(recipe, build.unet(recipe, private)),
+        private,
+        plan,
+        build.private_objective(recipe, private),
+    )
+
+
+def physical_batch(recipe: Recipe, trainer: DPTrainer, private: ImageSet, device: str) -> tuple[Size, StepPlan]:
+    """As ``DPTrainer`` makes it on ``device``, and what a pass of it costs there."""
     kind, elsewhere = ("cpu", None) if device == HERE else ("cuda", device)
-    there, numbers = replace(run.recipe.performance, device=kind), math.prod(run.private.image_shape)
-    usual = usual_size(there, trainer.augmult, numbers, run.plan.expected_batch_size, run.plan.dataset_size)
+    there, numbers = replace(recipe.performance, device=kind), math.prod(private.image_shape)
+    usual = usual_size(there, trainer.augmult, numbers, trainer.plan.expected_batch_size, trainer.plan.dataset_size)
     size = trainer.fitting(usual, device=elsewhere)
-    plan = trainer.plan_step(size, device=elsewhere)
+    return size, trainer.plan_step(size, device=elsewhere)
+
+
+def _on(run: Run, trainer: DPTrainer, device: str) -> Foreseen:
+    """What is not private takes what its ordinary step does."""
+    size, plan = physical_batch(run.recipe, trainer, run.private, device)
     rows = size.examples * size.rows
     private, ordinary = plan.private.seconds / rows, plan.ordinary.seconds / rows
     passes = image_passes(run)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from dpfast.clipping.rule import ClipRule
 from dpfast.data import ImageSet
 from dpfast.errors import ConfigError
 from dpfast.files import remove, write_atomic, write_json
-from dpfast.progress import duration
-from dpfast.recipes import defaults, parts, to_toml
+from dpfast.progress import Progress, duration, silent
+from dpfast.ranks import Ranks
+from dpfast.recipes import defaults, fingerprint, parts, to_toml
 from dpfast.recipes.schema import Recipe
 from dpfast.runs import build, evaluation, inputs, work
 from dpfast.runs.directory import RunDirectory
@@ -26,10 +29,11 @@ from dpfast.runs.terminal import TerminalProgress
 _WHO_SAMPLES = ("sample.devices", "sample.compile")
 
 
-def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False) -> Run:
+def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False, ranks: Ranks | None = None) -> Run:
     """The run of ``recipe`` in the folder ``runs``, checked as far as that needs no work. Nothing is written.
 
     elsewhere: it will not be carried out here, where its device may be missing, and data (``inputs.planned``).
+    ranks: who will carry it out; this process alone by default.
 
     Raises:
         ConfigError: a value that a later stage would stumble over, or one that differs from what this run has
@@ -46,35 +50,82 @@ def open_run(recipe: Recipe, runs: Path, *, elsewhere: bool = False) -> Run:
     private = inputs.private_data(recipe)
     _preflight(recipe, private)
     _check_device(recipe.performance.device, elsewhere=elsewhere)
+    ranks = ranks or Ranks.alone()
+    if ranks.size > 1 and recipe.sample.devices:
+        raise ConfigError(
+            f"recipe key sample.devices = {list(recipe.sample.devices)}: expected none where several processes share"
+            " the work, each on a device of its own: --set sample.devices=[]"
+        )
     stages = _stages(recipe, directory, private)
     for stage in stages.values():
         stage.check()
     plan = build.plan(recipe, len(private))
-    return Run(recipe=recipe, directory=directory, plan=plan, private=private, stages=stages)
+    return Run(recipe=recipe, directory=directory, plan=plan, private=private, stages=stages, ranks=ranks)
 
 
-def execute(recipe: Recipe, runs: Path, terminal: TerminalProgress, *, until: str = "report") -> Run:
+def execute(
+    recipe: Recipe, runs: Path, terminal: TerminalProgress, *, until: str = "report", ranks: Ranks | None = None
+) -> Run:
     """Do every stage up to ``until`` that is not done yet.
+
+    ranks: ``torch.distributed``'s processes by default, which do it together: all of them call this with the same
+    arguments, and see the same files. Rank 0 is heard.
 
     Raises:
         RunLocked: another process works on this run.
-        ConfigError: see ``open_run``.
+        ConfigError: see ``open_run``; or ranks that see different files.
     """
-    with RunDirectory(runs / recipe.name).locked():
-        return advance(recipe, runs, terminal, until=until)
+    ranks = ranks or Ranks.current()
+    with _locked(RunDirectory(runs / recipe.name), ranks):
+        return advance(recipe, runs, terminal, until=until, ranks=ranks)
 
 
-def advance(recipe: Recipe, runs: Path, terminal: TerminalProgress, *, until: str) -> Run:
-    """The same for who holds the lock of the run."""
-    run = open_run(recipe, runs)
-    run.directory.mark()
-    write_atomic(run.directory.recipe, to_toml(recipe))
+def advance(recipe: Recipe, runs: Path, terminal: TerminalProgress, *, until: str, ranks: Ranks | None = None) -> Run:
+    """The same for who holds the lock of the run; by default for this process alone."""
+    run = _open_together(recipe, runs, ranks or Ranks.alone())
     names = list(run.stages)
     wanted = names[: names.index(until) + 1]
-    if not all(run.stages[name].done() for name in wanted):
-        inputs.verify(recipe)
+
+    def prepare() -> None:
+        run.directory.mark()
+        write_atomic(run.directory.recipe, to_toml(recipe))
+        if not all(run.stages[name].done() for name in wanted):
+            inputs.verify(recipe)
+
+    run.ranks.first(prepare)
     for name in wanted:
         _do(run, run.stages[name], terminal)
+    return run
+
+
+@contextmanager
+def _locked(directory: RunDirectory, ranks: Ranks) -> Iterator[None]:
+    """Hold the run, on rank 0. Raises ConfigError where the others do not see its folder."""
+    with ExitStack() as stack:
+
+        def lock() -> str:
+            stack.enter_context(directory.locked())
+            return directory.owner()
+
+        owner = ranks.first(lock)
+        seen = ranks.tell(directory.owner() == owner)
+        if not all(seen):
+            raise ConfigError(
+                f"rank {seen.index(False)} does not see what rank 0 writes to {directory.root}: expected a folder on a"
+                " file system that all ranks share; name one (--runs)"
+            )
+        yield
+
+
+def _open_together(recipe: Recipe, runs: Path, ranks: Ranks) -> Run:
+    """The run on every rank, by the same records, which nobody has changed yet."""
+    if ranks.size == 1:
+        return open_run(recipe, runs, ranks=ranks)
+    opened: list[Run] = []
+    ranks.first(lambda: opened.append(open_run(recipe, runs, ranks=ranks)))  # what is refused, is refused once
+    run = opened[0] if opened else open_run(recipe, runs, ranks=ranks)
+    parts_of_all = fingerprint({name: stage.parts for name, stage in run.stages.items()})
+    ranks.alike("recipe or images", parts_of_all, "Give all ranks the same, on a file system that they share")
     return run
 
 
@@ -84,22 +135,49 @@ def sample_parts(recipe: Recipe) -> dict[str, Any]:
 
 
 def _do(run: Run, stage: Stage, terminal: TerminalProgress) -> None:
+    if not run.ranks.first(lambda: _is_due(run, stage, terminal)):
+        return
+    with _working(run, stage, terminal) as progress:
+        if stage.shared:
+            stage.act(run, progress)
+        else:
+            run.ranks.first(lambda: stage.act(run, progress))
+    if run.ranks.leads:
+        terminal.close()
+        if stage.name == "report":
+            _write_seconds(run)
+        terminal.say(f"{stage.name}: done in {duration(stage.seconds)}")
+
+
+def _is_due(run: Run, stage: Stage, terminal: TerminalProgress) -> bool:
+    """Whether it is to be done now, for which all is made ready then."""
     if stage.name == "report":
         remove(stage.folder)  # cheap, and its inputs include the other stages' times: written anew every time
     elif stage.done():
         terminal.say(f"{stage.name}: done before")
-        return
+        return False
     else:
         for path in run.stages["report"].outputs:  # they would describe what is about to change
             remove(path)
     terminal.say(f"{stage.name} ...")
     terminal.stage(stage.name, resumed=stage.begun())
-    with stage.working(terminal) as progress:
-        stage.act(run, progress)
-    terminal.close()
-    if stage.name == "report":
-        _write_seconds(run)
-    terminal.say(f"{stage.name}: done in {duration(stage.seconds)}")
+    return True
+
+
+@contextmanager
+def _working(run: Run, stage: Stage, terminal: TerminalProgress) -> Iterator[Progress]:
+    """``stage.working`` on rank 0. All enter together, and none leaves before it is recorded as done."""
+    with ExitStack() as stack:
+        progress: Progress = silent
+
+        def begin() -> None:
+            nonlocal progress
+            progress = stack.enter_context(stage.working(terminal))
+
+        run.ranks.first(begin)
+        yield progress
+        run.ranks.wait()
+    run.ranks.wait()
 
 
 def _write_seconds(run: Run) -> None:
@@ -132,12 +210,13 @@ def _stages(recipe: Recipe, at: RunDirectory, private: ImageSet) -> dict[str, St
         name = act.__name__
         return Stage(name, at.state / name, values, act=act, outputs=outputs, defaults=defaults(values), **options)
 
+    shared = partial(stage, shared=True)
     stages = (
-        stage(work.pretrain, pretrain, [at.public_model, at.losses], title="pre-training on public images"),
-        stage(work.train, train, [at.model], title="private training", ledger=at.ledger),
-        stage(work.sample, sample, [at.samples, at.public_samples], title="drawing samples"),
-        stage(work.baseline, baseline, [at.baseline], title="baseline classifier", ledger=at.baseline_ledger),
-        stage(evaluation.evaluate, evaluate, [at.results], title="evaluation"),
+        shared(work.pretrain, pretrain, [at.public_model, at.losses], title="pre-training on public images"),
+        shared(work.train, train, [at.model], title="private training", ledger=at.ledger),
+        shared(work.sample, sample, [at.samples, at.public_samples], title="drawing samples"),
+        shared(work.baseline, baseline, [at.baseline], title="baseline classifier", ledger=at.baseline_ledger),
+        shared(evaluation.evaluate, evaluate, [at.results], title="evaluation"),
         stage(work.report, evaluate, reports, title="reports"),
     )
     return {entry.name: entry for entry in stages}

@@ -25,6 +25,7 @@ class Stage:
         lacks and that is at its default is no change. Only of tables that are recorded whole: of another a key may be
         lacking that there was, whatever its value.
     title: its name for readers. act: ``(run, progress) -> None`` does the work.
+    shared: whether all ranks act, as a collective; rank 0 does it alone where not.
     outputs: what it leaves behind, the main thing first; the stage is redone when one of them is missing.
     ledger: set for a stage that spends privacy budget. Once it holds a step the parts can no longer
         change: redoing the stage would spend again, and the released epsilon would be a lie.
@@ -41,8 +42,10 @@ class Stage:
         outputs: Sequence[Path],
         defaults: Mapping[str, Any] | None = None,
         ledger: Path | None = None,
+        shared: bool = False,
     ) -> None:
         self.name = name
+        self.shared = shared
         self.title = title
         self.act = act
         self.folder = folder

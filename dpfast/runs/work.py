@@ -30,10 +30,9 @@ GRID_COLUMNS = 20
 
 def pretrain(run: Run, progress: Progress) -> None:
     """Ordinary training on public images."""
-    recipe, stage, at = run.recipe, run.stages["pretrain"], run.directory
+    recipe, stage = run.recipe, run.stages["pretrain"]
     if not recipe.pretrain.steps:
-        _save_model(build.initial_unet(recipe, run.private), at.public_model)
-        write_json(at.losses, [])
+        run.ranks.first(lambda: _keep_public(run, build.initial_unet(recipe, run.private), []))
         return
     public = inputs.public_data(recipe)
     model = build.initial_unet(recipe, public).to(recipe.performance.device)
@@ -46,11 +45,16 @@ def pretrain(run: Run, progress: Progress) -> None:
         fingerprint=fingerprint(stage.parts),
         dtype=recipe.performance.dtype,
         progress=progress,
+        ranks=run.ranks,
     )
     if not inputs.shares_labels(recipe):
         model = build.relabelled(recipe, model, run.private)
-    _save_model(model.cpu(), at.public_model)
-    write_json(at.losses, losses)
+    run.ranks.first(lambda: _keep_public(run, model.cpu(), losses))
+
+
+def _keep_public(run: Run, model: Any, losses: list[float]) -> None:
+    _save_model(model, run.directory.public_model)
+    write_json(run.directory.losses, losses)
 
 
 def train(run: Run, progress: Progress) -> None:
@@ -67,10 +71,17 @@ def train(run: Run, progress: Progress) -> None:
         state_dir=at.training,
         progress=progress,
         unsafe_debug=recipe.private.unsafe_debug,
+        ranks=run.ranks,
     )
     trainer.fit()
-    _save_model(merge(trainer.ema_model.cpu()), at.model)
-    build.scheduler(recipe).save_pretrained(at.model)
+    run.ranks.first(lambda: _keep_private(run, merge(trainer.ema_model.cpu())))
+
+
+def _keep_private(run: Run, model: Any) -> None:
+    """What is released of the training."""
+    at = run.directory
+    _save_model(model, at.model)
+    build.scheduler(run.recipe).save_pretrained(at.model)
     classes = run.private.classes
     write_json(at.model / "classes.json", {"classes": list(classes), "no class (guidance)": len(classes)})
     for folder in (at.model, at.release):
@@ -89,9 +100,14 @@ def _save_model(model: Any, folder: Path) -> None:
 def sample(run: Run, progress: Progress) -> None:
     """Synthetic images of the private model (released) and of the public one (to compare)."""
     at = run.directory
-    rows = draw_samples(run, run.recipe, at.model, at.samples, progress).heads(GRID_COLUMNS)
-    write_atomic(at.samples / "grid.png", contact_sheet([r for r in rows if len(r)], scale=4))
-    model_statement(run).write(at.samples)
+    samples = draw_samples(run, run.recipe, at.model, at.samples, progress)
+
+    def show() -> None:
+        rows = samples.heads(GRID_COLUMNS)
+        write_atomic(at.samples / "grid.png", contact_sheet([r for r in rows if len(r)], scale=4))
+        model_statement(run).write(at.samples)
+
+    run.ranks.first(show)
     draw_samples(run, run.recipe, at.public_model, at.public_samples, progress)
 
 
@@ -105,6 +121,7 @@ def draw_samples(
         image_shape=run.private.image_shape,
         classes=run.private.classes,
         progress=progress,
+        ranks=run.ranks,
     )
 
 
@@ -122,10 +139,15 @@ def baseline(run: Run, progress: Progress) -> None:
         seed=seed_for(recipe, "baseline"),
         state_dir=at.baseline,
         progress=progress,
+        ranks=run.ranks,
     )
     trainer.fit()
-    classifiers.save(at.baseline / "model", trainer.ema_model.cpu())
-    baseline_statement(run).write(at.baseline)
+
+    def keep() -> None:
+        classifiers.save(at.baseline / "model", trainer.ema_model.cpu())
+        baseline_statement(run).write(at.baseline)
+
+    run.ranks.first(keep)
 
 
 def report(run: Run, progress: Progress) -> None:
