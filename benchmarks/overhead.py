@@ -124,7 +124,7 @@ def watching() -> Clock:
     clock.watch(Ledger, "charge", "ledger")
     clock.watch(optimizer, "noised", "noise")
     clock.watch(optimizer.DPOptimizer, "_refuse", "checks")
-    clock.watch(optimizer, "check_finite", "checks")
+    clock.watch(optimizer, "not_finite", "checks")
     clock.watch(clipper, "seen", "checks")
     for check in ("_see_parameters", "_see_fixed", "_see_inputs", "_state_problems", "_buffer_problems"):
         clock.watch(GhostClipper, check, "checks")

@@ -62,6 +62,7 @@ def test_the_tables_of_ops_are_generated(name, make) -> None:
         ("benchmarks/README.md", "ablations", "ablations"),
         ("benchmarks/README.md", "recipes", "recipes"),
         ("benchmarks/README.md", "overhead", "overhead"),
+        ("benchmarks/README.md", "ranks", "ranks"),
         ("docs/guarantee.md", "audits", "audits"),
         ("docs/guarantee.md", "trust", "trust"),
     ],
@@ -79,7 +80,7 @@ def test_other_tables_are_generated(page, name, module) -> None:
 
 
 def test_what_is_committed_of_trust_is_what_is_promised() -> None:
-    from benchmarks import overhead, results
+    from benchmarks import overhead, ranks, results
 
     found = {row["name"]: row for row in results.rows("trust")}
     assert found["sensitivity"]["architectures"] >= 20
@@ -91,6 +92,8 @@ def test_what_is_committed_of_trust_is_what_is_promised() -> None:
     for audit in audits.values():
         for part in ("step", "training"):
             assert audit[part]["epsilon"] < audit[f"{part}_epsilon"]
+    scaling = ranks.newest(results.rows("ranks"))
+    assert all(ranks.share(scaling, kind) >= ranks.LEAST for kind in ranks.KINDS)
     for runs in overhead.newest(results.rows("overhead")).values():
         assert overhead.together(runs) < overhead.MOST
         assert runs[0]["expected_batch_size"] >= 64
