@@ -1,6 +1,7 @@
 # make demo   trains a private diffusion model on handwritten digits and opens the way to its report
 # make test   formatting, lint, types and every test
 # make trust  what the tests try a slice of, in full, and attacks: some hours; docs/guarantee.md has what came out
+# make docs   documentation as a site, in docs/_build
 # make gpu    tests, ops and steps on a GPU, with what is installed there (benchmarks/README.md)
 # The first two create .venv by themselves and need only python3 (3.11 or newer, with venv); a C++ compiler is used when
 # there.
@@ -29,7 +30,7 @@ GPU_ENV := PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH="$(CURDIR)/$(GPU_PACKA
 GPU_OPTIONS = $(if $(ONLY),--only '$(ONLY)') $(if $(OUT),--out '$(OUT)') $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DRY),--dry)
 GPU_PARTS := gpu-tests gpu-kernels gpu-launches gpu-step gpu-page
 
-.PHONY: demo test trust lint format typecheck pytest clean gpu gpu-package $(GPU_PARTS)
+.PHONY: demo test trust docs lint format typecheck pytest clean gpu gpu-package $(GPU_PARTS)
 
 demo: $(VENV)/.demo
 	$(BIN)/dpfast demo
@@ -51,6 +52,10 @@ trust: $(VENV)/.test
 	$(TEST_ENV) $(BIN)/python -m benchmarks.audits
 	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.trust
+
+docs: $(VENV)/.test
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	@echo docs/_build/index.html
 
 gpu: gpu-package
 	$(GPU_ENV) $(GPU_PYTHON) -m benchmarks.gpu all $(GPU_OPTIONS)
@@ -86,4 +91,4 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@touch $(VENV)/.demo $@
 
 clean:
-	rm -rf $(VENV) .typecheck build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .typecheck build dist docs/_build .mypy_cache .pytest_cache .ruff_cache

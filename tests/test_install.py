@@ -105,6 +105,16 @@ def test_wheel_works(installed: Path, tmp_path: Path) -> None:
     assert not Path(path).is_relative_to(ROOT)
 
 
+@pytest.mark.timeout(900)
+def test_every_snippet_of_the_documentation_runs(installed: Path, tmp_path: Path) -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    runner = shutil.copy(ROOT / "tests" / "snippets.py", tmp_path)
+    said = _run(installed, "-W", "error", runner, *pages, cwd=tmp_path).splitlines()
+    assert not Path(said[0].removeprefix("dpfast ")).is_relative_to(ROOT)
+    assert [line.partition(":")[0] for line in said[1:]] == [page.name for page in pages]
+    assert sum(int(line.split()[1]) for line in said[1:]) > 30
+
+
 def test_the_source_tree_beside_a_wheel_says_what_to_do(installed: Path) -> None:
     done = subprocess.run([installed, "-c", "import dpfast"], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode != 0

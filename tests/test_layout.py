@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the top down; whatever is not named here stands on its own feet below all of these.
 ORDER = (
+    "__main__",
     "cli",
     "data_cli",
     "runs",
@@ -16,10 +17,14 @@ ORDER = (
     "evaluation",
     "diffusion",
     "trainer",
+    "callbacks",
+    "diagnostics",
+    "engine",
     "probe",
     "bench",
     "optimizer",
     "testing",
+    "ranks",
     "data",
     "privacy",
     "clipping",

@@ -1,7 +1,5 @@
 """What the README shows works: its code, its commands, its table."""
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -13,26 +11,21 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import snippets
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    .venv/bin/dpfast ")]
 
 
-def test_the_example_runs_and_has_fifteen_lines() -> None:
-    code = EXAMPLES[0]
-    assert sum(bool(line.strip()) for line in code.splitlines()) <= 15
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        exec(compile(code, "README.md", "exec"), {})
-    epsilon = float(said.getvalue().split()[1])
-    assert 7.9 < epsilon <= 8
-
-
-def test_the_way_to_a_release(tmp_path, monkeypatch) -> None:
+def test_the_examples_run(tmp_path, monkeypatch) -> None:
+    said = [printed for _, printed in snippets.run_page(ROOT / "README.md", tmp_path)]
+    assert len(said) == len(EXAMPLES)
+    assert sum(bool(line.strip()) for line in EXAMPLES[0].splitlines()) <= 15
+    assert 7.9 < float(said[0].split()[1]) <= 8
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):  # the same script goes on where it stopped
-        exec(compile(EXAMPLES[1], "README.md", "exec"), {})
+    exec(compile(EXAMPLES[1], "README.md", "exec"), {})  # the same script goes on where it stopped
     assert {"PRIVACY.md", "privacy.json", "model.pt", "samples"} <= {path.name for path in Path("release").iterdir()}
     assert 7.9 < json.loads(Path("release/privacy.json").read_text())["epsilon"] <= 8
 
