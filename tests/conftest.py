@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 
 import pytest
 import torch
@@ -39,3 +40,13 @@ def _all_but_each_value_once(cases: list[pytest.Item]) -> list[pytest.Item]:
         like = [one for one in given if one[longest] == value]
         kept.append(max(like, key=lambda one: sum(one[name] == of for name, of in wanted.items())))
     return [item for item in cases if _parameters(item) not in kept]
+
+
+@pytest.fixture(autouse=True)
+def _no_private_loop_is_left():
+    """One that a test leaves in the middle waits for its step, and torch.compile of another test would notice."""
+    yield
+    between = sys.modules.get("dpfast.engine.between")
+    for mode in torch.overrides._get_current_function_mode_stack() if between else ():
+        if isinstance(mode, between.Between):
+            between.modes.remove(mode)

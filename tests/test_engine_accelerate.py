@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import dpfast
-from dpfast.engine import BatchMemoryManager
+from dpfast.engine import BatchMemoryManager, modes
 from oracle import errors, per_example
 
 accelerate = pytest.importorskip("accelerate")
@@ -29,6 +29,7 @@ def _anew():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     gc.collect()
+    modes.sweep()
     assert not set(torch.overrides._get_current_function_mode_stack()) - before
 
 

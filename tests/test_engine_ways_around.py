@@ -134,7 +134,7 @@ class Texts(torch.utils.data.Dataset):
         return 40
 
     def __getitem__(self, i):
-        return torch.arange(1, 2 + (7 * i) % 11), i % 5
+        return torch.full((1 + i,), 1 + i % 15), i % 5  # no two are equally long
 
 
 def padded(items):

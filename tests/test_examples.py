@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from dpfast.engine import modes
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 
@@ -104,6 +106,7 @@ def _anew():
     GradientState._reset_state()
     torch.set_rng_state(state)
     gc.collect()
+    modes.sweep()
     assert not set(torch.overrides._get_current_function_mode_stack()) - before
 
 

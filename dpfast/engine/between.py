@@ -48,7 +48,7 @@ class Between(TorchFunctionMode):
         hide_from_tracing()
         modes.insert(self)
         if self._leaves is None and (session := self._session()) is not None:  # which may be dropped in mid-step
-            self._leaves = weakref.finalize(session, modes.remove, self)
+            self._leaves = weakref.finalize(session, modes.leave_to_sweep, self)
 
     def begin(self, worlds: Sequence[World]) -> None:
         """What is called from now on belongs to another batch."""
