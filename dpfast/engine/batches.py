@@ -14,12 +14,7 @@ from dpfast.clipping.trees import replace_tensors, tensors_in
 def mapped(batch: Any, of: Callable[[Tensor], Tensor]) -> Any:
     """The same batch with other tensors."""
     if isinstance(batch, dict | UserDict):
-        changed = copy.copy(batch)
-        if isinstance(changed, UserDict):  # whose copy may share what it holds
-            changed.data = dict(changed.data)
-        for key, value in batch.items():
-            changed[key] = mapped(value, of)
-        return changed
+        return _with_values(batch, lambda value: mapped(value, of))
     if type(batch) in (list, tuple):
         return type(batch)(mapped(value, of) for value in batch)
     return replace_tensors(batch, of)
@@ -55,10 +50,15 @@ def emptied(batch: Any, augmult: int) -> Any:
     if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
         return type(batch)(emptied(value, augmult) for value in batch)
     if isinstance(batch, dict | UserDict):
-        empty = copy.copy(batch)
-        if isinstance(empty, UserDict):  # whose copy may share what it holds
-            empty.data = dict(empty.data)
-        for key, value in batch.items():
-            empty[key] = emptied(value, augmult)
-        return empty
+        return _with_values(batch, lambda value: emptied(value, augmult))
     return replace_tensors(batch, no_rows)
+
+
+def _with_values(batch: Any, of: Callable[[Any], Any]) -> Any:
+    """A copy of a mapping, with ``of(value)`` in the place of each value."""
+    changed = copy.copy(batch)
+    if isinstance(changed, UserDict):  # whose copy may share what it holds
+        changed.data = dict(changed.data)
+    for key, value in batch.items():
+        changed[key] = of(value)
+    return changed
