@@ -595,6 +595,13 @@ def cleared_by_the_inner_module(model, optimizer, x, y):
     optimizer.step()
 
 
+def cleared_by_hand(model, optimizer, x, y):
+    F.cross_entropy(model(x), y).backward()
+    for p in model.parameters():
+        p.grad = None
+    optimizer.step()
+
+
 def skipped(model, optimizer, x, y):
     F.cross_entropy(model(x), y).backward()
 
@@ -645,6 +652,19 @@ def scaled(model, optimizer, x, y):
     optimizer.step()
 
 
+def replaced(model, optimizer, x, y):
+    F.cross_entropy(model(x), y).backward()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def norm_for_the_log(model, optimizer, x, y):
+    F.cross_entropy(model(x), y).backward()
+    print(sum(p.grad.norm() for p in model.parameters()))
+    optimizer.step()
+
+
 def by_a_scaler(model, optimizer, x, y):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(F.cross_entropy(model(x), y)).backward()
@@ -675,7 +695,8 @@ LOOPS = {
     two_steps: "expected one batch of the private loader since the last step",
     no_backward: "expected one loss.backward",
     cleared: "noise alone",
-    cleared_by_the_inner_module: "noise alone",
+    cleared_by_the_inner_module: r"clear with optimizer\.zero_grad",
+    cleared_by_hand: "noise alone",
     skipped: r"optimizer.step\(\) was not called for the last one",
     skipped_before_backward: r"optimizer.step\(\) was not called for the last one",
     part_of_the_batch: "has not the batch's rows",
@@ -686,7 +707,9 @@ LOOPS = {
     the_inner_module: "other than through what model",
     a_weight_again: "other than through what model",
     clipped_by_torch: "neither GradScaler nor clip_grad_norm_",
-    scaled: "the gradient is not what the clipper wrote",
+    scaled: r"p\.grad of the private model was read",
+    replaced: "the gradient is not what the clipper wrote",
+    norm_for_the_log: "no number computed from it",
     by_closure: "closure",
     by_a_scaler: "neither GradScaler nor clip_grad_norm_",
     second_derivatives: "second derivatives",

@@ -114,16 +114,56 @@ def mean_of_a_loop(out, y):
     return (out - centre).square().mean()
 
 
+def divided_by_an_item(out, y):
+    weights = (y > 1).float()
+    return (F.cross_entropy(out, y, reduction="none") * weights).sum() / weights.sum().item()
+
+
+def divided_by_a_number_of_python(out, y):
+    return (F.cross_entropy(out, y, reduction="none") * (y > 1)).sum() * (1 / int((y > 1).sum()))
+
+
+def divided_by_how_many_are_valid(out, y):
+    valid = F.cross_entropy(out, y, reduction="none")[y > 1]
+    return valid.sum() / len(valid)
+
+
+def divided_by_a_shape(out, y):
+    valid = out[y > 1]
+    return out.square().sum() / valid.shape[0]
+
+
+def divided_by_a_size(out, y):
+    return out.square().sum().div_(out[y > 1].numel())
+
+
+def less_a_mean_from_python(out, y):
+    return (out - out.mean().item()).square().mean()
+
+
+def written_into_a_view(out, y):
+    table = torch.zeros(3 * len(y), 8)
+    table[len(y) : 2 * len(y)].copy_(out.detach())
+    return (out - table.mean(0)).square().mean()
+
+
+def written_into_data(out, y):
+    centre = nn.Parameter(torch.zeros(8))
+    centre.data.copy_(out.detach().mean(0))
+    return (out - centre.detach()).square().mean()
+
+
 MIXING = [
     *(in_batch_negatives, detached_negatives, negatives_without_grad, mean_over_tokens_not_ignored, divided_by_counts),
     *(weighted_by_classes, standardised_targets, normalised_over_the_batch, softmax_over_the_batch, written_in_place),
-    *(hardest, mean_of_a_loop),
+    *(hardest, mean_of_a_loop, divided_by_an_item, divided_by_a_number_of_python, divided_by_how_many_are_valid),
+    *(divided_by_a_shape, divided_by_a_size, less_a_mean_from_python, written_into_a_view, written_into_data),
 ]
 
 
 def tried(loss, net=None, prepare=lambda x, y: (x, y), batches=1, **settings):
     """A training that is refused, with all that was there before."""
-    _, model, optimizer, loader = made_private(net=net, batch_size=20, noise_multiplier=0, **settings)
+    _, model, optimizer, loader = made_private(net=net, **{"batch_size": 20, "noise_multiplier": 0, **settings})
     for seen, (x, y) in enumerate(loader, 1):
         before = numbers(model)
         x, y = prepare(x, y)
@@ -141,7 +181,7 @@ def tried(loss, net=None, prepare=lambda x, y: (x, y), batches=1, **settings):
 
 @pytest.mark.parametrize("loss", MIXING, ids=lambda loss: loss.__name__)
 def test_losses_that_mix_examples_are_refused_before_anything_is_written(loss):
-    with pytest.raises(PrivacyError, match=APART):
+    with pytest.raises(PrivacyError, match=f"{APART}|is a sum over the rows"):  # of few examples it may look like one
         tried(loss, nn.Sequential(nn.Flatten(), nn.Linear(108, 8)), batches=4)
 
 
@@ -152,6 +192,53 @@ def test_what_is_kept_of_a_batch_is_refused_with_the_next(loss):
     net = small_net() if isinstance(loss, Centred) else embeddings()
     with pytest.raises(PrivacyError, match=f"{APART}.*in the batch before"):
         tried(loss, net, batches=2)
+
+
+class Replay:
+    """Outputs of some batches ago."""
+
+    def __init__(self, ago):
+        self.seen, self.ago = [], ago
+
+    def __call__(self, out, y):
+        self.seen.append(out.detach().mean(0))
+        loss = F.cross_entropy(out, y)
+        return loss + (out - self.seen[0]).square().mean() if len(self.seen) > self.ago else loss
+
+
+@pytest.mark.parametrize("ago", [1, 2, 5])
+def test_what_is_kept_for_longer(ago):
+    with pytest.raises(PrivacyError, match=f"{APART}.*in the batch before"):
+        tried(Replay(ago), embeddings(), batches=8, dataset=pictures(200))
+
+
+class Bank:
+    """A memory bank: a place for each batch, written to through views."""
+
+    def __init__(self):
+        self.means, self.at = torch.zeros(4, 8), 0
+
+    def __call__(self, out, y):
+        loss = (out @ self.means.clone().T).square().mean()
+        self.means[self.at % 4].lerp_(out.detach().mean(0), 0.5)
+        self.at += 1
+        return loss
+
+
+def test_what_is_kept_in_a_part_of_a_tensor():
+    with pytest.raises(PrivacyError, match=f"{APART}.*in the batch before"):
+        tried(Bank(), embeddings(), batches=3)
+
+
+def test_a_mode_is_not_left_on_by_what_is_kept_for_the_log():
+    losses = []
+
+    def loss(out, y):
+        losses.append(F.cross_entropy(out, y).detach())
+        return F.cross_entropy(out, y)
+
+    tried(loss, batches=8, dataset=pictures(200))
+    assert len(losses) == 8
 
 
 def mixed_up(x, y):
@@ -199,7 +286,37 @@ def test_a_reduction_that_is_not_the_one_that_was_said():
         tried(F.cross_entropy, loss_reduction="sum", batches=3)
     tried(summed, loss_reduction="sum", batches=3)
     tried(lambda out, y: summed(out, y) / len(y), loss_reduction="mean", batches=3)
+    tried(lambda out, y: out.square().sum() / out.numel(), loss_reduction="mean", batches=3)
+    tried(lambda out, y: out.square().sum() * (1 / out.shape[0]), loss_reduction="mean", batches=3)
+    with pytest.raises(PrivacyError, match='say loss_reduction="sum"'):
+        tried(lambda out, y: F.cross_entropy(out, y) * len(y), loss_reduction="mean", batches=3)
+    with pytest.raises(PrivacyError, match='say loss_reduction="sum"'):
+        tried(lambda out, y: F.cross_entropy(out, y) * out.shape[0], loss_reduction="mean", batches=3)
     tried(lambda out, y: F.cross_entropy(out, y, reduction="none"), loss_reduction="sum", batches=3)
+
+
+def with_targets_drawn(reduction):
+    def loss(out, y):
+        target = torch.randn_like(out) * torch.rand(len(out), 1) + torch.empty_like(out).normal_()
+        return F.mse_loss(F.dropout(out, 0.3), target, reduction=reduction)
+
+    return loss
+
+
+def test_a_reduction_where_random_numbers_are_drawn():
+    with pytest.raises(PrivacyError, match='say loss_reduction="sum"'):
+        tried(with_targets_drawn("sum"), loss_reduction="mean")
+    with pytest.raises(PrivacyError, match='say loss_reduction="mean"'):
+        tried(with_targets_drawn("mean"), loss_reduction="sum")
+    tried(with_targets_drawn("mean"), loss_reduction="mean", batches=3)
+
+
+def test_a_reduction_of_few_examples():
+    def loss(out, y):
+        return F.cross_entropy(out, y, reduction="sum")
+
+    with pytest.raises(PrivacyError, match='say loss_reduction="sum"'):
+        tried(loss, dataset=pictures(60), batch_size=2, batches=30)
 
 
 # What stays apart is not refused
@@ -324,6 +441,14 @@ def test_numbers_that_leave_torch_are_said_not_to_be_seen():
 
     with pytest.warns(UserWarning, match="loss was not seen to be computed from the batch by torch functions"):
         tried(lambda out, y: Own.apply(F.cross_entropy(out, y)))
+
+
+def test_transforms_of_torch_func_are_said_not_to_be_seen():
+    def loss(out, y):
+        return torch.vmap(lambda row: row.square().mean())(out - out.detach().mean(0)).mean()
+
+    with pytest.warns(UserWarning, match=r"torch\.func"):
+        tried(loss)
 
 
 def test_another_model_is_not_trained_on_the_batch_without_noise():

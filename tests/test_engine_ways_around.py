@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from dpfast import PrivacyEngine
-from dpfast.errors import DPFastError, PrivacyError
+from dpfast.errors import CaptureError, DPFastError, PrivacyError
 from engine_cases import made_private, numbers, small_net
 
 
@@ -98,12 +98,14 @@ class WithMean(nn.Module):
 
 
 def test_a_result_without_rows_in_the_loss():
-    _, model, _, loader = made_private(net=WithMean())
+    _, model, optimizer, loader = made_private(net=WithMean())
 
     def one_pass():
-        for x, _ in loader:
+        for x, _ in loader:  # of 5 examples the mean looks like rows
+            optimizer.zero_grad()
             out, mean = model(x)
             (out - mean).square().mean().backward()
+            optimizer.step()
 
     with pytest.raises(DPFastError, match=r"depends on others|changing one example's input"):
         one_pass()
@@ -177,3 +179,54 @@ def test_numbers_of_tokens_from_a_collate_function():
     _, _, loader = texts(with_count)
     with pytest.raises(PrivacyError, match="collate_fn: what it makes of one example depends on others"):
         list(loader)
+
+
+def test_a_batch_that_is_read_ahead(private):
+    model, optimizer, loader = private
+    batches = iter(loader)
+    x, y = next(batches)
+    next(batches)
+    with pytest.raises(PrivacyError, match="To read ahead, give the DataLoader num_workers"):
+        F.cross_entropy(model(x), y).backward()
+    assert optimizer.steps_taken == 0
+
+
+def test_a_gradient_penalty(private):
+    model, _, loader = private
+    x, _ = next(iter(loader))
+    out = model(x.requires_grad_())
+    with pytest.raises(CaptureError, match="gradient penalty is not supported"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+    (ones,) = torch.autograd.grad(out.sum(), out)  # one's own affair
+    assert torch.equal(ones, torch.ones_like(out))
+
+
+@pytest.mark.filterwarnings("ignore:.*[Dd]ynamo")
+def test_a_private_model_that_is_compiled_from_outside(private):
+    model, _, loader = private
+    compiled = torch.compile(model, backend="eager")
+    x, _ = next(iter(loader))
+    with pytest.raises(CaptureError, match=r"give torch\.compile the module before it is made private"):
+        compiled(x)
+
+
+def test_hooks_on_outputs_that_keep_rows_apart(private):
+    model, optimizer, loader = private
+    seen = []
+    for x, y in loader:
+        optimizer.zero_grad()
+        out = model(x)
+        out.register_hook(lambda g: seen.append(g) or 2 * g)
+        F.cross_entropy(out, y).backward()
+        optimizer.step()
+    assert seen
+
+
+def test_hooks_on_outputs_that_mix_rows(private):
+    model, _, loader = private
+    for x, y in loader:
+        out = model(x)
+        out.register_hook(lambda g: g - g.mean(0))
+        with pytest.raises(PrivacyError, match="the loss of one example depends on others"):
+            F.cross_entropy(out, y).backward()
+        break

@@ -25,6 +25,7 @@ from dpfast.clipping.private import Kind, Like, Plan, Recorded, key_of, placehol
 from dpfast.clipping.problems import listed
 from dpfast.clipping.tape import Use, traced
 from dpfast.clipping.trees import function_name, replace_tensors, tensors_in
+from dpfast.errors import CaptureError
 
 
 @contextmanager
@@ -39,7 +40,14 @@ def private_compilation() -> Iterator[bool]:
         yield False
         return
     hide_from_tracing()
-    with torch.compiler.set_stance("default", force_backend=private_backend):
+    try:
+        stance = torch.compiler.set_stance("default", force_backend=private_backend)
+    except RuntimeError as error:  # which it raises inside of what was compiled
+        raise CaptureError(
+            "a private model cannot be compiled from outside: give torch.compile the module before it is made private"
+            " (model = torch.compile(model); then make_private, or GhostClipper(model)), and not the loop around it"
+        ) from error
+    with stance:
         yield True
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.clipping.trees import tensors_in
+from dpfast.clipping.trees import TensorMap, tensors_in
 from dpfast.engine.batches import rows_dim, tensors_of
 from dpfast.engine.exchange import exchanged_halves
 from dpfast.engine.outputs import Cut, Reduction
@@ -35,12 +35,15 @@ _CURE = (
 class Beside:
     """The worlds of one batch of B examples of K rows each."""
 
-    def __init__(self, examples: int, augmult: int, reduction: Reduction, earlier: "Beside | None") -> None:
+    def __init__(self, batch: Any, examples: int, augmult: int, reduction: Reduction, earlier: "Beside | None") -> None:
         """earlier: of the batch before, whose tensors that are left are other than they are in a world of this one."""
         self.examples, self.augmult, self.reduction = examples, augmult, reduction
         self.halves: list[World] = []
         self.fewer: World | None = None  # of half of the examples
         self.past: World | None = None if earlier is None else _left_of(earlier)
+        self.batch = TensorMap()
+        self.batch.update(tensors_of(batch))
+        self.gone: TensorMap = TensorMap() if earlier is None else earlier.batch  # of the batch before
         self.saw_inputs = False
 
     @property
@@ -55,16 +58,14 @@ class Beside:
         if self.examples < 2:
             return
         self.halves = [World(places, kept) for kept, places in exchanged_halves(self.examples)]
-        if self.examples > 3:
-            kept = self.halves[0].kept
-            self.fewer = World(kept, sizes=(self.examples, self.examples * self.augmult))
+        self.fewer = World(self.halves[0].kept, sizes=(self.examples * self.augmult, self.examples))
         with torch._C.DisableTorchFunction():
             for t in tensors_of(batch):
                 dim = rows_dim(t, self.examples, self.augmult)
                 if dim is not None:
                     for world in self._of_others:
                         with world.may_be_lost("the batch"):
-                            world.shadows[t] = world.rows(t, dim, t.shape[dim] // self.examples)
+                            world.shadows[t] = world.rows(t.detach(), dim, t.shape[dim] // self.examples)
 
     @property
     def _of_others(self) -> list[World]:
@@ -74,10 +75,15 @@ class Beside:
     @torch.no_grad()
     def see_inputs(self, given: Any) -> None:
         """Raises ``PrivacyError`` if what goes into the model for one example depends on others."""
+        if any(t in self.gone and t not in self.batch for t in tensors_in(given)):
+            raise PrivacyError(
+                "the model is given the batch before the last one: each batch is one step, which is made before the"
+                " next is taken. To read ahead, give the DataLoader num_workers"
+            )
         with torch._C.DisableTorchFunction():
             for world in (world for world in self.worlds if world is not self.fewer):
                 for t in tensors_in(given):
-                    shadow = None if world.lost else world.shadows.get(t, None)
+                    shadow = None if world.lost else world.shadow_of(t)
                     if shadow is None:
                         continue
                     self.saw_inputs = self.saw_inputs or world is not self.past
@@ -87,8 +93,9 @@ class Beside:
                             " the whole batch, rows along the first dimension, and no numbers computed from all of it"
                             if t.ndim and rows_dim(t, self.examples, self.augmult) is None
                             else "what the model is given for one example depends on other examples (a mixture of"
-                            " images, standardisation over the batch, a number computed from all of it): make each row"
-                            " of it of one example alone, in the data set or by numbers that are known before"
+                            " images, standardisation over the batch, a number computed from all of it, another order):"
+                            " make each row of it of one example alone, in the batch's order, in the data set or by"
+                            " numbers that are known before"
                         )
 
     def see_module(self, module: nn.Module) -> None:
@@ -97,7 +104,7 @@ class Beside:
             for name, part in module.named_modules() if self.worlds else ():
                 held = {**part._parameters, **part._buffers, **vars(part)}
                 for own, t in held.items():
-                    if isinstance(t, Tensor) and any(t in world.shadows for world in self.worlds):
+                    if isinstance(t, Tensor) and any(world.knows(t) for world in self.worlds):
                         raise PrivacyError(
                             f"{'.'.join(filter(None, (name, own)))} of the private model was computed from a batch by"
                             " the code around it: give the model, as arguments, rows of one example each"
@@ -119,18 +126,22 @@ class Beside:
         """
         rows = self.examples * self.augmult
         with torch._C.DisableTorchFunction():
-            for world in self._of_others:
+            for world in self.halves:
                 with world.may_be_lost("the model's outputs"):
                     for one, stand_in in zip(cuts, stand_ins, strict=True):
-                        each = one.leaf.shape[0] // self.examples if one.has_rows else 0
-                        leaf = world.rows(one.leaf, 0, each) if each else one.leaf.detach().clone()
+                        leaf = one.leaf.detach()
+                        leaf = world.rows(leaf, 0, len(leaf) // self.examples) if one.has_rows else leaf.clone()
                         world.leaves[id(one.leaf)] = leaf.requires_grad_()
                         world.shadows[stand_in] = leaf.clone()
                     for t in (t for t in tensors_in(given) if t not in world.shadows):
                         if t.ndim and t.shape[0] in (rows, self.examples):
-                            world.shadows[t] = world.rows(t, 0, t.shape[0] // self.examples)
-                        elif world is not self.fewer:  # whatever it is there, no loss may depend on it
+                            world.shadows[t] = world.rows(t.detach(), 0, t.shape[0] // self.examples)
+                        else:  # whatever it is there, no loss may depend on it
                             world.shadows[t] = t.detach() * torch.nan if t.is_floating_point() else t.detach() + 1
+            if self.fewer is not None and not self.fewer.lost:
+                for stand_in in stand_ins:  # some of the same rows: of the real leaves
+                    part = self.fewer.part_of(stand_in)
+                    self.fewer.shadows[stand_in] = stand_in.clone() if part is None else part
 
     def knows(self, losses: Sequence[Tensor]) -> bool:
         """Whether some are known to be computed from the batch."""
@@ -161,17 +172,19 @@ class Beside:
         self, world: World, cuts: Sequence[Cut], losses: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> Sequence[Tensor | None] | None:
         """Of the losses in a world; None where they are not known, or (in the last world) are the real ones."""
-        there = [world.shadows.get(loss, loss if world is self.past else None) for loss in losses]
+        there = [world.shadow_of(loss) for loss in losses]
+        if world is self.past:
+            there = [loss if shadow is None else shadow for loss, shadow in zip(losses, there, strict=True)]
         if world.lost or all(mine is loss for mine, loss in zip(there, losses, strict=True)):
             return None
         known = [loss for loss in there if loss is not None and loss.requires_grad]
         if len(known) != len(there):
-            world.lost = "the loss was not seen to be computed from the batch by torch functions"
+            world.lose("the loss was not seen to be computed from the batch by torch functions")
             return None
         leaves = [world.leaves.get(id(one.leaf), one.leaf) for one in cuts]
         found: Sequence[Tensor | None] | None = None
         with world.may_be_lost("its backward pass"):
-            weights = [world.shadows.get(g, g) for g in cotangents]
+            weights = [g if (shadow := world.shadow_of(g)) is None else shadow for g in cotangents]
             found = torch.autograd.grad(known, leaves, weights, retain_graph=True, allow_unused=True)
         return found
 
@@ -192,10 +205,10 @@ class Beside:
         assert world.places is not None
         if all(loss.ndim and len(loss) == self.examples * self.augmult for loss in losses):
             return
-        gathered = [_of_examples(g, self.examples, world.places) for g in here]
+        here, there = ([_of_examples(g, self.examples, world.places) for g in side] for side in (here, there))
         scale = len(world.places) / self.examples
-        is_mean = self._are_same(world, cuts, gathered, [None if g is None else g * scale for g in there])
-        is_sum = self._are_same(world, cuts, gathered, there)
+        is_mean = self._are_same(world, cuts, here, [None if g is None else g * scale for g in there])
+        is_sum = self._are_same(world, cuts, here, there)
         if is_mean == is_sum or (is_sum and world.told) or is_mean == (self.reduction == "mean"):
             return
         found, said = ("mean", "sum") if is_mean else ("sum", "mean")
@@ -230,13 +243,12 @@ class Beside:
 
 
 def _left_of(earlier: Beside) -> World | None:
-    """The world in which what is left of an earlier batch is what it became with other examples."""
-    if not earlier.halves or earlier.halves[0].lost:
-        return None
-    world = World()
-    for t, shadow in earlier.halves[0].shadows.pairs():
-        world.shadows[t] = shadow.detach()
-    return world if len(world.shadows) else None
+    """The world in which what is left of earlier batches is what it became with other examples there."""
+    left = World()
+    for world in (earlier.past, *earlier.halves[:1]):
+        if world is not None:
+            left.take_over(world)
+    return left if len(left.shadows) or len(left.memories) else None
 
 
 def _of_examples(g: Tensor | None, examples: int, places: Sequence[int]) -> Tensor | None:

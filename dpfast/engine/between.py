@@ -14,12 +14,14 @@ from dpfast.clipping.functions import BACK_PROPAGATES, METADATA, READ_OUT, writt
 from dpfast.clipping.tape import traced
 from dpfast.clipping.trees import tensors_in
 from dpfast.engine import modes
-from dpfast.engine.shadows import World, call_in_all
+from dpfast.engine.readings import READ
+from dpfast.engine.shadows import World, call_in_all, read_in_all
 
 _ONCE = READ_OUT | {  # tell Python something, or leave something behind: not called again for a shadow
-    *(Tensor.register_hook, Tensor.retain_grad, Tensor.__hash__, Tensor.__dir__),
+    *(Tensor.retain_grad, Tensor.__hash__, Tensor.__dir__),
     *(getattr(Tensor, name).__get__ for name in ("grad", "_backward_hooks", "is_leaf", "output_nr", "_version")),
 }
+_GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
 _NORMS = frozenset((F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm))
 
 
@@ -27,6 +29,10 @@ class Session(Protocol):
     """Whom backward passes are handed to."""
 
     def backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def see_read_of_sums(self, parameter: Tensor) -> None: ...
 
 
 class Between(TorchFunctionMode):
@@ -64,21 +70,40 @@ class Between(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         session = self._session() if self._on else None
-        if session is None or func in METADATA:
+        if session is None:
             return func(*args, **kwargs)
         if func in BACK_PROPAGATES:
             return session.backward(func, args, kwargs)
-        self.trace = traced(self.trace, func)
-        if not self.worlds or func in _ONCE:
+        if func is torch.autograd.grad:
+            return session.gradient(func, args, kwargs)
+        if func == _GRAD:
+            session.see_read_of_sums(args[0])
+        if func not in METADATA:
+            self.trace = traced(self.trace, func)
+        if self.worlds and torch._C._functorch.peek_interpreter_stack() is not None:
+            self._see_transformed(args, kwargs)
             return func(*args, **kwargs)
-        for world in self.worlds:
-            world.listen((args, kwargs))
         worlds = [world for world in self.worlds if not world.lost and world.knows((args, kwargs))]
-        if not worlds:
+        if worlds and func in READ:
+            return read_in_all(worlds, func, args, kwargs)
+        if not worlds or func in _ONCE or func in METADATA:
             return func(*args, **kwargs)
         return call_in_all(
             worlds, func, args, kwargs, [*written_by(func, args, kwargs), *_statistics(func, args, kwargs)]
         )
+
+    def _see_transformed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call inside of a transform of torch.func, whose tensors are those of outside in wrappers."""
+        inside = [_unwrapped(t) for t in tensors_in((args, kwargs))]
+        for world in self.worlds:
+            if world.knows(inside):
+                world.lose("torch.func, torch.vmap")
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 def _statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

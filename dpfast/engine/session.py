@@ -86,7 +86,7 @@ class Session:
     def _look_beside(self, draw: Draw, batch: Any) -> None:
         self._dealt += 1
         self._due |= self._dealt & (self._dealt - 1) == 0
-        self._beside = Beside(draw.examples, self.clipper.augmult, self.reduction, self._beside)
+        self._beside = Beside(batch, draw.examples, self.clipper.augmult, self.reduction, self._beside)
         if self._due:
             self._beside.exchange_halves(batch)
         self._between.begin(self._beside.worlds)
@@ -119,7 +119,7 @@ class Session:
         """Of the batch."""
         self._leave(CaptureError("left"))
         self._draw, self._cuts, self._leaves = None, [], []
-        if not self._between.worlds:
+        if not self._held and not self._between.worlds:
             self._between.close()
 
     # The model's side
@@ -235,6 +235,31 @@ class Session:
         self._summed = self._held = True
         return None
 
+    def gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A gradient that the user's code takes for itself."""
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            values = args[0] if args else kwargs["outputs"]
+            at_cut, _, _ = reached_beside([values] if isinstance(values, Tensor) else values, self._leaves)
+            if not at_cut:
+                raise
+            raise CaptureError(
+                "torch.autograd.grad: what the private model returns in training is cut off from its inputs. A gradient"
+                " penalty is not supported (second derivatives of private data); for gradients of inputs alone, call"
+                " the model in eval mode"
+            ) from error
+
+    def see_read_of_sums(self, parameter: Tensor) -> None:
+        """Raises ``PrivacyError`` where ``parameter.grad`` holds a sum of clipped gradients."""
+        if self._held and any(parameter is p for p in self.clipper.parameters.values()):
+            raise PrivacyError(
+                "p.grad of the private model was read between loss.backward() and optimizer.step(): it is the sum of"
+                " clipped gradients, to which step() adds the noise, and no number computed from it (a norm for the"
+                " log, a learning rate) is covered by epsilon. Leave p.grad alone, use neither GradScaler nor"
+                " clip_grad_norm_ (gradients are clipped already), and clear with optimizer.zero_grad()"
+            )
+
     def _clip(self, draw: Draw, losses: list[Tensor], gradient: list[Tensor | None]) -> None:
         rows = self._rows(draw)
         scale = self._scale(losses, gradient, rows)
@@ -321,7 +346,8 @@ class Session:
                 " computed from what the private model returned, in training mode, and back-propagated in the same"
                 " thread?)"
             )
-        gone = any(p.grad is None for p in self.clipper.parameters.values()) if draw.examples else False
+        with torch._C.DisableTorchFunction():
+            gone = draw.examples and any(p.grad is None for p in self.clipper.parameters.values())
         if self._lost or gone:
             self._between.close()
             self._draw = None
