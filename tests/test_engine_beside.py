@@ -560,7 +560,7 @@ def test_a_collate_function_that_mixes_examples_is_refused(collate, workers):
         list(collated(collate, workers))
 
 
-@pytest.mark.filterwarnings("ignore:collate_fn pads to the longest")
+@pytest.mark.filterwarnings("ignore:collate_fn pads to the longest")  # masked at random
 @pytest.mark.parametrize("collate", [padded, padded_left, masking], ids=lambda f: f.__name__)
 def test_a_collate_function_that_pads_or_masks_is_not_refused(collate):
     assert len(list(collated(collate))) == 2

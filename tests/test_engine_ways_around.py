@@ -168,13 +168,6 @@ def texts(collate):
     )
 
 
-def test_padding_to_the_longest_is_warned_of():
-    _, _, loader = texts(padded)
-    with pytest.warns(UserWarning, match="pads to the longest example of the batch"):
-        list(zip(range(3), loader, strict=False))
-
-
-@pytest.mark.filterwarnings("ignore:collate_fn pads to the longest")
 def test_numbers_of_tokens_from_a_collate_function():
     _, _, loader = texts(with_count)
     with pytest.raises(PrivacyError, match="collate_fn: what it makes of one example depends on others"):

@@ -2,7 +2,7 @@
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ def rows_dim(t: Tensor, examples: int, augmult: int) -> int | None:
     """The dimension of ``t`` that has an entry for each row or example."""
     sizes = (examples * augmult, examples)
     return next((dim for dim, size in enumerate(t.shape[:2]) if size in sizes), None)
+
+
+def rows_at(places: Sequence[int], each: int, device: torch.device | None = None) -> Tensor:
+    """The indices of the rows that the examples in some places have, ``each`` of them so many."""
+    return torch.tensor([p * each + k for p in places for k in range(each)], dtype=torch.int64, device=device)
 
 
 def emptied(batch: Any, augmult: int) -> Any:

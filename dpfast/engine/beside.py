@@ -21,6 +21,7 @@ from dpfast.clipping.trees import TensorMap, tensors_in
 from dpfast.engine.batches import rows_dim, tensors_of
 from dpfast.engine.exchange import exchanged_halves
 from dpfast.engine.outputs import Cut, Reduction
+from dpfast.engine.padding import Padded, Shorter
 from dpfast.engine.shadows import World
 from dpfast.errors import PrivacyError
 
@@ -40,6 +41,7 @@ class Beside:
         self.examples, self.augmult, self.reduction = examples, augmult, reduction
         self.halves: list[World] = []
         self.fewer: World | None = None  # of half of the examples
+        self.shorter: Shorter | None = None
         self.past: World | None = None if earlier is None else _left_of(earlier)
         self.batch = TensorMap()
         self.batch.update(tensors_of(batch))
@@ -49,7 +51,18 @@ class Beside:
     @property
     def worlds(self) -> list[World]:
         """All of them."""
-        return [*self.halves, *(world for world in (self.past, self.fewer) if world is not None)]
+        shorter = None if self.shorter is None else self.shorter.world
+        return [*self.halves, *(world for world in (self.past, self.fewer, shorter) if world is not None)]
+
+    @property
+    def padding_unseen(self) -> str:
+        """Why it was not shown that padding reaches nobody else's share, or nothing."""
+        return "" if self.shorter is None else self.shorter.world.lost
+
+    def pad_less(self, padded: Padded) -> None:
+        """Make a world of the batch with less padding."""
+        with torch._C.DisableTorchFunction():
+            self.shorter = Shorter(padded, self.examples, self.augmult)
 
     def exchange_halves(self, batch: Any) -> None:
         """Make a world for each half of the examples, in which it is replaced by others of ``batch``, and one without
@@ -111,6 +124,8 @@ class Beside:
                         )
 
     def _is_same_input(self, world: World, t: Tensor, shadow: Tensor) -> bool:
+        if self.shorter is not None and world is self.shorter.world:
+            return self.shorter.is_same_input(t, shadow)
         dim = rows_dim(t, self.examples, self.augmult)
         if dim is None or world.kept is None:
             return _alike(t, shadow)
@@ -119,6 +134,13 @@ class Beside:
         each = t.shape[dim] // self.examples
         rows = torch.tensor([p * each + k for p in world.kept for k in range(each)], device=t.device)
         return _alike(t.index_select(dim, rows), shadow.index_select(dim, rows))
+
+    def see_call(
+        self, module: nn.Module, call: Any, given: Any, cuts: Sequence[Cut], stand_ins: Sequence[Tensor]
+    ) -> None:
+        """What the ``module`` was called with, and what is ``given`` to the user of it."""
+        if self.shorter is not None and not self.shorter.world.lost:
+            self.shorter.see_call(module, call, given, cuts, stand_ins)
 
     def see_outputs(self, given: Any, cuts: Sequence[Cut], stand_ins: Sequence[Tensor]) -> None:
         """What is ``given`` to the user, ``stand_ins`` in it for ``cuts``: in a world, the model's results are those of
@@ -161,6 +183,8 @@ class Beside:
             found = self._gradients_there(world, cuts, losses, cotangents)
             if found is not None and world is self.fewer:
                 self._see_reduction(world, cuts, losses, gradients, found)
+            elif found is not None and self.shorter is not None and world is self.shorter.world:
+                self.shorter.see_gradients(cuts, gradients, found)
             elif found is not None and not self._are_same(world, cuts, gradients, found):
                 raise PrivacyError(
                     "the loss of one example depends on others: its gradient changes with what the others are"

@@ -2,15 +2,16 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpfast.clipping.trees import leaves
-from dpfast.engine.batches import rows_dim, tensors_of
+from dpfast.engine.batches import rows_at, rows_dim, tensors_of
 from dpfast.engine.exchange import exchanged_halves
+from dpfast.engine.padding import UNSEEN, Padded, narrowings
 from dpfast.errors import PrivacyError
 from dpfast.seeding import RandomState
 
@@ -20,6 +21,7 @@ class Collate:
 
     Items of half of the places are exchanged for others: the rows of the other half must be the same (up to padding,
     left or right, to another length). Not shown where collating draws another number of random numbers then, or fails.
+    Where it pads less, the batch comes as ``Padded``, for the session to show that the padding reaches nobody else.
 
     Raises ``PrivacyError`` where they are not.
     """
@@ -34,25 +36,30 @@ class Collate:
         self._batches += 1
         if self._batches & (self._batches - 1):
             return self.collate(items)
-        worlds = [(kept, [copy.deepcopy(items[p]) for p in places]) for kept, places in exchanged_halves(len(items))]
+        halves = exchanged_halves(len(items))
+        worlds = [(kept, places, [copy.deepcopy(items[p]) for p in places]) for kept, places in halves]
         before = RandomState()
         batch = self.collate(items)
-        after = RandomState()
-        for kept, others in worlds:
+        after, less = RandomState(), None
+        for kept, places, others in worlds:
             before.restore()
             try:
                 other = self.collate(others)
             except Exception:
                 continue
-            if not after.has_moved() and not self._is_apart(batch, other, len(items), kept):
+            if after.has_moved():
+                self._warn_of_padding(batch, other)
+            elif not self._is_apart(batch, other, len(items), kept):
                 after.restore()
                 raise PrivacyError(
                     "collate_fn: what it makes of one example depends on others in the batch (a mixture of images, a"
                     " statistic of the batch?). Make each row of one example alone, padding aside, and each number that"
                     " belongs to no row of none"
                 )
+            elif _is_shorter(other, batch):
+                less = Padded(batch, kept, places, other)
         after.restore()
-        return batch
+        return less or batch
 
     def _is_apart(self, batch: Any, other: Any, examples: int, kept: list[int]) -> bool:
         ours, theirs = list(tensors_of(batch)), list(tensors_of(other))
@@ -67,23 +74,17 @@ class Collate:
             if rows_dim(b, examples, self.augmult) != dim or a.shape[dim] != b.shape[dim]:
                 return False
             each = a.shape[dim] // examples
-            rows = torch.tensor([p * each + k for p in kept for k in range(each)])
+            rows = rows_at(kept, each)
             if not _same_but_for_padding(*(t.movedim(dim, 0)[rows] for t in (a, b))):
                 return False
-            if a.shape != b.shape:
-                self._warn_of_padding()
         numbers = zip(_numbers(batch), _numbers(other), strict=False)
         return all(a == b or (_is_size(a, ours) and _is_size(b, theirs)) for a, b in numbers)
 
-    def _warn_of_padding(self) -> None:
-        if not self._warned:
+    def _warn_of_padding(self, batch: Any, other: Any) -> None:
+        shapes = [[t.shape for t in tensors_of(one)] for one in (batch, other)]
+        if shapes[0] != shapes[1] and not self._warned:
             self._warned = True
-            warnings.warn(
-                "collate_fn pads to the longest example of the batch, whose length then reaches every row: a mean over"
-                " padded tokens, in the model or in the loss, would make what an example contributes depend on others,"
-                " which is not seen. Pad to a fixed length, or mask the padding everywhere",
-                stacklevel=2,
-            )
+            warnings.warn(f"{UNSEEN}: collate_fn draws random numbers", stacklevel=2)
 
 
 def _numbers(batch: Any) -> list[int | float]:
@@ -104,16 +105,26 @@ def _same_but_for_padding(a: Tensor, b: Tensor) -> bool:
     if a.ndim != b.ndim:
         return False
     sizes = [min(pair) for pair in zip(a.shape, b.shape, strict=True)]
-    left, right = ([slice(size) for size in sizes], [slice(-size or None, None) for size in sizes])
-    return any(_same(a[at], b[at]) and _padded(a, at) and _padded(b, at) for at in map(tuple, (left, right)))
+    sides = zip(narrowings(a, sizes), narrowings(b, sizes), strict=True)
+    padded = zip(_paddings(a, sizes), _paddings(b, sizes), strict=True)
+    return any(_same(*side) and all(both) for side, both in zip(sides, padded, strict=True))
 
 
-def _padded(rows: Tensor, at: Sequence[slice]) -> bool:
-    """Whether what lies outside of ``at`` is the same in all rows."""
-    outside = torch.ones_like(rows, dtype=torch.bool)
-    outside[tuple(at)] = False
-    beyond = rows[outside].view(len(rows), -1)
-    return bool((beyond == beyond[:1]).all())
+def _paddings(rows: Tensor, sizes: Sequence[int]) -> Iterator[bool]:
+    """For each side, whether what lies outside of ``sizes`` is the same in all rows."""
+    for side in range(2):
+        outside = torch.ones_like(rows, dtype=torch.bool)
+        list(narrowings(outside, sizes))[side].fill_(False)
+        beyond = rows[outside].view(len(rows), -1)
+        yield bool((beyond == beyond[:1]).all())
+
+
+def _is_shorter(other: Any, batch: Any) -> bool:
+    """Whether some tensors are, and none is longer."""
+    pairs = list(zip(tensors_of(other), tensors_of(batch), strict=True))
+    return any(a.shape != b.shape for a, b in pairs) and all(
+        any(True for _ in narrowings(b, a.shape)) for a, b in pairs
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -8,7 +8,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -23,6 +22,7 @@ from dpfast.clipping.trees import leaves
 from dpfast.engine.accelerated import device_of, is_seedable, whole_batches
 from dpfast.engine.batches import emptied, mapped
 from dpfast.engine.collation import Collate
+from dpfast.engine.padding import Padded
 from dpfast.engine.session import Draw, Session
 from dpfast.errors import ConfigError, PrivacyError
 from dpfast.privacy import poisson_sample
@@ -110,8 +110,11 @@ class PrivateLoader(DataLoader[Any]):
         """With which an example is in a batch."""
         return self.samples.sample_rate
 
-    def _moved(self, t: Tensor) -> Tensor:
-        return t.to(self.device, non_blocking=self.pin_memory)
+    def _placed(self, batch: Any) -> Any:
+        """On the device."""
+        if self.device is None:
+            return batch
+        return mapped(batch, lambda t: t.to(self.device, non_blocking=self.pin_memory))
 
     def in_parts(self, largest: int) -> Self:
         """The same loader, whose samples come in physical batches of at most ``largest`` examples."""
@@ -125,10 +128,14 @@ class PrivateLoader(DataLoader[Any]):
         drawn, session = sampler.drawn, self.session
         for batch in batches:
             draw = drawn.popleft()
-            given = batch if draw.examples else emptied(batch, session.clipper.augmult)
+            padded = batch if isinstance(batch, Padded) else Padded(batch)
+            if not draw.examples:
+                padded = Padded(emptied(batch, session.clipper.augmult))
             del batch
-            given = given if self.device is None else mapped(given, self._moved)
-            session.deal(draw, given)
+            padded = Padded(self._placed(padded.batch), *padded[1:3], self._placed(padded.other))
+            session.deal(draw, padded)
+            given = padded.batch
+            del padded
             yield given
             del given
             session.take_back()

@@ -14,6 +14,7 @@ from dpfast.clipping.trees import replace_tensors
 from dpfast.engine.beside import Beside
 from dpfast.engine.between import Between
 from dpfast.engine.outputs import Cut, Reduction, cut, reached_beside, surrogate_losses, unrowed
+from dpfast.engine.padding import UNSEEN, Padded
 from dpfast.errors import CaptureError, PrivacyError
 from dpfast.ranks import Ranks
 
@@ -67,10 +68,10 @@ class Session:
 
     # The loader's side
 
-    def deal(self, draw: Draw, batch: Any) -> None:
-        """``draw``, the examples of ``batch``, is what the loader gives now."""
+    def deal(self, draw: Draw, padded: Padded) -> None:
+        """``draw``, the examples of a batch, is what the loader gives now."""
         self.close()
-        self._look_beside(draw, batch)
+        self._look_beside(draw, padded)
         self._draw, self._summed = draw, False
         self.samples += draw.first
         if draw.first:
@@ -83,12 +84,14 @@ class Session:
         """
         self._due = True
 
-    def _look_beside(self, draw: Draw, batch: Any) -> None:
+    def _look_beside(self, draw: Draw, padded: Padded) -> None:
         self._dealt += 1
         self._due |= self._dealt & (self._dealt - 1) == 0
-        self._beside = Beside(batch, draw.examples, self.clipper.augmult, self.reduction, self._beside)
+        self._beside = Beside(padded.batch, draw.examples, self.clipper.augmult, self.reduction, self._beside)
         if self._due:
-            self._beside.exchange_halves(batch)
+            self._beside.exchange_halves(padded.batch)
+        if padded.other is not None:
+            self._beside.pad_less(padded)
         self._between.begin(self._beside.worlds)
 
     def take_back(self) -> None:
@@ -151,6 +154,7 @@ class Session:
             output, cuts, stand_ins = cut(output, self._rows(draw))
             self._see_outputs(cuts)
             self._beside.see_outputs(output, cuts, stand_ins)
+            self._beside.see_call(self.module, (args, kwargs), output, cuts, stand_ins)
             self._cuts += cuts
             self._leaves += [one.leaf for one in cuts]
             return output
@@ -287,6 +291,8 @@ class Session:
         found = torch.autograd.grad(losses, leaves, cotangents, retain_graph=bool(worlds), allow_unused=True)
         unseen = self._beside.see_gradients(cuts, losses, cotangents, found)
         self._note_shown(unseen)
+        if why := self._beside.padding_unseen:
+            self._warn(f"{UNSEEN}: {why}")
         return found
 
     def _note_shown(self, unseen: str) -> None:
@@ -299,17 +305,20 @@ class Session:
             self._due = bool(self._met)
             if not self._beside.saw_inputs:
                 unseen = unseen or "what the model is given was not seen to be computed from the batch"
-            if unseen and unseen not in self._warned:
-                self._warned.add(unseen)
-                warnings.warn(
+            if unseen:
+                self._warn(
                     f"it was not shown that the code around the private model keeps examples apart: {unseen}. Numbers"
                     " must not leave torch on their way from the loader's batch to the model, and from its outputs to"
-                    " the loss",
-                    stacklevel=5,
+                    " the loss"
                 )
         elif trace not in self._shown and len(self._shown) + len(self._met) < MOST_PATHS:
             self._met.add(trace)
             self._due = True
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=6)
 
     def _scale(self, losses: list[Tensor], gradient: list[Tensor | None], rows: int) -> float:
         """By which the gradient of the losses is that of a sum over rows."""

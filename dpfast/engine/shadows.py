@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpfast.clipping.trees import TensorMap, function_name, leaves, replace_tensors, tensors_in
+from dpfast.engine.batches import rows_at
 from dpfast.engine.readings import Readings
 
 
@@ -97,8 +98,7 @@ class World:
         """``t``, which has ``each`` entries along ``dim`` for an example, in this world: a new tensor."""
         if self.places is None:
             return t.clone()
-        index = torch.tensor([p * each + k for p in self.places for k in range(each)], dtype=torch.int64)
-        return t.index_select(dim, index.to(t.device))
+        return t.index_select(dim, rows_at(self.places, each, t.device))
 
     def part_of(self, t: Tensor) -> Tensor | None:
         """What ``t`` is in a world of other sizes, if it has the real one's; for results of one function that rows do
