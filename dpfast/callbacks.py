@@ -9,8 +9,8 @@ holds, as the weights after every step are.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from dpfast.errors import ConfigError, FileError
 from dpfast.files import make_folder
 from dpfast.privacy.plan import Plan
 from dpfast.ranks import Ranks
+from dpfast.ranks.alone import Alone
 
 _PREFIX = "dpfast/"  # of TensorBoard's tags
 
@@ -58,7 +59,7 @@ class Callback(Protocol):
     on later: a step that was reported is charged, and saved if a checkpoint was due.
 
     A callback sees the trainer, and with it the private data: what it shows of those, nobody accounts for. Of several
-    ranks, rank 0 alone calls its callbacks.
+    ranks, rank 0 alone calls its callbacks, in which collectives are refused (``ConfigError``).
     """
 
     def on_begin(self, trainer: Training) -> None:
@@ -98,8 +99,13 @@ class Callbacks:
 
     def _begin(self) -> None:
         for callback in self._callbacks:
-            self._stack.callback(callback.on_end, self._trainer)
-            callback.on_begin(self._trainer)
+            self._stack.callback(self._called, callback.on_end, self._trainer)
+            self._called(callback.on_begin, self._trainer)
+
+    def _called(self, method: Callable[[Any], None], argument: Any) -> None:
+        """On rank 0."""
+        with Alone(method.__qualname__) if self._ranks.size > 1 else nullcontext():
+            method(argument)
 
     def step(self, step: int) -> None:
         """Report it."""
@@ -109,7 +115,7 @@ class Callbacks:
 
         def tell() -> None:
             for callback in self._callbacks:
-                callback.on_step(report)
+                self._called(callback.on_step, report)
 
         self._ranks.first(tell)
 

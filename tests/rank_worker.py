@@ -169,6 +169,11 @@ class Heard(Callback):
         self.reports.append(report)
 
 
+class Gathers(Callback):
+    def on_begin(self, trainer: Any) -> None:
+        next(iter(trainer.model.parameters())).full_tensor()
+
+
 def logged(_: Path) -> dict[str, Any]:
     """Norms that callbacks hear, and what they are of; callbacks are given to rank 0 alone."""
     found = {}
@@ -332,6 +337,7 @@ def own_loop(folder: Path) -> dict[str, Any]:
             "other weights later": said(lambda: one_step(moved=float(ranks.rank))),
             "another plan": said(lambda: DPOptimizer(*fresh(0, plan(steps=3 + ranks.rank)))),
             "another data set": said(lambda: trainer(dataset=Points(2.0 if ranks.rank else 1.0)).fit()),
+            "a callback's collective": said(lambda: trainer(shards=True, callbacks=[Gathers()]).fit()),
             "other settings": said(lambda: trainer(seed=ranks.rank).fit()),
             "wrapped": said(lambda: GhostClipper(nn.parallel.DistributedDataParallel(network()), max_grad_norm=1.0)),
             "a locked ledger": said(lambda: open_ledger(folder / "ledger.jsonl", three).__enter__()),

@@ -197,6 +197,7 @@ def test_a_loop_of_ones_own_shares_samples_and_a_ledger(run):
         ("another plan", "ConfigError: plan: rank 1 has another than rank 0"),
         ("another data set", "ConfigError: data set: rank 1 has another than rank 0"),
         ("other settings", "ConfigError: settings: rank 1 has another than rank 0"),
+        ("a callback's collective", "belongs after fit(), on every rank"),
         ("wrapped", "give the module in it"),
         ("a locked ledger", "in use by another process"),
     ],

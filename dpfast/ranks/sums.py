@@ -51,9 +51,13 @@ def add_up(parameters: Mapping[str, nn.Parameter], noise: Noise, ranks: Ranks) -
         bucket.hand_out()
 
 
-# By their names before torch 2.13, and since.
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+def _either(name: str, before: str) -> Any:
+    """A function of torch.distributed by its name since torch 2.13, or before; None where torch was built without."""
+    return getattr(dist, name, None) or getattr(dist, before, None)
+
+
+_reduce_scatter = _either("reduce_scatter_single", before="reduce_scatter_tensor")
+_all_gather = _either("all_gather_single", before="all_gather_into_tensor")
 
 
 def _noise_first(begun: "deque[tuple[_Bucket, Any]]", noise: Noise) -> "tuple[_Bucket, Any]":
