@@ -274,6 +274,21 @@ def test_an_argument_without_rows_that_is_computed_from_the_batch():
             model(x, x.mean())
 
 
+def test_a_number_that_is_computed_from_the_batch():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x, scale):
+            return self.net(x * scale)
+
+    _, model, _, loader = made_private(net=Scaled())
+    with pytest.raises(PrivacyError, match="a number that was read from the batch"):  # noqa: PT012
+        for x, _ in loader:
+            model(x, x.std().item())
+
+
 def test_a_reduction_that_is_not_the_one_that_was_said():
     def summed(out, y):
         return F.cross_entropy(out, y, reduction="sum")

@@ -4,11 +4,11 @@ The clipper bounds what an example adds to the sum through the model. Around it 
 in-batch negatives, a mean over the batch's tokens, weights by its labels, targets standardised over it. What comes of
 that is seen by comparison with *worlds* in which half of the examples are replaced by others (``shadows``): what goes
 into the model for the examples that are not replaced, and the gradient that comes back to their rows, must stay the
-same. In another the batch is the real one, and what is left of the batch before is not (a running centre, a queue). A
-last one has fewer examples, which shows how the losses are reduced.
+same. In another the batch is the real one, and what is left of those before is not (a running centre, a queue). One has
+fewer examples, which shows how the losses are reduced; one less padding (``padding``).
 
-Not seen are numbers that leave torch and come back (``item()``, ``numpy()``), and what torch functions do not show:
-functions of ``torch.compile`` and ``torch.jit``, an ``autograd.Function`` of one's own.
+Not seen is what no torch function shows: numbers that Python or numpy computes (what comes back as it was read is:
+``readings``), functions of ``torch.compile`` and ``torch.jit``, an ``autograd.Function`` of one's own.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.clipping.trees import TensorMap, tensors_in
-from dpfast.engine.batches import rows_dim, tensors_of
+from dpfast.clipping.trees import TensorMap, leaves, tensors_in
+from dpfast.engine.batches import rows_at, rows_dim, tensors_of
 from dpfast.engine.exchange import exchanged_halves
 from dpfast.engine.outputs import Cut, Reduction
 from dpfast.engine.padding import Padded, Shorter
@@ -110,6 +110,12 @@ class Beside:
                             " make each row of it of one example alone, in the batch's order, in the data set or by"
                             " numbers that are known before"
                         )
+                for number in () if world.lost else leaves(given):
+                    if world.readings.differ(number):
+                        raise PrivacyError(
+                            "the model is given a number that was read from the batch (by item(), say): give it a"
+                            " tensor with a row for each example, computed from that example alone"
+                        )
 
     def see_module(self, module: nn.Module) -> None:
         """Raises ``PrivacyError`` if the user's code has put something of the batch into the module itself."""
@@ -132,7 +138,7 @@ class Beside:
         if t.shape != shadow.shape:
             return False
         each = t.shape[dim] // self.examples
-        rows = torch.tensor([p * each + k for p in world.kept for k in range(each)], device=t.device)
+        rows = rows_at(world.kept, each, t.device)
         return _alike(t.index_select(dim, rows), shadow.index_select(dim, rows))
 
     def see_call(

@@ -45,6 +45,31 @@ def cut(output: Any, rows: int) -> tuple[Any, list[Cut], list[Tensor]]:
     return tree, [one for one, _ in cuts.values()], [given for _, given in cuts.values()]
 
 
+def roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """What a call of ``Tensor.backward`` or ``torch.autograd.backward`` starts from, with the gradients given."""
+    tensors = args[0] if args else kwargs.get("tensors", kwargs.get("self"))
+    given = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
+    losses = [tensors] if isinstance(tensors, Tensor) else list(tensors or ())
+    if given is None:
+        return losses, [None] * len(losses)
+    return losses, [given] if isinstance(given, Tensor) else list(given)
+
+
+def scale_of_sum(
+    losses: Sequence[Tensor], gradient: Sequence[Tensor | None], rows: int, reduction: Reduction, augmult: int
+) -> float:
+    """By which the gradient of the losses is that of a sum over rows."""
+    if all(t.shape == (rows,) for t in losses) and all(g is None for g in gradient):
+        return 1.0
+    if any(t.numel() != 1 for t in losses) or any(g is not None and g.numel() != 1 for g in gradient):
+        raise CaptureError(
+            f"backward() of a private loss: expected one number, the {reduction} over the rows of the batch, or one"
+            f" loss for each row, [B*{augmult}] (losses.backward(), without a gradient); got {losses[0].ndim}"
+            " dimensions. Average over tokens or pixels of a row first (padding left out): losses.flatten(1).mean(1)"
+        )
+    return float(rows) if reduction == "mean" else 1.0
+
+
 def surrogate_losses(cuts: Sequence[Cut], gradients: Sequence[Tensor | None], rows: int, scale: float) -> Tensor:
     """``[rows]``: numbers whose gradients with respect to the model's outputs are the losses', times ``scale``.
 

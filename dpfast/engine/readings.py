@@ -38,6 +38,10 @@ class Readings:
                 known = self._there.setdefault(one, other)
                 self._there[one] = known if known == other else None
 
+    def differ(self, number: Any) -> bool:
+        """Whether it is known to be another in the world."""
+        return _is_number(number) and bool(self.there(number) != number)
+
     def there(self, number: Any) -> Any:
         """What an argument is in the world: itself, for all that is known."""
         if not self._there or not _is_number(number):

@@ -13,7 +13,7 @@ from dpfast.clipping.problems import listed, refuse
 from dpfast.clipping.trees import replace_tensors
 from dpfast.engine.beside import Beside
 from dpfast.engine.between import Between
-from dpfast.engine.outputs import Cut, Reduction, cut, reached_beside, surrogate_losses, unrowed
+from dpfast.engine.outputs import Cut, Reduction, cut, reached_beside, roots, scale_of_sum, surrogate_losses, unrowed
 from dpfast.engine.padding import UNSEEN, Padded
 from dpfast.errors import CaptureError, PrivacyError
 from dpfast.ranks import Ranks
@@ -203,7 +203,7 @@ class Session:
     def backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A backward pass of the user's, of a private loss or another."""
         draw = self._draw
-        losses, gradient = _roots(args, kwargs)
+        losses, gradient = roots(args, kwargs)
         if draw is None:
             return func(*args, **kwargs)
         at_cut, others, inside = reached_beside(losses, self._leaves)
@@ -229,7 +229,7 @@ class Session:
                 "a second backward() for one batch: each would be clipped by itself. Add up all losses of the batch and"
                 " call backward() once"
             )
-        if kwargs.get("create_graph") or kwargs.get("inputs") is not None or _positional(args):
+        if kwargs.get("create_graph") or kwargs.get("inputs") is not None or any(args[3:]):  # by position
             raise CaptureError(
                 "backward() of a private loss takes neither create_graph nor inputs: second derivatives of private data"
                 " are not supported"
@@ -266,7 +266,7 @@ class Session:
 
     def _clip(self, draw: Draw, losses: list[Tensor], gradient: list[Tensor | None]) -> None:
         rows = self._rows(draw)
-        scale = self._scale(losses, gradient, rows)
+        scale = self.batches * scale_of_sum(losses, gradient, rows, self.reduction, self.clipper.augmult)
         cuts, self._cuts = self._cuts, []
         try:
             with torch._C.DisableTorchFunction():
@@ -319,20 +319,6 @@ class Session:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=6)
-
-    def _scale(self, losses: list[Tensor], gradient: list[Tensor | None], rows: int) -> float:
-        """By which the gradient of the losses is that of a sum over rows."""
-        unreduced = [t.shape == (rows,) for t in losses]
-        if all(unreduced) and all(g is None for g in gradient):
-            return float(self.batches)
-        if any(t.numel() != 1 for t in losses) or any(g is not None and g.numel() != 1 for g in gradient):
-            raise CaptureError(
-                f"backward() of a private loss: expected one number, the {self.reduction} over the rows of the batch,"
-                f" or one loss for each row, [B*{self.clipper.augmult}] (losses.backward(), without a gradient); got"
-                f" {losses[0].ndim} dimensions. Average over tokens or pixels of a row first (padding left out):"
-                " losses.flatten(1).mean(1)"
-            )
-        return float(self.batches * (rows if self.reduction == "mean" else 1))
 
     # The optimizer's side
 
@@ -420,18 +406,3 @@ class _Block:
             self._session.clipper.pause()
         else:
             self._session._leave(error)
-
-
-def _roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """What a call of ``Tensor.backward`` or ``torch.autograd.backward`` starts from, with the gradients given."""
-    tensors = args[0] if args else kwargs.get("tensors", kwargs.get("self"))
-    given = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
-    losses = [tensors] if isinstance(tensors, Tensor) else list(tensors or ())
-    if given is None:
-        return losses, [None] * len(losses)
-    return losses, [given] if isinstance(given, Tensor) else list(given)
-
-
-def _positional(args: tuple[Any, ...]) -> bool:
-    """Whether ``create_graph`` or ``inputs`` are given by position."""
-    return any(args[3:])

@@ -13,7 +13,7 @@ class Alone(TorchDispatchMode):
     """``with Alone(who):`` collectives of torch.distributed, also those of a model in shards, raise ``ConfigError``."""
 
     def __init__(self, who: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._who = who
 
     def __torch_dispatch__(
