@@ -699,8 +699,8 @@ LOOPS = {
     cleared_by_hand: "noise alone",
     skipped: r"optimizer.step\(\) was not called for the last one",
     skipped_before_backward: r"optimizer.step\(\) was not called for the last one",
-    part_of_the_batch: "has not the batch's rows",
-    more_than_the_batch: "has not the batch's rows",
+    part_of_the_batch: "has not the batch's rows|another order",  # of 3 examples it seems to have, along the channels
+    more_than_the_batch: "has not the batch's rows|another order",
     weight_penalty: "weight_decay",
     penalty_alone: "weight_decay",
     a_part_of_the_model: "other than through what model",

@@ -153,11 +153,26 @@ def written_into_data(out, y):
     return (out - centre.detach()).square().mean()
 
 
+def with_a_number_of_pythons(out, y):
+    losses = F.cross_entropy(out, y, reduction="none")
+    return (losses * losses.gt(losses.detach().quantile(0.7).item())).mean()
+
+
+def by_its_mean_and_one(out, y):
+    return (out / (1 + out.detach().square().mean().item())).square().mean()
+
+
+def made_of_numbers(out, y):
+    losses = F.cross_entropy(out, y, reduction="none")
+    return losses.mean() * torch.tensor([losses.mean().item(), 1.0]).softmax(0)[0]
+
+
 MIXING = [
     *(in_batch_negatives, detached_negatives, negatives_without_grad, mean_over_tokens_not_ignored, divided_by_counts),
     *(weighted_by_classes, standardised_targets, normalised_over_the_batch, softmax_over_the_batch, written_in_place),
     *(hardest, mean_of_a_loop, divided_by_an_item, divided_by_a_number_of_python, divided_by_how_many_are_valid),
-    *(divided_by_a_shape, divided_by_a_size, less_a_mean_from_python, written_into_a_view, written_into_data),
+    *(divided_by_a_shape, divided_by_a_size, less_a_mean_from_python, with_a_number_of_pythons),
+    *(by_its_mean_and_one, made_of_numbers, written_into_a_view, written_into_data),
 ]
 
 
@@ -324,6 +339,83 @@ def test_a_reduction_where_random_numbers_are_drawn():
     with pytest.raises(PrivacyError, match='say loss_reduction="mean"'):
         tried(with_targets_drawn("mean"), loss_reduction="sum")
     tried(with_targets_drawn("mean"), loss_reduction="mean", batches=3)
+
+
+def mean_and_sum(out, y):
+    return F.cross_entropy(out, y) + 0.1 * out.square().sum()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_mean_of_a_part_and_a_sum_of_another(reduction):
+    with pytest.raises(PrivacyError, match="neither a mean nor a sum over the rows"):
+        tried(mean_and_sum, loss_reduction=reduction, batches=8, dataset=pictures(200))
+
+
+def test_a_sum_divided_by_twice_the_size_is_no_sum():
+    def loss(out, y):
+        return F.cross_entropy(out, y, reduction="sum") / (2 * len(y))
+
+    tried(loss, loss_reduction="mean", batches=3)
+    with pytest.raises(PrivacyError, match="divided by a multiple of how many examples"):
+        tried(loss, loss_reduction="sum", batches=8, dataset=pictures(200))
+
+
+def picked_by_place(out, y):
+    return -out.log_softmax(1)[torch.arange(len(y)), y].view(len(y), 1).mean(1).sum()
+
+
+def row_by_row(out, y):
+    return torch.stack([F.cross_entropy(out[i], y[i]) for i in range(len(y))]).sum()
+
+
+@pytest.mark.parametrize("loss", [picked_by_place, row_by_row], ids=lambda loss: loss.__name__)
+def test_a_sum_of_rows_that_are_picked_is_seen(loss):
+    with pytest.raises(PrivacyError, match='say loss_reduction="sum"'):
+        tried(loss, embeddings(), loss_reduction="mean")
+    tried(loss, embeddings(), loss_reduction="sum", batches=3)
+
+
+def test_numbers_that_are_equal_by_chance():
+    def loss(out, y):
+        y.tolist(), (out.argmax(1) == y).sum().item(), len(y)
+        return 10 * F.cross_entropy(out / 4.0, y) + 3 * out.square().mean()
+
+    tried(loss, embeddings(), batches=16, dataset=pictures(200), batch_size=10)
+
+
+def test_a_table_of_as_many_rows_as_the_batch():
+    def loss(out, y):
+        return (out[:, :5] - torch.eye(5)[y]).square().mean()
+
+    tried(loss, embeddings(), batches=30, dataset=pictures(200), batch_size=5)
+
+
+def test_outputs_that_are_constant_or_codes():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.scale = embeddings(), nn.Parameter(torch.ones(()))
+            self.register_buffer("priors", torch.randn(3, 8))
+
+        def forward(self, x):
+            out = self.net(x) * self.scale
+            return out, self.priors, self.scale.detach().exp(), out.view(-1, 4).argmax(1)
+
+    def loss(outputs, y):
+        out, priors, scale, codes = outputs
+        book = torch.arange(8.0).view(4, 2)
+        return (out @ priors.T).square().mean() * scale + (out.view(-1, 4)[:, :2] - book[codes]).square().mean()
+
+    tried(loss, Several(), batches=3)
+
+
+def test_complex_outputs():
+    def loss(out, y):
+        turned = torch.complex(out[:, :4], out[:, 4:])
+        return (turned - 1j * turned.detach().mean(0).imag).abs().square().mean()
+
+    with pytest.raises(PrivacyError, match=APART):
+        tried(loss, embeddings())
 
 
 def test_a_reduction_of_few_examples():

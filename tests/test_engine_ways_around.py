@@ -223,3 +223,133 @@ def test_hooks_on_outputs_that_mix_rows(private):
         with pytest.raises(PrivacyError, match="the loss of one example depends on others"):
             F.cross_entropy(out, y).backward()
         break
+
+
+def test_a_learning_rate_that_is_computed_from_the_loss(private):
+    model, optimizer, loader = private
+    for x, y in loader:
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.1 * loss.item()
+        with pytest.raises(PrivacyError, match="a setting of the optimizer"):
+            optimizer.step()
+        break
+
+
+class ReadsAround(nn.Module):
+    """Takes what somebody has left in a dict, a list, a closure."""
+
+    def __init__(self, left):
+        super().__init__()
+        self.inner, self.left = small_net(), left
+
+    def forward(self, x):
+        left = self.left() if callable(self.left) else self.left[0]
+        return self.inner(x) + left
+
+
+@pytest.mark.parametrize("how", ["dict", "list", "closure", "hook"])
+def test_what_the_model_reads_of_the_loop_in_other_ways_than_its_arguments(how):
+    box = {0: 0.0} if how != "list" else [0.0]
+    net = small_net() if how == "hook" else ReadsAround((lambda: box[0]) if how == "closure" else box)
+    if how == "hook":
+        net[0].register_forward_hook(lambda module, args, out: out + box[0])
+    _, model, _, loader = made_private(net=net)
+    for x, y in loader:
+        box[0] = x.flatten(1).mean()
+        with pytest.raises(PrivacyError, match="the model is given"):
+            F.cross_entropy(model(x), y).backward()
+        break
+
+
+def test_gradients_taken_in_the_loop_are_followed(private):
+    model, _, loader = private
+    for x, y in loader:
+        out = model(x)
+        first, second = F.cross_entropy(out, y), out.square().mean()
+        a, b = (torch.autograd.grad(loss, out, retain_graph=True)[0] for loss in (first, second))
+        with pytest.raises(PrivacyError, match="the loss of one example depends on others"):
+            (first + second * (a.norm() / b.norm())).backward()
+        break
+
+
+def test_sums_are_gone_when_a_loop_is_refused(private):
+    model, _, loader = private
+
+    def without_steps():
+        for x, y in loader:
+            F.cross_entropy(model(x), y).backward()
+
+    with pytest.raises(PrivacyError, match=r"optimizer\.step\(\) was not called"):
+        without_steps()
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Negated(torch.autograd.Function):
+    """Gradient reversal."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+def test_an_autograd_function_in_a_part_of_the_loss_is_said_not_to_be_seen(private):
+    model, _, loader = private
+    for x, y in loader:
+        out = model(x)
+        with pytest.warns(UserWarning, match=r"an autograd\.Function\?"):
+            (F.cross_entropy(out, y) + Negated.apply(out).square().mean()).backward()
+        break
+
+
+class Boxes(torch.utils.data.Dataset):
+    """Images with boxes, of which there are more or fewer."""
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        chance = torch.Generator().manual_seed(i)
+        return torch.randn(3, 6, 6, generator=chance), {"boxes": torch.rand(1 + i % 4, 4, generator=chance), "id": i}
+
+
+def as_lists(items):
+    return torch.stack([image for image, _ in items]), [target for _, target in items]
+
+
+def of_each_image(boxes, targets):
+    losses = [(box - target["boxes"]).square().mean() for box, target in zip(boxes, targets, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def over_all_boxes(boxes, targets):
+    found = torch.cat([(box - target["boxes"]).square() for box, target in zip(boxes, targets, strict=True)])
+    return found.sum() / found.shape[0]
+
+
+@pytest.mark.parametrize("loss", [of_each_image, over_all_boxes], ids=lambda loss: loss.__name__)
+def test_lists_with_an_entry_for_each_example(loss):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+    model, optimizer, loader = PrivacyEngine().make_private(
+        module=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data_loader=DataLoader(Boxes(), batch_size=10, collate_fn=as_lists),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+
+    def one_pass():
+        for images, targets in loader:
+            optimizer.zero_grad()
+            loss(model(images), targets).backward()
+            optimizer.step()
+
+    if loss is of_each_image:
+        one_pass()
+    else:
+        with pytest.raises(PrivacyError, match="the loss of one example depends on others"):
+            one_pass()

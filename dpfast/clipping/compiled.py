@@ -40,15 +40,18 @@ def private_compilation() -> Iterator[bool]:
         yield False
         return
     hide_from_tracing()
-    try:
-        stance = torch.compiler.set_stance("default", force_backend=private_backend)
-    except RuntimeError as error:  # which it raises inside of what was compiled
+    refuse_to_be_compiled()
+    with torch.compiler.set_stance("default", force_backend=private_backend):
+        yield True
+
+
+def refuse_to_be_compiled() -> None:
+    """Raises ``CaptureError`` where ``torch.compile`` runs, or traces, what called this."""
+    if "torch._dynamo" in sys.modules and torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
         raise CaptureError(
             "a private model cannot be compiled from outside: give torch.compile the module before it is made private"
             " (model = torch.compile(model); then make_private, or GhostClipper(model)), and not the loop around it"
-        ) from error
-    with stance:
-        yield True
+        )
 
 
 def hide_from_tracing() -> None:

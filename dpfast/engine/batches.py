@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.clipping.trees import replace_tensors, tensors_in
+from dpfast.clipping.trees import leaves, replace_tensors, tensors_in
 
 
 def mapped(batch: Any, of: Callable[[Tensor], Tensor]) -> Any:
@@ -32,6 +32,33 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
         yield from tensors_in(batch)
 
 
+class Entries(list[Any]):
+    """A list of a batch with an entry for each row or example: boxes, texts, whatever cannot be stacked."""
+
+
+def parts_of(batch: Any, examples: int, augmult: int) -> Iterator[Any]:
+    """Tensors, ``Entries`` and all else in it, in order."""
+    return _parts(batch, (examples * augmult, examples), inner=False)
+
+
+def _parts(value: Any, sizes: tuple[int, int], *, inner: bool) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _parts(item, sizes, inner=True)
+    elif isinstance(value, list | tuple) and inner and len(value) in sizes and not _are_columns(value, sizes):
+        yield Entries(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item, sizes, inner=True)
+    else:
+        yield from leaves(value)
+
+
+def _are_columns(value: Sequence[Any], sizes: tuple[int, int]) -> bool:
+    """Whether each entry has rows of its own."""
+    return all(isinstance(item, Tensor) and item.ndim and len(item) in sizes for item in value)
+
+
 def rows_dim(t: Tensor, examples: int, augmult: int) -> int | None:
     """The dimension of ``t`` that has an entry for each row or example."""
     sizes = (examples * augmult, examples)
@@ -43,7 +70,7 @@ def rows_at(places: Sequence[int], each: int, device: torch.device | None = None
     return torch.tensor([p * each + k for p in places for k in range(each)], dtype=torch.int64, device=device)
 
 
-def emptied(batch: Any, augmult: int) -> Any:
+def emptied(batch: Any, augmult: int, *, inner: bool = False) -> Any:
     """A batch of one example, without it: tensors of 0 rows, and nothing of its numbers."""
 
     def no_rows(t: Tensor) -> Tensor:
@@ -52,10 +79,12 @@ def emptied(batch: Any, augmult: int) -> Any:
 
     if isinstance(batch, list) and not any(True for _ in tensors_of(batch)):
         return []  # names, texts
+    if inner and type(batch) in (list, tuple) and batch and isinstance(batch[0], dict | list | tuple):
+        return type(batch)()  # an entry for each example
     if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
-        return type(batch)(emptied(value, augmult) for value in batch)
+        return type(batch)(emptied(value, augmult, inner=True) for value in batch)
     if isinstance(batch, dict | UserDict):
-        return _with_values(batch, lambda value: emptied(value, augmult))
+        return _with_values(batch, lambda value: emptied(value, augmult, inner=True))
     return replace_tensors(batch, no_rows)
 
 

@@ -11,25 +11,39 @@ Not seen is what no torch function shows: numbers that Python or numpy computes 
 ``readings``), functions of ``torch.compile`` and ``torch.jit``, an ``autograd.Function`` of one's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpfast.clipping.trees import TensorMap, leaves, tensors_in
-from dpfast.engine.batches import rows_at, rows_dim, tensors_of
+from dpfast.clipping.trees import TensorMap, replace_tensors, tensors_in
+from dpfast.engine.batches import Entries, parts_of, rows_at, rows_dim, tensors_of
+from dpfast.engine.compare import alike, real, roughness, rows_apart
 from dpfast.engine.exchange import exchanged_halves
-from dpfast.engine.outputs import Cut, Reduction
-from dpfast.engine.padding import Padded, Shorter
+from dpfast.engine.fewer import Fewer
+from dpfast.engine.outputs import Cut, Reduction, evaluated, reached_beside
+from dpfast.engine.padding import REACHES, UNSEEN, Padded, Shorter
+from dpfast.engine.readings import Followed
 from dpfast.engine.shadows import World
 from dpfast.errors import PrivacyError
 
+_ROUGH = 1e-5  # of inputs: rounding
+_COARSE = 0.03  # of gradients that may be halved in bfloat16
 _FAINT = 1e-6  # of the largest row's gradient: rounding of what all rows have in common
 
 _CURE = (
     "Compute the loss of each example from its own rows: no statistics, means over tokens of all examples, counts of"
     " labels or negatives of the batch, not even behind detach(); keep nothing of one batch for the next"
+)
+
+_DIVIDED = (
+    'loss_reduction="sum", and the loss that was back-propagated seems to be divided by a multiple of how many examples'
+    " are in the batch, on which what an example contributes would then depend"
+)
+_NEITHER = (
+    "the loss that was back-propagated is neither a mean nor a sum over the rows of the batch (a sum of both, or"
+    " divided by another number), so that what an example contributes depends on how many there are. Reduce all alike"
 )
 
 
@@ -40,9 +54,11 @@ class Beside:
         """earlier: of the batch before, whose tensors that are left are other than they are in a world of this one."""
         self.examples, self.augmult, self.reduction = examples, augmult, reduction
         self.halves: list[World] = []
-        self.fewer: World | None = None  # of half of the examples
+        self.fewer: Fewer | None = None
         self.shorter: Shorter | None = None
         self.past: World | None = None if earlier is None else _left_of(earlier)
+        self.doubts: dict[str, list[set[float]]] = {} if earlier is None else earlier.doubts
+        self.is_in_doubt = False  # whether another batch is to confirm what this one shows
         self.batch = TensorMap()
         self.batch.update(tensors_of(batch))
         self.gone: TensorMap = TensorMap() if earlier is None else earlier.batch  # of the batch before
@@ -54,10 +70,39 @@ class Beside:
         shorter = None if self.shorter is None else self.shorter.world
         return [*self.halves, *(world for world in (self.past, self.fewer, shorter) if world is not None)]
 
-    @property
-    def padding_unseen(self) -> str:
-        """Why it was not shown that padding reaches nobody else's share, or nothing."""
-        return "" if self.shorter is None else self.shorter.world.lost
+    def not_shown(self) -> Iterator[str]:
+        """What this batch was looked at for in vain, in words."""
+        if self.shorter is not None and self.shorter.world.lost:
+            yield f"{UNSEEN}: {self.shorter.world.lost}"
+        why = next((world.lost for world in self.halves if world.lost), "")
+        if self.halves and not why and not self.saw_inputs:
+            why = "what the model is given was not seen to be computed from the batch"
+        if why:
+            yield (
+                f"it was not shown that the code around the private model keeps examples apart: {why}. Numbers must not"
+                " leave torch on their way from the loader's batch to the model, and from its outputs to the loss"
+            )
+        elif self.fewer is not None and self.fewer.lost and not self.fewer.lost_by_chance:
+            yield (
+                f"it was not shown that the loss is a {self.reduction} over the rows of the batch, as"
+                f' loss_reduction="{self.reduction}" says: {self.fewer.lost}. What an example contributes must not'
+                " depend on how many there are"
+            )
+        self.is_in_doubt |= self.fewer is not None and self.fewer.lost_by_chance
+        if self.past is not None and self.past.lost:
+            yield f"it was not shown that nothing is kept of one batch for the next: {self.past.lost}"
+
+    def _refuse(self, world: World, message: str, about: set[float] | None = None) -> None:
+        """Raises ``PrivacyError``; what may be chance only where a second batch says the same.
+
+        about: numbers which it may be the chance of; those that were guessed at in the world by default.
+        """
+        about = world.readings.used if about is None else about
+        before = self.doubts.setdefault(message, [])
+        if not about or any(not about & other for other in before):
+            raise PrivacyError(message)
+        before.append(about)
+        self.is_in_doubt = True
 
     def pad_less(self, padded: Padded) -> None:
         """Make a world of the batch with less padding."""
@@ -71,14 +116,26 @@ class Beside:
         if self.examples < 2:
             return
         self.halves = [World(places, kept) for kept, places in exchanged_halves(self.examples)]
-        self.fewer = World(self.halves[0].kept, sizes=(self.examples * self.augmult, self.examples))
+        self.fewer = Fewer(self.examples, self.augmult)
         with torch._C.DisableTorchFunction():
-            for t in tensors_of(batch):
-                dim = rows_dim(t, self.examples, self.augmult)
-                if dim is not None:
-                    for world in self._of_others:
-                        with world.may_be_lost("the batch"):
-                            world.shadows[t] = world.rows(t.detach(), dim, t.shape[dim] // self.examples)
+            for part in parts_of(batch, self.examples, self.augmult):
+                for world in self._of_others:
+                    with world.may_be_lost("the batch"):
+                        self._exchange(part, world)
+
+    def _exchange(self, part: Any, world: World) -> None:
+        """The rows, or entries of a list, that ``part`` of the batch has in a world."""
+        if isinstance(part, Tensor):
+            dim = rows_dim(part, self.examples, self.augmult)
+            if dim is not None:
+                world.shadows[part] = world.rows(part.detach(), dim, part.shape[dim] // self.examples)
+        elif isinstance(part, Entries):
+            there = [part[row] for row in rows_at(world.places or [], len(part) // self.examples).tolist()]
+            if isinstance(world, Fewer):
+                world.absent.update(tensors_in(part[len(there) :]))
+            for here, instead in zip(part, there, strict=False):
+                if here is not instead:
+                    world.note(here, replace_tensors(instead, lambda t: t.detach().clone()))
 
     @property
     def _of_others(self) -> list[World]:
@@ -110,20 +167,20 @@ class Beside:
                             " make each row of it of one example alone, in the batch's order, in the data set or by"
                             " numbers that are known before"
                         )
-                for number in () if world.lost else leaves(given):
-                    if world.readings.differ(number):
-                        raise PrivacyError(
-                            "the model is given a number that was read from the batch (by item(), say): give it a"
-                            " tensor with a row for each example, computed from that example alone"
-                        )
+                if world in (*self.halves, self.past) and world.readings.differ(given):
+                    raise PrivacyError(
+                        "the model is given a number that was read from the batch (by item(), say): give it a tensor"
+                        " with a row for each example, computed from that example alone"
+                    )
 
     def see_module(self, module: nn.Module) -> None:
         """Raises ``PrivacyError`` if the user's code has put something of the batch into the module itself."""
         with torch._C.DisableTorchFunction():
-            for name, part in module.named_modules() if self.worlds else ():
+            worlds = [world for world in (*self.halves, self.past) if world is not None and not world.lost]
+            for name, part in module.named_modules() if worlds else ():
                 held = {**part._parameters, **part._buffers, **vars(part)}
-                for own, t in held.items():
-                    if isinstance(t, Tensor) and any(world.knows(t) for world in self.worlds):
+                for own, value in held.items():
+                    if isinstance(value, Tensor | Followed) and any(world.knows(value) for world in worlds):
                         raise PrivacyError(
                             f"{'.'.join(filter(None, (name, own)))} of the private model was computed from a batch by"
                             " the code around it: give the model, as arguments, rows of one example each"
@@ -134,25 +191,21 @@ class Beside:
             return self.shorter.is_same_input(t, shadow)
         dim = rows_dim(t, self.examples, self.augmult)
         if dim is None or world.kept is None:
-            return _alike(t, shadow)
+            return alike(t, shadow, rough=_ROUGH)
         if t.shape != shadow.shape:
             return False
         each = t.shape[dim] // self.examples
         rows = rows_at(world.kept, each, t.device)
-        return _alike(t.index_select(dim, rows), shadow.index_select(dim, rows))
+        return alike(t.index_select(dim, rows), shadow.index_select(dim, rows), rough=_ROUGH)
 
-    def see_call(
+    def see_outputs(
         self, module: nn.Module, call: Any, given: Any, cuts: Sequence[Cut], stand_ins: Sequence[Tensor]
     ) -> None:
-        """What the ``module`` was called with, and what is ``given`` to the user of it."""
+        """What is ``given`` to the user of a ``call`` of the ``module``, ``stand_ins`` in it for ``cuts``: in a world,
+        the model's results are those of the examples there.
+        """
         if self.shorter is not None and not self.shorter.world.lost:
             self.shorter.see_call(module, call, given, cuts, stand_ins)
-
-    def see_outputs(self, given: Any, cuts: Sequence[Cut], stand_ins: Sequence[Tensor]) -> None:
-        """What is ``given`` to the user, ``stand_ins`` in it for ``cuts``: in a world, the model's results are those of
-        the examples there.
-        """
-        rows = self.examples * self.augmult
         with torch._C.DisableTorchFunction():
             for world in self.halves:
                 with world.may_be_lost("the model's outputs"):
@@ -161,15 +214,33 @@ class Beside:
                         leaf = world.rows(leaf, 0, len(leaf) // self.examples) if one.has_rows else leaf.clone()
                         world.leaves[id(one.leaf)] = leaf.requires_grad_()
                         world.shadows[stand_in] = leaf.clone()
-                    for t in (t for t in tensors_in(given) if t not in world.shadows):
-                        if t.ndim and t.shape[0] in (rows, self.examples):
-                            world.shadows[t] = world.rows(t.detach(), 0, t.shape[0] // self.examples)
-                        else:  # whatever it is there, no loss may depend on it
-                            world.shadows[t] = t.detach() * torch.nan if t.is_floating_point() else t.detach() + 1
+                    self._see_results(world, module, call, given)
             if self.fewer is not None and not self.fewer.lost:
-                for stand_in in stand_ins:  # some of the same rows: of the real leaves
-                    part = self.fewer.part_of(stand_in)
-                    self.fewer.shadows[stand_in] = stand_in.clone() if part is None else part
+                for one, stand_in in zip(cuts, stand_ins, strict=True):  # some rows of the real leaves
+                    part = self.fewer.part_of(one.leaf)
+                    self.fewer.shadows[stand_in] = one.leaf.clone() if part is None else part
+
+    def _see_results(self, world: World, module: nn.Module, call: Any, given: Any) -> None:
+        """What has no gradient: rows of the examples there, constants, or whatever no loss may depend on."""
+        sizes = (self.examples * self.augmult, self.examples)
+        there: list[Tensor] | None = None
+        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+        for place, t in enumerate(tensors_in(given)):
+            if t in world.shadows or t.untyped_storage().data_ptr() in own:
+                continue
+            if t.ndim and t.shape[0] in sizes:
+                world.shadows[t] = world.rows(t.detach(), 0, t.shape[0] // self.examples)
+                continue
+            if there is None:
+                there = tensors_in(evaluated(module, world.there(call)))
+            if alike(t.detach(), there[place], rough=_ROUGH):
+                continue
+            if t.ndim and len(t) and len(t) % sizes[0] == 0 and not t.is_floating_point():  # codes, several of each row
+                for one in (world, self.fewer):
+                    if one is not None:
+                        one.shadows[t] = one.rows(t, 0, len(t) // self.examples)
+            else:
+                world.shadows[t] = _another(t.detach())
 
     def knows(self, losses: Sequence[Tensor]) -> bool:
         """Whether some are known to be computed from the batch."""
@@ -181,22 +252,27 @@ class Beside:
         losses: Sequence[Tensor],
         cotangents: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
-    ) -> str:
-        """Raises ``PrivacyError`` if the gradient of one example's rows depends on others; what was not shown, in words
-        or nothing. To be called inside of ``DisableTorchFunction``.
+    ) -> None:
+        """Raises ``PrivacyError`` if the gradient of one example's rows depends on others. To be called inside of
+        ``DisableTorchFunction``.
         """
+        rows = self.examples * self.augmult
+        if all(loss.ndim and len(loss) == rows for loss in losses):
+            self.fewer = None  # nothing is reduced
         for world in self.worlds:
             found = self._gradients_there(world, cuts, losses, cotangents)
-            if found is not None and world is self.fewer:
+            if found is not None and isinstance(world, Fewer):
                 self._see_reduction(world, cuts, losses, gradients, found)
             elif found is not None and self.shorter is not None and world is self.shorter.world:
-                self.shorter.see_gradients(cuts, gradients, found)
+                if not self.shorter.are_same(cuts, gradients, found):
+                    self._refuse(world, REACHES)
             elif found is not None and not self._are_same(world, cuts, gradients, found):
-                raise PrivacyError(
-                    "the loss of one example depends on others: its gradient changes with what the others are"
-                    f" {'in this batch' if world is not self.past else 'in the batch before'}. {_CURE}"
+                where = "this batch" if world is not self.past else "the batch before"
+                self._refuse(
+                    world,
+                    "the loss of one example depends on others: its gradient changes with what the others are in"
+                    f" {where}. {_CURE}",
                 )
-        return next((world.lost for world in self.halves if world.lost), "")
 
     def _gradients_there(
         self, world: World, cuts: Sequence[Cut], losses: Sequence[Tensor], cotangents: Sequence[Tensor]
@@ -211,6 +287,9 @@ class Beside:
         if len(known) != len(there):
             world.lose("the loss was not seen to be computed from the batch by torch functions")
             return None
+        if world.leaves and reached_beside(known, [one.leaf for one in cuts])[0]:
+            world.lose("a part of the loss was not seen to be computed from the batch by torch functions")
+            return None
         leaves = [world.leaves.get(id(one.leaf), one.leaf) for one in cuts]
         found: Sequence[Tensor | None] | None = None
         with world.may_be_lost("its backward pass"):
@@ -220,7 +299,7 @@ class Beside:
 
     def _see_reduction(
         self,
-        world: World,
+        world: Fewer,
         cuts: Sequence[Cut],
         losses: Sequence[Tensor],
         here: Sequence[Tensor | None],
@@ -230,55 +309,80 @@ class Beside:
         batch, the gradient of each example would depend on how many there are.
 
         A mean makes twice as much of half as many rows, a sum as much. Division by a size that Python knows looks like
-        a sum in this world.
+        a sum in this world. What looks like neither, or is neither, is told by a batch of another size.
         """
         assert world.places is not None
-        if all(loss.ndim and len(loss) == self.examples * self.augmult for loss in losses):
-            return
         here, there = ([_of_examples(g, self.examples, world.places) for g in side] for side in (here, there))
         scale = len(world.places) / self.examples
-        is_mean = self._are_same(world, cuts, here, [None if g is None else g * scale for g in there])
-        is_sum = self._are_same(world, cuts, here, there)
-        if is_mean == is_sum or (is_sum and world.told) or is_mean == (self.reduction == "mean"):
+        halved = [None if g is None else g * scale for g in there]
+        is_mean, is_sum = (self._are_same(world, cuts, here, it, rough=_COARSE) for it in (halved, there))
+        if is_mean if self.reduction == "mean" else (is_sum and not world.multiples_told):
+            return
+        if world.multiples_told and is_sum:
+            if self.reduction == "sum":
+                for multiple in world.multiples_told:
+                    self._refuse(world, f"{_DIVIDED} ({multiple:g} times it)", about={self.examples})
+            return
+        if not is_mean and not is_sum:
+            if not _is_faint(cuts, losses, here):
+                self._refuse(world, _NEITHER, about={self.examples})
             return
         found, said = ("mean", "sum") if is_mean else ("sum", "mean")
-        raise PrivacyError(
+        self._refuse(
+            world,
             f'loss_reduction="{said}", and the loss that was back-propagated is a {found} over the rows of the batch'
-            f' (or a constant times that): say loss_reduction="{found}" to make_private, or reduce it so. Otherwise'
-            " what an example contributes would depend on how many there are"
+            f' (or a constant times that): say loss_reduction="{found}" to make_private, or reduce it so (divide by'
+            " len() or shape of a tensor of the batch). Otherwise what an example contributes would depend on how many"
+            " there are",
         )
 
     def _are_same(
-        self, world: World, cuts: Sequence[Cut], here: Sequence[Tensor | None], there: Sequence[Tensor | None]
+        self,
+        world: World,
+        cuts: Sequence[Cut],
+        here: Sequence[Tensor | None],
+        there: Sequence[Tensor | None],
+        *,
+        rough: float = 1e-4,
     ) -> bool:
         """Whether the rows of kept examples have the same gradients, up to rounding."""
         examples = len(world.places) if world.places is not None else self.examples
-        differences, sizes, rough = [], [], 1e-4
+        pairs = []
         for one, g, other in zip(cuts, here, there, strict=True):
             some = other if g is None else g
-            if not one.has_rows or some is None:
-                continue
-            g, other = (torch.zeros_like(some) if t is None else t for t in (g, other))
-            rough = max(rough, 8 * torch.finfo(one.leaf.dtype).eps)
-            a, b = (t.double().reshape(examples, -1) for t in (g, other))
-            finite, apart = a.isfinite() & b.isfinite(), a.isfinite() != b.isfinite()
-            differences.append(torch.where(finite, a - b, 0.0).masked_fill(apart, torch.inf).square().sum(1))
-            sizes.append(torch.where(finite, a, 0.0).square().sum(1))
-        if not differences:
+            if one.has_rows and some is not None:
+                pairs.append(tuple(torch.zeros_like(some) if t is None else t for t in (g, other)))
+        if not pairs:
             return True
-        difference, size = torch.stack(differences).sum(0).sqrt(), torch.stack(sizes).sum(0).sqrt()
-        allowed = rough * size + _FAINT * size.max()
+        found = [rows_apart(g, other, examples) for g, other in pairs]
+        difference, size = (torch.stack(squared).sum(0).sqrt() for squared in zip(*found, strict=True))
+        allowed = roughness([g for g, _ in pairs], rough) * size + _FAINT * size.max()
         kept = slice(None) if world.kept is None else torch.tensor(world.kept, device=size.device)
         return bool((difference <= allowed)[kept].all())
 
 
 def _left_of(earlier: Beside) -> World | None:
     """The world in which what is left of earlier batches is what it became with other examples there."""
-    left = World()
-    for world in (earlier.past, *earlier.halves[:1]):
-        if world is not None:
-            left.take_over(world)
-    return left if len(left.shadows) or len(left.memories) else None
+    left = World(earlier=[world for world in (earlier.past, *earlier.halves[:1]) if world is not None])
+    return None if left.is_real else left
+
+
+def _is_faint(cuts: Sequence[Cut], losses: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
+    """Whether gradients are no more than the rounding of what makes up the losses."""
+    known = [(one.leaf, g) for one, g in zip(cuts, gradients, strict=True) if g is not None]
+    moved = sum(float(real(leaf.detach()).norm() * real(g).norm()) for leaf, g in known)
+    return moved <= 100 * roughness([leaf for leaf, _ in known], 0.0) * sum(
+        float(loss.detach().abs().sum()) for loss in losses
+    )
+
+
+def _another(t: Tensor) -> Tensor:
+    """With other numbers, that may be indices where the first ones are."""
+    if t.is_floating_point() or t.is_complex():
+        return t * torch.nan
+    if t.dtype == torch.bool or not t.numel():
+        return ~t
+    return t.amin() + t.amax() - t
 
 
 def _of_examples(g: Tensor | None, examples: int, places: Sequence[int]) -> Tensor | None:
@@ -286,15 +390,3 @@ def _of_examples(g: Tensor | None, examples: int, places: Sequence[int]) -> Tens
     if g is None or not g.ndim or g.shape[0] % examples:
         return g
     return g.view(examples, -1, *g.shape[1:])[list(places)].flatten(0, 1)
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Up to rounding, in the norm of each entry of the first dimension."""
-    if one.shape != other.shape or not one.is_floating_point():
-        return torch.equal(one, other)
-    a, b = (t.double().reshape(len(t) if t.ndim else 1, -1) for t in (one, other))
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return False
-    a, b = (torch.where(t.isfinite(), t, 0.0) for t in (a, b))
-    rough = max(1e-5, 4 * torch.finfo(one.dtype).eps)
-    return bool(((a - b).norm(dim=1) <= rough * a.norm(dim=1)).all())

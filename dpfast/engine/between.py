@@ -1,7 +1,8 @@
 """The torch-function mode between the loader's giving a batch and ``loss.backward()``."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,9 @@ class Session(Protocol):
 
     def backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
-    def gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def gradient(self, worlds: list[World], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def see_inside(self, given: Any) -> None: ...
 
     def see_read_of_sums(self, parameter: Tensor) -> None: ...
 
@@ -47,6 +50,7 @@ class Between(TorchFunctionMode):
         self._leaves: weakref.finalize[Any, Any] | None = None
         self.worlds: Sequence[World] = ()
         self.trace = 0  # of the functions called
+        self.inside = False  # whether it is the private model that calls
 
     def open(self) -> None:
         """Begin to see."""
@@ -59,6 +63,20 @@ class Between(TorchFunctionMode):
     def begin(self, worlds: Sequence[World]) -> None:
         """What is called from now on belongs to another batch."""
         self.worlds, self.trace = worlds, 0
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """For a call of the private model: only what it reads of the user's code is seen, and only while there are
+        worlds.
+        """
+        if not self.worlds:
+            self.close()
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+            self.open()
 
     def close(self) -> None:
         """See no more. From inside a call that it sees, the mode leaves the stack with the next ``close``."""
@@ -74,16 +92,19 @@ class Between(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in BACK_PROPAGATES:
             return session.backward(func, args, kwargs)
-        if func is torch.autograd.grad:
-            return session.gradient(func, args, kwargs)
         if func == _GRAD:
             session.see_read_of_sums(args[0])
+        if self.inside:
+            session.see_inside((args, kwargs))
+            return func(*args, **kwargs)
         if func not in METADATA:
             self.trace = traced(self.trace, func)
         if self.worlds and torch._C._functorch.peek_interpreter_stack() is not None:
             self._see_transformed(args, kwargs)
             return func(*args, **kwargs)
-        worlds = [world for world in self.worlds if not world.lost and world.knows((args, kwargs))]
+        worlds = [world for world in self.worlds if not world.lost and _concerns(world, func, args, kwargs)]
+        if func is torch.autograd.grad:
+            return session.gradient(worlds, func, args, kwargs)
         if worlds and func in READ:
             return read_in_all(worlds, func, args, kwargs)
         if not worlds or func in _ONCE or func in METADATA:
@@ -98,6 +119,10 @@ class Between(TorchFunctionMode):
         for world in self.worlds:
             if world.knows(inside):
                 world.lose("torch.func, torch.vmap")
+
+
+def _concerns(world: World, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return world.knows((args, kwargs)) or world.readings.guesses(func, args, kwargs)
 
 
 def _unwrapped(t: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dpfast.clipping.trees import leaves
-from dpfast.engine.batches import rows_at, rows_dim, tensors_of
+from dpfast.engine.batches import Entries, parts_of, rows_at, rows_dim, tensors_of
 from dpfast.engine.exchange import exchanged_halves
 from dpfast.engine.padding import UNSEEN, Padded, narrowings
+from dpfast.engine.readings import is_number
 from dpfast.errors import PrivacyError
 from dpfast.seeding import RandomState
 
@@ -54,31 +55,40 @@ class Collate:
                 raise PrivacyError(
                     "collate_fn: what it makes of one example depends on others in the batch (a mixture of images, a"
                     " statistic of the batch?). Make each row of one example alone, padding aside, and each number that"
-                    " belongs to no row of none"
+                    " belongs to no row of none. What cannot be stacked, pad, or give as a list with an entry for each"
+                    " example (not as one tensor of all together)"
                 )
-            elif _is_shorter(other, batch):
+            elif _is_shorter(*(_rows_of(one, len(items), self.augmult) for one in (other, batch))):
                 less = Padded(batch, kept, places, other)
         after.restore()
         return less or batch
 
     def _is_apart(self, batch: Any, other: Any, examples: int, kept: list[int]) -> bool:
-        ours, theirs = list(tensors_of(batch)), list(tensors_of(other))
+        ours, theirs = (list(parts_of(one, examples, self.augmult)) for one in (batch, other))
         if len(ours) != len(theirs):
             return False
+        sizes = {*(size for t in ours if isinstance(t, Tensor) for size in t.shape)}
+        other_sizes = {*(size for t in theirs if isinstance(t, Tensor) for size in t.shape)}
         for a, b in zip(ours, theirs, strict=True):
-            dim = rows_dim(a, examples, self.augmult)
-            if dim is None:
-                if not _same(a, b) and not (_is_size(a, ours) and _is_size(b, theirs)):
+            if isinstance(a, Tensor) and rows_dim(a, examples, self.augmult) is not None:
+                if not self._are_same_rows(a, b, examples, kept):
                     return False
-                continue
-            if rows_dim(b, examples, self.augmult) != dim or a.shape[dim] != b.shape[dim]:
+            elif isinstance(a, Entries):
+                rows = rows_at(kept, len(a) // examples).tolist()
+                if not isinstance(b, Entries) or len(a) != len(b) or not all(_is_same_tree(a[r], b[r]) for r in rows):
+                    return False
+            elif not _is_same(a, b) and not (_is_one_of(a, sizes) and _is_one_of(b, other_sizes)):
                 return False
-            each = a.shape[dim] // examples
-            rows = rows_at(kept, each)
-            if not _same_but_for_padding(*(t.movedim(dim, 0)[rows] for t in (a, b))):
-                return False
-        numbers = zip(_numbers(batch), _numbers(other), strict=False)
-        return all(a == b or (_is_size(a, ours) and _is_size(b, theirs)) for a, b in numbers)
+        return True
+
+    def _are_same_rows(self, a: Tensor, b: Any, examples: int, kept: list[int]) -> bool:
+        dim = rows_dim(a, examples, self.augmult)
+        if not isinstance(b, Tensor) or dim is None or rows_dim(b, examples, self.augmult) != dim:
+            return False
+        if a.shape[dim] != b.shape[dim]:
+            return False
+        rows = rows_at(kept, a.shape[dim] // examples)
+        return _same_but_for_padding(*(t.movedim(dim, 0)[rows] for t in (a, b)))
 
     def _warn_of_padding(self, batch: Any, other: Any) -> None:
         shapes = [[t.shape for t in tensors_of(one)] for one in (batch, other)]
@@ -87,15 +97,27 @@ class Collate:
             warnings.warn(f"{UNSEEN}: collate_fn draws random numbers", stacklevel=2)
 
 
-def _numbers(batch: Any) -> list[int | float]:
-    return [x for x in leaves(batch) if isinstance(x, int | float) and not isinstance(x, bool)]
+def _rows_of(batch: Any, examples: int, augmult: int) -> list[Tensor]:
+    return [part for part in parts_of(batch, examples, augmult) if isinstance(part, Tensor)]
 
 
-def _is_size(number: Any, tensors: Sequence[Tensor]) -> bool:
+def _is_same_tree(a: Any, b: Any) -> bool:
+    ours, theirs = list(leaves(a)), list(leaves(b))
+    return len(ours) == len(theirs) and all(map(_is_same, ours, theirs))
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Of what is neither tensor nor number nothing is known."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and _same(a, b)
+    return bool(a == b) if is_number(a) and is_number(b) else True
+
+
+def _is_one_of(number: Any, sizes: set[int]) -> bool:
     """Whether it says how long the rows are: a whole number, of the batch's sizes."""
     if isinstance(number, Tensor):
         number = number.item() if not number.ndim and not number.is_floating_point() else None
-    return isinstance(number, int) and any(number in t.shape for t in tensors)
+    return isinstance(number, int) and number in sizes
 
 
 def _same_but_for_padding(a: Tensor, b: Tensor) -> bool:
@@ -121,10 +143,9 @@ def _paddings(rows: Tensor, sizes: Sequence[int]) -> Iterator[bool]:
 
 def _is_shorter(other: Any, batch: Any) -> bool:
     """Whether some tensors are, and none is longer."""
-    pairs = list(zip(tensors_of(other), tensors_of(batch), strict=True))
-    return any(a.shape != b.shape for a, b in pairs) and all(
-        any(True for _ in narrowings(b, a.shape)) for a, b in pairs
-    )
+    pairs = list(zip(tensors_of(other), tensors_of(batch), strict=False))
+    some = any(a.shape != b.shape for a, b in pairs)
+    return some and all(any(True for _ in narrowings(b, a.shape)) for a, b in pairs)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from dpfast.clipping.compiled import refuse_to_be_compiled
 from dpfast.engine.session import Session
 
 
@@ -34,6 +35,7 @@ class PrivateModule(nn.Module):
         """The module's outputs."""
         if not (self.training and torch.is_grad_enabled()):
             return self._module(*args, **kwargs)
+        refuse_to_be_compiled()
         session: Session = self.__dict__["_session"]
         return session.forward(args, kwargs)
 

@@ -93,6 +93,7 @@ class PrivateOptimizer(DPOptimizer):
     def _begin(self) -> bool:
         """As ``Session.begin_step`` has it; what one rank refuses, all do."""
         try:
+            self.session.check_settings_of(self.param_groups)
             return self.session.begin_step()
         except PrivacyError as error:
             self.ranks.agree(error)

@@ -1,14 +1,17 @@
 """Where the user's losses are cut off from the model: leaves in the place of the model's outputs."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpfast.clipping.calls import Autocast, no_trace_left
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.trees import replace_tensors
+from dpfast.engine.shadows import DrawnState, Unseen
 from dpfast.errors import CaptureError
 
 Reduction = Literal["mean", "sum"]  # of losses over the rows of a physical batch
@@ -43,6 +46,28 @@ def cut(output: Any, rows: int) -> tuple[Any, list[Cut], list[Tensor]]:
     with torch._C.DisableTorchFunction():
         tree = replace_tensors(output, replaced)
     return tree, [one for one, _ in cuts.values()], [given for _, given in cuts.values()]
+
+
+def evaluated(module: nn.Module, call: tuple[Any, Any]) -> Any:
+    """What the module returns for arguments in eval mode; nothing of the call is left behind.
+
+    Raises ``Unseen`` where random numbers are drawn all the same.
+    """
+    args, kwargs = replace_tensors(call, Tensor.detach)
+    fast = torch.backends.mha.get_fastpath_enabled()  # in eval mode alone: other shapes, and wrong under CPU's autocast
+    with Autocast().again(), torch._C.DisableTorchFunction(), no_trace_left(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is said of the user's own call was said
+        for part in module.modules():
+            part.training = False  # by hand: train() may do more than that
+        before = DrawnState()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            output = module(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+        if not DrawnState().is_as(before):
+            raise Unseen("the model draws random numbers in eval mode")
+        return output
 
 
 def roots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor | None]]:

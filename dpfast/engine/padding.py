@@ -11,16 +11,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpfast.clipping.calls import Autocast, no_trace_left
-from dpfast.clipping.trees import replace_tensors, tensors_in
+from dpfast.clipping.calls import Autocast
+from dpfast.clipping.trees import tensors_in
 from dpfast.engine.batches import rows_at, rows_dim, tensors_of
-from dpfast.engine.outputs import Cut
-from dpfast.engine.shadows import World
-from dpfast.errors import PrivacyError
+from dpfast.engine.compare import alike, real
+from dpfast.engine.outputs import Cut, evaluated
+from dpfast.engine.shadows import Unseen, World
 
 UNSEEN = (
     "collate_fn pads to the longest example of the batch, and it was not shown that its length does not reach the"
     " shares of the others (mask the padding everywhere, in the model and in the loss, or pad to a fixed length)"
+)
+
+
+REACHES = (
+    "collate_fn pads to the longest example of the batch, and its length reaches the shares of the others: the model's"
+    " outputs for them, or the gradients of the loss, are others where all are padded less. Mask the padding everywhere"
+    " (no means over all positions, in the model or in the loss), or pad to a fixed length"
 )
 
 
@@ -70,8 +77,8 @@ class Shorter:
             other = self.world.there(call)
             shapes = [t.shape for t in tensors_in(call)], [t.shape for t in tensors_in(other)]
             if shapes[0] == shapes[1]:
-                raise _Unseen("padding was not seen to go into the model")
-            here, there = (tensors_in(_evaluated(module, given)) for given in (call, other))
+                raise Unseen("padding was not seen to go into the model")
+            here, there = (tensors_in(evaluated(module, given)) for given in (call, other))
             given = tensors_in(output)
             for t, one, shorter in zip(given, here, there, strict=True):
                 cut = next((cut for cut, mine in zip(cuts, stand_ins, strict=True) if mine is t), None)
@@ -81,12 +88,12 @@ class Shorter:
         """What the user was ``given``, of which the model's output in eval mode is ``here``, or ``there``."""
         t = given if cut is None else cut.leaf
         if t.shape != here.shape or not t.ndim or len(t) % self.examples:
-            raise _Unseen("an output of the model has another shape in eval mode")
+            raise Unseen("an output of the model has another shape in eval mode")
         rows = rows_at(self.world.places or [], len(t) // self.examples, t.device)
         kept = rows_at(self.world.kept or [], len(t) // self.examples, t.device)
         sides = list(narrowings(t.detach()[rows], there.shape))
         if not sides:
-            raise _Unseen("an output of the model is longer for shorter examples")
+            raise Unseen("an output of the model is longer for shorter examples")
         alike = (_alike(one, there[kept]) for one in narrowings(here[kept], there[kept].shape))
         side = next((i for i, same in enumerate(alike) if same), 0)
         if cut is None:
@@ -96,10 +103,8 @@ class Shorter:
         self.world.shadows[given] = leaf.clone()
         self._outputs[id(cut.leaf)] = here, there
 
-    def see_gradients(self, cuts: Sequence[Cut], here: Sequence[Tensor | None], there: Sequence[Tensor | None]) -> None:
-        """Raises ``PrivacyError`` unless outputs that the loss depends on, and its gradients, are the same here and in
-        the world.
-        """
+    def are_same(self, cuts: Sequence[Cut], here: Sequence[Tensor | None], there: Sequence[Tensor | None]) -> bool:
+        """Whether outputs that the loss depends on, and its gradients, are the same here and in the world."""
         for one, g, other in zip(cuts, here, there, strict=True):
             outputs = self._outputs.get(id(one.leaf))
             if outputs is None or (g is None and other is None):
@@ -110,46 +115,21 @@ class Shorter:
             ours, theirs = g[kept], other[kept]
             used = [torch.where(s != 0, t[kept], 0.0) for t, s in zip(outputs, (ours, theirs), strict=True)]
             if not (_same_but_for_zeros(ours, theirs) and _same_but_for_zeros(*used)):
-                raise PrivacyError(
-                    "collate_fn pads to the longest example of the batch, and its length reaches the shares of the"
-                    " others: the model's outputs for them, or the gradients of the loss, are others where all are"
-                    " padded less. Mask the padding everywhere (no means over all positions, in the model or in the"
-                    " loss), or pad to a fixed length"
-                )
-
-
-class _Unseen(Exception):
-    """What cannot be shown."""
-
-
-def _evaluated(module: nn.Module, call: tuple[Any, Any]) -> Any:
-    """What the module returns in eval mode."""
-    args, kwargs = replace_tensors(call, Tensor.detach)
-    with Autocast().again(), torch._C.DisableTorchFunction(), no_trace_left(module):
-        for part in module.modules():
-            part.training = False  # by hand: train() may do more than that
-        return module(*args, **kwargs)
+                return False
+        return True
 
 
 def _same_but_for_zeros(longer: Tensor, shorter: Tensor) -> bool:
     """Up to rounding, where on one side there is nothing but zeros beyond."""
-    whole = longer.double().square().sum()
+    whole = real(longer).square().sum()
     for one in narrowings(longer, shorter.shape):
-        inside = one.double().square().sum()
+        inside = real(one).square().sum()
         if _alike(one, shorter) and float(whole - inside) <= 1e-9 * float(whole):
             return True
     return False
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Up to rounding of what is computed in other shapes, in the norm of each row."""
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    a, b = (t.double().reshape(len(t), -1) for t in (one, other))
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return False
-    a, b = (torch.where(t.isfinite(), t, 0.0) for t in (a, b))
+    """Up to rounding of what is computed in other shapes."""
     lowered = any(enabled for _, enabled, _ in Autocast().now)
-    rough = 0.05 if lowered else max(1e-4, 8 * torch.finfo(one.dtype).eps)
-    size = a.norm(dim=1)
-    return bool(((a - b).norm(dim=1) <= rough * size + 1e-6 * size.max()).all())
+    return alike(one, other, rough=0.05 if lowered else 1e-4, faint=1e-6)

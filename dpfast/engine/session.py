@@ -10,15 +10,21 @@ from torch import Tensor, nn
 from dpfast.clipping import GhostClipper
 from dpfast.clipping.calls import no_trace_left
 from dpfast.clipping.problems import listed, refuse
-from dpfast.clipping.trees import replace_tensors
+from dpfast.clipping.trees import replace_tensors, tensors_in
 from dpfast.engine.beside import Beside
 from dpfast.engine.between import Between
 from dpfast.engine.outputs import Cut, Reduction, cut, reached_beside, roots, scale_of_sum, surrogate_losses, unrowed
-from dpfast.engine.padding import UNSEEN, Padded
+from dpfast.engine.padding import Padded
+from dpfast.engine.shadows import World, gradient_in_all
 from dpfast.errors import CaptureError, PrivacyError
 from dpfast.ranks import Ranks
 
 MOST_PATHS = 64  # of the user's code that are looked at as soon as they are met
+_WITHOUT_NOISE = (
+    "the loss reaches tensors that require gradients and are no parameters of the private model: they would be trained"
+    " on private data without noise. Make them parameters of the module before make_private (a criterion's weights, a"
+    " temperature), or detach them"
+)
 _LOADER = "take batches from the data loader that make_private returned; with accelerate, after prepare"
 
 
@@ -106,6 +112,8 @@ class Session:
             self._skipped, used = True, False  # more of the sample follows, to be accumulated
         self.close()  # only now: what the user's code keeps of a batch may be computed after the step
         if used:
+            self._held = False
+            self.clipper.zero_grad()  # no one else's to read
             raise PrivacyError(
                 "the loader was asked for another batch, and optimizer.step() was not called for the last one: every"
                 " batch it gives is one step, also where a loss is not finite (what is left out would depend on the"
@@ -142,8 +150,7 @@ class Session:
                 " the batch, and call backward() once. To look at its outputs: model.eval(), or torch.no_grad()"
             )
         self._refuse_leftovers()
-        self._between.close()
-        try:
+        with self._between.within():
             if not draw.examples:
                 return self._forward_of_nothing(args, kwargs)
             assert self._beside is not None
@@ -153,13 +160,15 @@ class Session:
                 output = self.module(*args, **kwargs)
             output, cuts, stand_ins = cut(output, self._rows(draw))
             self._see_outputs(cuts)
-            self._beside.see_outputs(output, cuts, stand_ins)
-            self._beside.see_call(self.module, (args, kwargs), output, cuts, stand_ins)
+            self._beside.see_outputs(self.module, (args, kwargs), output, cuts, stand_ins)
             self._cuts += cuts
             self._leaves += [one.leaf for one in cuts]
             return output
-        finally:
-            self._between.open()
+
+    def see_inside(self, given: Any) -> None:
+        """What a call inside of the private model is given: it may come from the user's code by another way."""
+        if self._beside is not None:
+            self._beside.see_inputs(given)
 
     def _rows(self, draw: Draw) -> int:
         return draw.examples * self.clipper.augmult
@@ -217,11 +226,7 @@ class Session:
                 " the model that make_private returned and none of its parts, and use a weight twice inside the model"
             )
         if others and (at_cut or (self._beside is not None and self._beside.knows(losses))):
-            raise CaptureError(
-                "the loss reaches tensors that require gradients and are no parameters of the private model: they would"
-                " be trained on private data without noise. Make them parameters of the module before make_private"
-                " (a criterion's weights, a temperature), or detach them"
-            )
+            raise CaptureError(_WITHOUT_NOISE)
         if not at_cut:
             return func(*args, **kwargs)
         if self._summed:
@@ -239,13 +244,16 @@ class Session:
         self._summed = self._held = True
         return None
 
-    def gradient(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def gradient(self, worlds: list[World], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A gradient that the user's code takes for itself."""
+        values = tensors_in((args[:1], kwargs.get("outputs")))
+        by = tensors_in((args[1:2], kwargs.get("inputs")))
+        if worlds and any(isinstance(t, nn.Parameter) for t in by):
+            raise CaptureError(_WITHOUT_NOISE)
         try:
-            return func(*args, **kwargs)
+            return gradient_in_all(worlds, func, args, kwargs)
         except RuntimeError as error:
-            values = args[0] if args else kwargs["outputs"]
-            at_cut, _, _ = reached_beside([values] if isinstance(values, Tensor) else values, self._leaves)
+            at_cut, _, _ = reached_beside(values, self._leaves)
             if not at_cut:
                 raise
             raise CaptureError(
@@ -289,28 +297,20 @@ class Session:
         cotangents = [torch.ones_like(loss) if g is None else g for loss, g in zip(losses, gradient, strict=True)]
         leaves, worlds = [one.leaf for one in cuts], self._beside.worlds
         found = torch.autograd.grad(losses, leaves, cotangents, retain_graph=bool(worlds), allow_unused=True)
-        unseen = self._beside.see_gradients(cuts, losses, cotangents, found)
-        self._note_shown(unseen)
-        if why := self._beside.padding_unseen:
-            self._warn(f"{UNSEEN}: {why}")
+        self._beside.see_gradients(cuts, losses, cotangents, found)
+        self._note_shown()
         return found
 
-    def _note_shown(self, unseen: str) -> None:
+    def _note_shown(self) -> None:
         """That the batch has shown what it can."""
         assert self._beside is not None
         trace = self._between.trace
+        for message in self._beside.not_shown():
+            self._warn(message)
         if self._beside.halves:
             self._shown.add(trace)
             self._met.discard(trace)
-            self._due = bool(self._met)
-            if not self._beside.saw_inputs:
-                unseen = unseen or "what the model is given was not seen to be computed from the batch"
-            if unseen:
-                self._warn(
-                    f"it was not shown that the code around the private model keeps examples apart: {unseen}. Numbers"
-                    " must not leave torch on their way from the loader's batch to the model, and from its outputs to"
-                    " the loss"
-                )
+            self._due = bool(self._met) or self._beside.is_in_doubt
         elif trace not in self._shown and len(self._shown) + len(self._met) < MOST_PATHS:
             self._met.add(trace)
             self._due = True
@@ -321,6 +321,15 @@ class Session:
             warnings.warn(message, stacklevel=6)
 
     # The optimizer's side
+
+    def check_settings_of(self, groups: list[dict[str, Any]]) -> None:
+        """Raises ``PrivacyError`` where a learning rate, say, is known to be computed from a batch."""
+        settings = [value for group in groups for name, value in group.items() if name != "params"]
+        if any(world.knows(settings) for world in self._between.worlds):
+            raise PrivacyError(
+                "optimizer.step(): a setting of the optimizer (the learning rate?) is computed from a batch, and would"
+                " take private numbers into the update: let it follow a schedule, or what is measured on public data"
+            )
 
     def begin_step(self) -> bool:
         """Whether ``optimizer.step()`` is to make an update now, or more of the sample is to come.
