@@ -30,9 +30,9 @@ def made_private(dataset=None, net=None, *, engine=None, batch_size=10, optimize
     return engine, *made
 
 
-def with_epsilon(target_epsilon=math.inf, epochs=1, **settings):
+def with_epsilon(target_epsilon=math.inf, epochs=1, engine=None, **settings):
     net = small_net()
-    engine = dpfast.PrivacyEngine()
+    engine = dpfast.PrivacyEngine() if engine is None else engine
     made = engine.make_private_with_epsilon(
         module=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.1),

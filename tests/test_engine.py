@@ -5,8 +5,10 @@ import gc
 import io
 import math
 import pickle
+import random
 from collections import UserDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -415,6 +417,38 @@ def test_a_budget_is_kept_and_its_steps_are_counted():
     with pytest.raises(BudgetExhausted):
         train(model, optimizer, loader)
     assert len(engine.accountant) == 12
+
+
+def test_a_loop_that_goes_on_ends_with_the_budget(tmp_path):
+    """Steps that an interruption has lost are spent: the last pass is shorter, and the loop comes to its end."""
+
+    def begun():
+        return with_epsilon(3.0, epochs=2, engine=dpfast.PrivacyEngine(ledger=tmp_path / "ledger.jsonl"))
+
+    engine, model, optimizer, loader = begun()
+    train(model, optimizer, loader)
+    engine.save_checkpoint(path=tmp_path / "checkpoint.pt", module=model, optimizer=optimizer)
+    for x, y in loader:  # of which nothing is saved
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        break
+    engine.close()
+    engine, model, optimizer, loader = begun()
+    engine.load_checkpoint(path=tmp_path / "checkpoint.pt", module=model, optimizer=optimizer)
+    with pytest.warns(UserWarning, match="all 12 planned steps are charged, those that an interruption has lost"):
+        assert train(model, optimizer, loader) == 5
+    assert train(model, optimizer, loader) == 0
+    assert optimizer.steps_taken == 12
+
+
+def test_no_seed_that_others_know_outlives_make_private():
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
+        made_private()
+        drawn.append((torch.rand(1).item(), random.random(), np.random.rand()))  # noqa: NPY002
+    assert all(one != other for one, other in zip(*drawn, strict=True))
 
 
 def test_no_noise_is_no_privacy():

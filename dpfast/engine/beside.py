@@ -34,7 +34,9 @@ _FAINT = 1e-6  # of the largest row's gradient: rounding of what all rows have i
 
 _CURE = (
     "Compute the loss of each example from its own rows: no statistics, means over tokens of all examples, counts of"
-    " labels or negatives of the batch, not even behind detach(); keep nothing of one batch for the next"
+    " labels or negatives of the batch, not even behind detach(); keep nothing of one batch for the next. (Losses of"
+    " torch with weight= or ignore_index divide by the weights of the whole batch: reduction='none', then a mean of"
+    " each example's)"
 )
 
 _DIVIDED = (

@@ -24,6 +24,7 @@ from dpfast.performance import Performance
 from dpfast.privacy import Ledger, Plan
 from dpfast.ranks import Ranks
 from dpfast.ranks.ledger import kept_by_first
+from dpfast.seeding import forget_seeds
 
 OPEN_STEPS = 10**9  # of a plan without a last step: more than anybody takes
 
@@ -105,6 +106,8 @@ class PrivacyEngine:
 
         noise_multiplier: the noise's standard deviation over ``max_grad_norm``; 0 clips without noise and gives no
             privacy. There is no last step.
+        Random numbers of torch, ``random`` and numpy go on from a seed that nobody knows, whatever was set before.
+
         loss_reduction: what ``backward()`` is called on: the "mean" or the "sum" over the rows of a (physical) batch.
             Losses that are not reduced, ``[B*K]``, may be back-propagated, too. With "sum", an update is not divided by
             the expected batch size.
@@ -239,6 +242,8 @@ class PrivacyEngine:
         )
         inner = optimizer.optimizer if isinstance(optimizer, PrivateOptimizer) else bare(optimizer)
         ledger = self._ledger(plan)
+        session.go_on_from(ledger)
+        forget_seeds()  # dropout's, say: what is drawn for an example by its place would change with those before it
         private = PrivateOptimizer(inner, plan, session, ledger, max(1, size // steps))
         self.accountant.begin(plan, ledger, self._path)
         wrapped = PrivateModule(module, session)

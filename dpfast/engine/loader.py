@@ -128,6 +128,8 @@ class PrivateLoader(DataLoader[Any]):
         drawn, session = sampler.drawn, self.session
         for batch in batches:
             draw = drawn.popleft()
+            if draw.first and session.is_spent():
+                return
             padded = batch if isinstance(batch, Padded) else Padded(batch)
             if not draw.examples:
                 padded = Padded(emptied(batch, session.clipper.augmult))

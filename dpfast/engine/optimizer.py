@@ -106,6 +106,13 @@ class PrivateOptimizer(DPOptimizer):
         """Clear the sums, except between the physical batches of one sample."""
         self.session.zero_grad()
 
+    def _spent(self) -> str:
+        return (
+            f"all {self.plan.steps} planned steps are spent: epochs= of make_private_with_epsilon passes over the"
+            " private loader, those that were lost by an interruption included. More are another call with more epochs,"
+            " and more noise, from the beginning"
+        )
+
     def _divisor(self) -> float:
         return self.expected_batch_size if self.loss_reduction == "mean" else 1.0
 

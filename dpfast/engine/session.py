@@ -17,6 +17,7 @@ from dpfast.engine.outputs import Cut, Reduction, cut, reached_beside, roots, sc
 from dpfast.engine.padding import Padded
 from dpfast.engine.shadows import World, gradient_in_all
 from dpfast.errors import CaptureError, PrivacyError
+from dpfast.privacy import Ledger
 from dpfast.ranks import Ranks
 
 MOST_PATHS = 64  # of the user's code that are looked at as soon as they are met
@@ -52,6 +53,7 @@ class Session:
         self._between = Between(self)
         self.ranks = Ranks.current()
         self.samples = 0  # that were begun: ranks train on parts of one and the same
+        self._going_on: Ledger | None = None  # one that had steps before
         self._draw: Draw | None = None
         self._beside: Beside | None = None  # of the batch, or the last one that is gone
         self._dealt = 0  # physical batches
@@ -71,6 +73,22 @@ class Session:
     def module(self) -> nn.Module:
         """The user's."""
         return self.clipper.model
+
+    # Going on after an interruption
+
+    def go_on_from(self, ledger: Ledger) -> None:
+        """``ledger`` may have steps that an interrupted process has taken."""
+        self._going_on = ledger if ledger.charged_steps else None
+
+    def is_spent(self) -> bool:
+        """Whether nothing is left of a budget of which an interruption has lost steps: the loader ends there."""
+        if self._going_on is None or self._going_on.charged_steps < self._going_on.plan.steps:
+            return False
+        self._warn(
+            f"all {self._going_on.plan.steps} planned steps are charged, those that an interruption has lost included:"
+            " the private loader ends here, and gives no more batches"
+        )
+        return True
 
     # The loader's side
 
