@@ -7,8 +7,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from dpfast.privacy.entropy import random_bytes
-
 
 @contextmanager
 def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
@@ -31,11 +29,13 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
             np.random.set_state(shared)  # noqa: NPY002
 
 
-def forget_seeds() -> None:
-    """The generators that a whole process shares go on from numbers that nobody knows."""
-    torch.manual_seed(int.from_bytes(random_bytes(8), "big", signed=True))
-    random.seed(random_bytes(32))
-    np.random.seed(np.frombuffer(random_bytes(32), np.uint32))  # noqa: NPY002
+def reseed(entropy: bytes) -> None:
+    """Have the generators that a whole process shares (torch's, numpy's and Python's) go on from ``entropy``, of 72
+    bytes.
+    """
+    torch.manual_seed(int.from_bytes(entropy[:8], "big", signed=True))
+    random.seed(entropy[8:40])
+    np.random.seed(np.frombuffer(entropy[40:72], np.uint32))  # noqa: NPY002
 
 
 class RandomState:

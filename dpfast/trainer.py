@@ -249,15 +249,25 @@ class DPTrainer:
         *,
         public: Sequence[str] = ("The number of examples.", "The weights that training began with."),
         not_accounted: Sequence[str] = ("How settings (learning rate, steps, clip norm) were chosen.",),
+        example: str = "image",
+        subject: str | None = None,
     ) -> PrivacyStatement:
         """What to give away with the model and its samples: ``trainer.statement().write(folder)``.
 
         public: what is treated as known to everybody; not_accounted: what was learned from the data beside the training
-        (sentences, for the reader).
+        (sentences, for the reader). example: what one is, "image", "text", "signal"; subject: what the statement is
+        about, by default the model and every example sampled from it.
         """
         path = self._ledger_path()
         spent = self._memory if path is None or not path.exists() else read_ledger(path)  # the file is that of rank 0
-        return PrivacyStatement.of(spent, augmult=self.augmult, public=public, not_accounted=not_accounted)
+        return PrivacyStatement.of(
+            spent,
+            augmult=self.augmult,
+            public=public,
+            not_accounted=not_accounted,
+            example=example,
+            subject=subject,
+        )
 
     def _ledger_path(self) -> Path | None:
         return None if self.state_dir is None else self.state_dir / "ledger.jsonl"

@@ -162,7 +162,7 @@ def test_shards_fit_where_replicas_do_not():
     plan = cluster(2, 8, replace(WORK, parameters=5 * 10**9, trained=5 * 10**9))
     assert not plan.replicas.fits
     assert plan.shards.fits
-    assert plan.warnings() == plan._of_files()
+    assert not plan._of_memory()
     assert "Use shards (the other way does not fit)" in "\n".join(page(plan))
 
 
@@ -206,7 +206,7 @@ def test_every_gpu_with_rates_has_a_node():
 def test_too_many_gpus_for_the_batch_are_warned_of():
     """The cluster that is named instead is worth it, and one node more is not."""
     plan = cluster(64, 8, replace(WORK, expected_batch_size=1000))
-    (warning, _) = plan.warnings()
+    (warning, *_) = plan.warnings()
     assert "the expected batch of 1,000 images is small for 512 GPUs" in warning
     assert "2.0 for each" in warning
     fits = plan.worthwhile()
@@ -218,9 +218,18 @@ def test_too_many_gpus_for_the_batch_are_warned_of():
 
 
 def test_fewer_files_than_gpus_are_warned_of():
-    (warning,) = cluster(2, 8).warnings()
-    assert "sample.shard_size=3125" in warning
-    assert cluster(2, 8, replace(WORK, shard_size=3125)).warnings() == []
+    assert any("sample.shard_size=3125" in warning for warning in cluster(2, 8).warnings())
+    enough = cluster(2, 8, replace(WORK, shard_size=3125, pretrain_steps=0))
+    assert enough.warnings() == []
+
+
+def test_pretraining_that_needs_no_such_cluster_is_warned_of():
+    plan = cluster(2, 8)
+    one, many = (way.seconds["pre-training"] for way in (plan.alone, plan.replicas))
+    assert plan.efficiency_of(plan.replicas, "pre-training") == pytest.approx(one / many / 16)
+    assert plan.efficiency_of(plan.alone) == 1
+    assert any("(dpfast pretrain)" in warning for warning in plan.warnings())
+    assert not any("pretrain" in warning for warning in cluster(1, 1).warnings())
 
 
 def test_the_assumed_links_are_told():
@@ -238,16 +247,18 @@ def test_the_page_of_each_recipe(name, tmp_path, monkeypatch):
     for words in (
         f"PREDICTED, nothing was measured: {name} on 2 nodes of 8 H200, 16 in all",
         "private images", "images per GPU", "physical batch", "waiting", "seconds of a step: computing",
-        "reduction, gathering", "noise and update", "sample and input", "efficiency",
+        "reduction, gathering", "noise and update", "sample and input", "efficiency of the private step",
         "hours: private training", "hours: sampling", "GB of a GPU: model and state", "Use replicas (both fit)",
         "Assumptions, none of them measured", "80% of NVIDIA's data sheets",
     ):  # fmt: skip
         assert words in text
     assert ("hours: pre-training" in text) == (name != "mnist")  # which has no public data
-    figures = {line[:29].strip(): line[29:].split() for line in text.splitlines()}
+    figures = {line[:31].strip(): line[31:].split() for line in text.splitlines()}
     alone, replicas, _ = (float(x.replace(",", "")) for x in figures["hours: private training"])
     assert 1 <= alone / replicas <= 16
-    assert float(figures["efficiency"][1].rstrip("%")) == pytest.approx(100 * alone / replicas / 16, rel=0.02)
+    assert float(figures["efficiency of the private step"][1].rstrip("%")) == pytest.approx(
+        100 * alone / replicas / 16, rel=0.02
+    )
     assert list(tmp_path.iterdir()) == []
 
 

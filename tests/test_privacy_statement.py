@@ -64,6 +64,20 @@ def test_every_item_is_there():
     assert "UNSAFE" not in text
 
 
+@pytest.mark.parametrize("plan", [{}, {"neighboring": "replace"}, {"noise_multiplier": 0, "target_epsilon": math.inf}])
+def test_an_example_is_called_what_it_is(plan):
+    """Also where nothing is promised, or what was shown is said first."""
+    words = {"public": ["The number."], "not_accounted": ["Nothing."], "augmult": 1}
+    changed = {
+        name: value for name, value in plan.items() if name != "noise_multiplier" or "target_epsilon" not in plan
+    }
+    statement = make(make_plan(**changed), example="signal", **words)
+    for text in (statement.text(), json.dumps(statement.to_dict())):
+        assert "image" not in text
+        assert "every signal sampled from it" in text.lower()
+    assert "The model and all texts" in make(make_plan(), example="text", subject="the model and all texts").text()
+
+
 def test_the_json_holds_the_same(tmp_path):
     plan = make_plan()
     make(plan).write(tmp_path)
@@ -146,7 +160,7 @@ def test_unsafe_debug_is_said_first_beside_what_is_promised_otherwise(changes, t
             ledger.charge(ledger.charged_steps + 1)
     statement = PrivacyStatement.of(read_ledger(tmp_path / "ledger"), **WORDS)
     otherwise = "NOT PRIVATE" if changes else "differentially private with epsilon"
-    shown = "UNSAFE DEBUG: un-noised values computed from private images were shown"
+    shown = "UNSAFE DEBUG: un-noised values computed from private data were shown"
     assert statement.text().splitlines()[2].startswith(f"**{shown}")
     assert otherwise in statement.text().splitlines()[4]
     assert statement.to_dict()["verdict"].startswith(shown)

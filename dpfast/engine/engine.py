@@ -22,9 +22,10 @@ from dpfast.engine.settings import check_module, check_noise, check_settings
 from dpfast.errors import ConfigError, DPFastError, PrivacyError
 from dpfast.performance import Performance
 from dpfast.privacy import Ledger, Plan
+from dpfast.privacy.entropy import random_bytes
 from dpfast.ranks import Ranks
 from dpfast.ranks.ledger import kept_by_first
-from dpfast.seeding import forget_seeds
+from dpfast.seeding import reseed
 
 OPEN_STEPS = 10**9  # of a plan without a last step: more than anybody takes
 
@@ -243,7 +244,9 @@ class PrivacyEngine:
         inner = optimizer.optimizer if isinstance(optimizer, PrivateOptimizer) else bare(optimizer)
         ledger = self._ledger(plan)
         session.go_on_from(ledger)
-        forget_seeds()  # dropout's, say: what is drawn for an example by its place would change with those before it
+        reseed(
+            random_bytes(72)
+        )  # dropout's, say: what is drawn for an example by its place would change with those before it
         private = PrivateOptimizer(inner, plan, session, ledger, max(1, size // steps))
         self.accountant.begin(plan, ledger, self._path)
         wrapped = PrivateModule(module, session)

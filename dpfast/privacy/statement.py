@@ -15,22 +15,22 @@ from dpfast.privacy.releases import GaussianRelease
 from dpfast.unnoised import UNSAFE_DEBUG
 
 SHOWN = (
-    f"{UNSAFE_DEBUG}: un-noised values computed from private images were shown during the training; epsilon covers"
+    f"{UNSAFE_DEBUG}: un-noised values computed from private data were shown during the training; epsilon covers"
     " neither whoever saw them nor what was chosen by them (when to stop, which settings)."
 )
 
 _RELATION = {
-    "add_remove": "add/remove: two data sets are neighbours when one has one image more than the other",
-    "replace": "replace: two data sets are neighbours when one image of one is exchanged for another image",
+    "add_remove": "add/remove: two data sets are neighbours when one has one {example} more than the other",
+    "replace": "replace: two data sets are neighbours when one {example} of one is exchanged for another {example}",
 }
 
 _QUESTION = {
-    "add_remove": "whether one given image was used in training",
-    "replace": "which of two given images was used in training",
+    "add_remove": "whether one given {example} was used in training",
+    "replace": "which of two given {example}s was used in training",
 }
 
 _UNIT = (
-    "one image. A patient (or anybody) with n images in the data has n times epsilon, and a delta that grows "
+    "one {example}. A patient (or anybody) with n {example}s in the data has n times epsilon, and a delta that grows "
     "faster than n: the promise to such a patient is weaker"
 )
 
@@ -40,10 +40,10 @@ _OUT_OF_SCOPE = (
         "batches. Publish none of it, or times rounded to minutes, as a report of dpfast gives them."
     ),
     "Who could watch the training: the promise is about what is released, not about the computer it ran on.",
-    "Whatever else is or was published from the same images, unless it is listed under other releases.",
+    "Whatever else is or was published from the same {example}s, unless it is listed under other releases.",
     "Whoever could break the cipher ChaCha20, of which the noise is made.",
     (
-        "The arithmetic of norms and sums, computed in float32: what one image weighs may exceed the clip norm by "
+        "The arithmetic of norms and sums, computed in float32: what one {example} weighs may exceed the clip norm by "
         "rounding, and by at most 0.5% where its norm is computed from a Gram matrix."
     ),
 )
@@ -76,11 +76,13 @@ class PrivacyStatement:
 
     public: what is treated as known to everybody: data set size, class list, preprocessing, test split.
     not_accounted: what was learned from private data outside the accounting: how hyperparameters were chosen.
-    membership_accuracy: upper bound on the rate of right guesses about one image; 0.5 is a coin toss.
+    membership_accuracy: upper bound on the rate of right guesses about one example; 0.5 is a coin toss.
     compositions: what releasing this beside something else from the same images costs.
+    example: what one example is, in a word whose plural ends in s: "image", "text", "signal".
     """
 
     subject: str
+    example: str
     epsilon: float
     delta: float
     target_epsilon: float | None
@@ -116,22 +118,27 @@ class PrivacyStatement:
         augmult: int,
         public: Sequence[str],
         not_accounted: Sequence[str],
-        subject: str = "the model and every image sampled from it",
+        example: str = "image",
+        subject: str | None = None,
         compositions: Sequence[Composition] = (),
     ) -> "PrivacyStatement":
-        """The statement for what has been charged so far; ``public`` and ``not_accounted`` are sentences."""
+        """The statement for what has been charged so far; ``public`` and ``not_accounted`` are sentences.
+
+        subject: what it is about; by default the model and every ``example`` sampled from it.
+        """
         plan, charged = ledger.plan, ledger.charged_steps
         return cls(
-            subject=subject,
+            subject=subject or f"the model and every {example} sampled from it",
+            example=example,
             # A plan without noise promises nothing, not even before its first step.
             epsilon=plan.epsilon(charged) if plan.is_private else math.inf,
             delta=plan.target_delta,
             target_epsilon=plan.target_epsilon,
             neighboring=plan.neighboring,
-            unit=_UNIT,
+            unit=_UNIT.format(example=example),
             membership_accuracy=plan.membership_accuracy(charged) if plan.is_private else 1.0,
             accountant=accounting.accountant_name(),
-            sampling=f"Poisson: a step takes each image independently, with chance {plan.sample_rate:.6g}",
+            sampling=f"Poisson: a step takes each {example} independently, with chance {plan.sample_rate:.6g}",
             dataset_size=plan.dataset_size,
             expected_batch_size=plan.expected_batch_size,
             sample_rate=plan.sample_rate,
@@ -145,7 +152,7 @@ class PrivacyStatement:
             compositions=tuple(compositions),
             public=tuple(public),
             not_accounted=tuple(not_accounted),
-            out_of_scope=(*_OUT_OF_SCOPE, _NOISE[plan.noise]),
+            out_of_scope=(*(item.format(example=example) for item in _OUT_OF_SCOPE), _NOISE[plan.noise]),
             plan_fingerprint=plan.fingerprint(),
             dpfast=library_version(),
             test_entropy=ledger.test_entropy or entropy.is_injected(),
@@ -185,7 +192,7 @@ class PrivacyStatement:
             return f"{entropy.TEST_ENTROPY}. NOT PRIVATE"
         if math.isinf(self.epsilon):
             return "NOT PRIVATE"
-        return f"differentially private with epsilon = {_up(self.epsilon)}, delta = {self.delta:g}, per image"
+        return f"differentially private with epsilon = {_up(self.epsilon)}, delta = {self.delta:g}, per {self.example}"
 
     def _summary(self) -> str:
         subject = f"{self.subject[0].upper()}{self.subject[1:]}"
@@ -198,24 +205,26 @@ class PrivacyStatement:
             else "Gradients were clipped, but there was no noise, or too little to promise anything."
         )
         return (
-            f"**{self._verdict()}.** {reason} {subject} may reveal the training images. "
-            "Treat this release as you treat the private images themselves."
+            f"**{self._verdict()}.** {reason} {subject} may reveal the training {self.example}s. "
+            f"Treat this release as you treat the private {self.example}s themselves."
         )
 
     def _together(self, composition: Composition) -> str:
         return (
-            f"**Released together with {composition.other}, from the same images: epsilon = "
+            f"**Released together with {composition.other}, from the same {self.example}s: epsilon = "
             f"{_up(composition.epsilon)}, delta = {self.delta:g}, in all.** What else is said here is for those who "
             "see only this."
         )
 
     def _meaning(self) -> str:
         return (
-            f"What this means: there is a limit to how well anybody can tell {_QUESTION[self.neighboring]}. "
+            "What this means: there is a limit to how well anybody can tell "
+            f"{_QUESTION[self.neighboring].format(example=self.example)}. "
             f"{self._odds()} This holds whatever else somebody knows or computes, for every use made of what "
             "was released, now and later. It does not mean that nothing can be learned about people in general: "
-            "what is true of the whole group, with or without any one image, is what a useful model learns.\n\n"
-            "Epsilon says how much one image can change what is released: 0 is not at all, and the larger it "
+            f"what is true of the whole group, with or without any one {self.example}, is what a useful model"
+            " learns.\n\n"
+            f"Epsilon says how much one {self.example} can change what is released: 0 is not at all, and the larger it "
             f"is, the weaker the promise. Delta ({self.delta:g}) is, roughly, the chance that it fails."
         )
 
@@ -225,7 +234,7 @@ class PrivacyStatement:
             return "At an epsilon as large as this one, however, no limit on right guesses can be proven."
         return (
             f"Somebody who has to guess it, when both answers are equally likely, is right at most {percent} "
-            "times in 100, even if all other images are known; tossing a coin is right 50 times."
+            f"times in 100, even if all other {self.example}s are known; tossing a coin is right 50 times."
         )
 
     def _figures(self) -> str:
@@ -233,16 +242,16 @@ class PrivacyStatement:
         spent = f"an upper bound, for the {self.steps_charged} steps spent{target}"
         rows = {
             "epsilon": f"{_up(self.epsilon)} ({spent})",
-            "delta": f"{self.delta:g} (1 / number of images is {1 / self.dataset_size:.2g})",
-            "neighbouring relation": _RELATION[self.neighboring],
+            "delta": f"{self.delta:g} (1 / number of {self.example}s is {1 / self.dataset_size:.2g})",
+            "neighbouring relation": _RELATION[self.neighboring].format(example=self.example),
             "accountant": self.accountant,
             "sampling": self.sampling,
-            "batch": f"{self.expected_batch_size:g} of {self.dataset_size} images on average",
+            "batch": f"{self.expected_batch_size:g} of {self.dataset_size} {self.example}s on average",
             "steps": f"{self.steps_charged} spent of {self.steps_planned} planned",
             "noise multiplier": f"{self.noise_multiplier:g} (noise standard deviation / clip norm)",
             "noise": {"gaussian": "Gaussian, in float64", "grid": "Gaussian, rounded to a grid"}[self.noise],
-            "clip norm": f"{self.max_grad_norm:g} (the most that one image can weigh in a step)",
-            "augmentations": f"{self.augmult} per image and step, averaged into one gradient before clipping",
+            "clip norm": f"{self.max_grad_norm:g} (the most that one {self.example} can weigh in a step)",
+            "augmentations": f"{self.augmult} per {self.example} and step, averaged into one gradient before clipping",
             "other releases": "; ".join(self.other_releases) or "none",
             "plan": self.plan_fingerprint,
             "made with": f"dpfast {self.dpfast}",

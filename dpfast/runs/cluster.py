@@ -183,6 +183,12 @@ class ClusterPlan:
         n, b = self.work.dataset_size, self.work.expected_batch_size
         return math.sqrt(b * (1 - b / n))
 
+    def efficiency_of(self, way: Way, stage: str | None = None) -> float:
+        """Of a stage, or all: the time of one GPU over that of all GPUs together."""
+        ranks = 1 if way is self.alone else self.cluster.ranks
+        one, each = (sum(w.seconds.values()) if stage is None else w.seconds[stage] for w in (self.alone, way))
+        return one / (ranks * each) if each else 1.0
+
     def worthwhile(self) -> Cluster:
         """The largest of such nodes, no larger than this one, whose efficiency is ``WORTH``; one GPU at least."""
         for nodes in range(self.cluster.nodes, 0, -1):
@@ -197,7 +203,7 @@ class ClusterPlan:
 
     def warnings(self) -> list[str]:
         """What is wrong with so many GPUs, and the cure."""
-        return [*self._of_batches(), *self._of_memory(), *self._of_files()]
+        return [*self._of_batches(), *self._of_public_batches(), *self._of_memory(), *self._of_files()]
 
     def _of_batches(self) -> list[str]:
         if self.replicas.efficiency >= WORTH:
@@ -208,6 +214,18 @@ class ClusterPlan:
             f" {work.expected_batch_size / ranks:,.1f} for each, and {self.replicas.efficiency:.0%} of what the GPUs"
             f" could do is done. Use {fits.ranks} GPU{'s' * (fits.ranks > 1)} (--nodes {fits.nodes} --gpus-per-node"
             f" {fits.gpus_per_node}); a larger sample rate is another plan, with another epsilon or noise"
+        )
+        return [said]
+
+    def _of_public_batches(self) -> list[str]:
+        there = self.efficiency_of(self.replicas, "pre-training")
+        if there >= WORTH:
+            return []
+        hours = [way.seconds["pre-training"] / 3600 for way in (self.alone, self.replicas)]
+        said = (
+            f"pre-training, whose batch of public images is small for {self.cluster.ranks} GPUs, does {there:.0%} of"
+            f" what they could: {hours[1]:,.2f} h in the place of {hours[0]:,.2f} h on one GPU. It may run by itself"
+            " before, on fewer (dpfast pretrain)"
         )
         return [said]
 

@@ -56,12 +56,13 @@ def _compared(plan: ClusterPlan) -> Iterator[tuple[str, ...]]:
     yield row("  noise and update", lambda way: f"{way.step.updating:,.3f}")
     yield row("  sample and input", lambda way: f"{way.step.reading:,.3f}")
     yield row("  all", lambda way: f"{way.step.seconds:,.3f}")
-    yield row("efficiency", lambda way: f"{way.efficiency:.1%}")
+    yield row("efficiency of the private step", lambda way: f"{way.efficiency:.1%}")
     yield row("MB sent by a GPU in a step", lambda way: f"{way.sent / 1e6:,.1f}")
     for stage in plan.alone.seconds:
         if plan.alone.seconds[stage]:
             yield row(f"hours: {stage}", lambda way, stage=stage: f"{way.seconds[stage] / 3600:,.2f}")  # type: ignore[misc]
     yield row("  all", lambda way: f"{sum(way.seconds.values()) / 3600:,.2f}")
+    yield row("efficiency of all stages", lambda way: f"{plan.efficiency_of(way):.1%}")
     yield row("GB of a GPU: model and state", lambda way: f"{way.state / 1e9:,.1f}")
     yield row("  activations", lambda way: f"{way.activations / 1e9:,.1f}")
     yield row("  CUDA, NCCL", lambda way: f"{way.reserved / 1e9:,.1f}")
