@@ -65,11 +65,9 @@ class Between(TorchFunctionMode):
         self.worlds, self.trace = worlds, 0
 
     @contextmanager
-    def within(self) -> Iterator[None]:
-        """For a call of the private model: only what it reads of the user's code is seen, and only while there are
-        worlds.
-        """
-        if not self.worlds:
+    def within(self, *, watched: bool) -> Iterator[None]:
+        """For a call of the private model: only what it reads of the user's code is seen, if it is ``watched``."""
+        if not watched:
             self.close()
         self.inside = True
         try:

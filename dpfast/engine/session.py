@@ -168,7 +168,7 @@ class Session:
                 " the batch, and call backward() once. To look at its outputs: model.eval(), or torch.no_grad()"
             )
         self._refuse_leftovers()
-        with self._between.within():
+        with self._between.within(watched=self._beside is not None and bool(self._beside.halves)):
             if not draw.examples:
                 return self._forward_of_nothing(args, kwargs)
             assert self._beside is not None
