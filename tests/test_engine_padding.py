@@ -160,6 +160,18 @@ def test_ways_in_which_the_longest_reaches_the_others(model, collate, loss):
         trained(model, collate, loss)
 
 
+def test_padding_that_is_masked_under_autocast():
+    """The backward pass is outside of it; logits are float32 again."""
+
+    def loss(model, tokens, labels):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(model(tokens).float(), labels)
+
+    trained(Attends(masks=True), on_the_right, loss)
+    with pytest.raises(PrivacyError, match=REACHES):
+        trained(Mean(masks=False), on_the_right, loss)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("model", "collate", "loss"),

@@ -31,6 +31,9 @@ REACHES = (
 )
 
 
+_ROUGH, _LOWERED = 1e-4, 0.05  # rounding of what is computed in other shapes; under autocast
+
+
 class Padded(NamedTuple):
     """A batch, and ``other``, if there is one: with less padding; the example ``places[p]`` stands in place p there,
     and those in ``kept`` are the same.
@@ -56,9 +59,8 @@ class Shorter:
         self.world = World(padded.places, padded.kept)
         self.examples, self.augmult = examples, augmult
         self._outputs: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a cut's leaf: in eval mode, here and there
-        ours, theirs = list(tensors_of(padded.batch)), list(tensors_of(padded.other))
-        for t, other in zip(ours, theirs, strict=True):
-            self.world.shadows[t] = other
+        self._rough = _ROUGH
+        self.world.note(list(tensors_of(padded.batch)), list(tensors_of(padded.other)))
 
     def is_same_input(self, t: Tensor, shadow: Tensor) -> bool:
         """Whether what goes into the model for the kept examples is the same, but for padding."""
@@ -67,12 +69,14 @@ class Shorter:
             return False
         rows = rows_at(self.world.kept or [], t.shape[dim] // self.examples, t.device)
         ours, theirs = t.index_select(dim, rows), shadow.index_select(dim, rows)
-        return any(_alike(one, theirs) for one in narrowings(ours, theirs.shape))
+        return any(self._alike(one, theirs) for one in narrowings(ours, theirs.shape))
 
     def see_call(
         self, module: nn.Module, call: tuple[Any, Any], output: Any, cuts: Sequence[Cut], stand_ins: Sequence[Tensor]
     ) -> None:
         """The model's ``output``, in which ``stand_ins`` are given to the user for ``cuts``."""
+        if any(enabled for _, enabled, _ in Autocast().now):
+            self._rough = _LOWERED
         with self.world.may_be_lost("the model, called in eval mode on shorter examples"):
             other = self.world.there(call)
             shapes = [t.shape for t in tensors_in(call)], [t.shape for t in tensors_in(other)]
@@ -87,6 +91,8 @@ class Shorter:
     def _take(self, given: Tensor, cut: Cut | None, here: Tensor, there: Tensor) -> None:
         """What the user was ``given``, of which the model's output in eval mode is ``here``, or ``there``."""
         t = given if cut is None else cut.leaf
+        if cut is None and here.shape == there.shape and self._alike(here, there):
+            return
         if t.shape != here.shape or not t.ndim or len(t) % self.examples:
             raise Unseen("an output of the model has another shape in eval mode")
         rows = rows_at(self.world.places or [], len(t) // self.examples, t.device)
@@ -94,7 +100,7 @@ class Shorter:
         sides = list(narrowings(t.detach()[rows], there.shape))
         if not sides:
             raise Unseen("an output of the model is longer for shorter examples")
-        alike = (_alike(one, there[kept]) for one in narrowings(here[kept], there[kept].shape))
+        alike = (self._alike(one, there[kept]) for one in narrowings(here[kept], there[kept].shape))
         side = next((i for i, same in enumerate(alike) if same), 0)
         if cut is None:
             self.world.shadows[given] = sides[side]
@@ -114,22 +120,18 @@ class Shorter:
             kept = rows_at(self.world.kept or [], len(g) // self.examples, g.device)
             ours, theirs = g[kept], other[kept]
             used = [torch.where(s != 0, t[kept], 0.0) for t, s in zip(outputs, (ours, theirs), strict=True)]
-            if not (_same_but_for_zeros(ours, theirs) and _same_but_for_zeros(*used)):
+            if not (self._same_but_for_zeros(ours, theirs) and self._same_but_for_zeros(*used)):
                 return False
         return True
 
+    def _same_but_for_zeros(self, longer: Tensor, shorter: Tensor) -> bool:
+        """Up to rounding, where on one side there is nothing but zeros beyond."""
+        whole = real(longer).square().sum()
+        for one in narrowings(longer, shorter.shape):
+            inside = real(one).square().sum()
+            if self._alike(one, shorter) and float(whole - inside) <= 1e-9 * float(whole):
+                return True
+        return False
 
-def _same_but_for_zeros(longer: Tensor, shorter: Tensor) -> bool:
-    """Up to rounding, where on one side there is nothing but zeros beyond."""
-    whole = real(longer).square().sum()
-    for one in narrowings(longer, shorter.shape):
-        inside = real(one).square().sum()
-        if _alike(one, shorter) and float(whole - inside) <= 1e-9 * float(whole):
-            return True
-    return False
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Up to rounding of what is computed in other shapes."""
-    lowered = any(enabled for _, enabled, _ in Autocast().now)
-    return alike(one, other, rough=0.05 if lowered else 1e-4, faint=1e-6)
+    def _alike(self, one: Tensor, other: Tensor) -> bool:
+        return alike(one, other, rough=self._rough, faint=1e-6)
