@@ -1,6 +1,9 @@
 """What the user's code does around the private model: where it lets examples meet, it is refused."""
 
+import copy
 import gc
+import json
+import pickle
 import weakref
 
 import pytest
@@ -373,6 +376,27 @@ def test_a_sum_of_rows_that_are_picked_is_seen(loss):
     with pytest.raises(PrivacyError, match='say loss_reduction="sum"'):
         tried(loss, embeddings(), loss_reduction="mean")
     tried(loss, embeddings(), loss_reduction="sum", batches=3)
+
+
+def test_numbers_of_the_log_are_numbers(tmp_path):
+    """They may be saved, printed, added up, and are plain ones when the batch is gone."""
+    _, model, optimizer, loader = made_private(noise_multiplier=0.0)
+    total = count = 0
+    for x, y in loader:
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total, count = total + loss.item() * x.shape[0], count + x.shape[0]
+        assert isinstance(total, float)
+        assert json.loads(json.dumps([total, count])) == [total, count]
+        assert type(copy.deepcopy(total)) is type(pickle.loads(pickle.dumps(total))) is float
+        assert f"{total:.3f} {count}" == f"{float(total):.3f} {int(count)}"
+        torch.save({"total": total, "count": [count]}, tmp_path / "log.pt")
+        saved = torch.load(tmp_path / "log.pt", weights_only=True)
+        assert (saved["total"], saved["count"]) == (total, [count])
+    assert type(total / count) is float
+    assert type(total + 0.0) is float
 
 
 def test_numbers_that_are_equal_by_chance():

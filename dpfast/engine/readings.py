@@ -22,6 +22,7 @@ READ = _BY_VALUE | {
     *(Tensor.item, Tensor.tolist, Tensor.size, Tensor.numel, Tensor.nelement, torch.numel),
     Tensor.shape.__get__,  # type: ignore[attr-defined]
 }
+_OF_TORCH_SAVE = 2  # its protocol of pickle, which is nobody else's default
 _MOST = 4096  # numbers of one list that are followed
 _TAKE_NUMBERS = frozenset(
     f"{before}{name}{after}"
@@ -43,6 +44,7 @@ class Readings:
 
     def __init__(self, earlier: "Sequence[Readings]" = ()) -> None:
         self.family: list[Readings] = [self, *(one for before in earlier for one in before.family if one.followed)]
+        self.is_open = True  # whether what Python computes of its numbers is followed: while the batch is there
         self.followed: weakref.WeakSet[_There] = weakref.WeakSet()  # of the numbers that live
         self.used: set[float] = set()  # numbers that were guessed at, and have come back
         self._there: dict[float, float | None] = {}  # None: now this, now that
@@ -104,7 +106,18 @@ class Followed:
     there: "_There"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _kind(self), (_plain(self),)
+        plain = _plain(self)
+        if protocol == _OF_TORCH_SAVE:  # whose files are loaded by `weights_only`, to which no number has a class
+            return torch.tensor(plain, dtype=torch.int64 if _kind(self) is int else torch.float64).__reduce_ex__(
+                protocol
+            )
+        return _kind(self), (plain,)
+
+    def __copy__(self) -> Any:
+        return _plain(self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _plain(self)
 
     def __int__(self) -> int:
         return cast(int, self._noted(int))
@@ -135,7 +148,8 @@ def _computed(compute: Callable[..., Any], *, reflected: bool = False) -> Callab
             return NotImplemented
         numbers = numbers[::-1] if reflected else numbers
         here = compute(*map(_plain, numbers))
-        worlds = {world for number in numbers if isinstance(number, Followed) for world in number.there}
+        known = {world for number in numbers if isinstance(number, Followed) for world in number.there}
+        worlds = [world for world in known if world.is_open]
         return _followed(here, {world: _tried(compute, [world.value_of(n) for n in numbers]) for world in worlds})
 
     return method

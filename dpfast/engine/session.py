@@ -141,6 +141,8 @@ class Session:
 
     def close(self) -> None:
         """Whatever is open is left, as after an exception."""
+        for world in self._between.worlds:
+            world.readings.is_open = False
         self._between.close()
         self._end()
 
