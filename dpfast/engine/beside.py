@@ -84,13 +84,12 @@ class Beside:
                 f"it was not shown that the code around the private model keeps examples apart: {why}. Numbers must not"
                 " leave torch on their way from the loader's batch to the model, and from its outputs to the loss"
             )
-        elif self.fewer is not None and self.fewer.lost and not self.fewer.lost_by_chance:
+        elif self.fewer is not None and self.fewer.lost and self._is_confirmed("fewer", {self.examples}):
             yield (
                 f"it was not shown that the loss is a {self.reduction} over the rows of the batch, as"
                 f' loss_reduction="{self.reduction}" says: {self.fewer.lost}. What an example contributes must not'
                 " depend on how many there are"
             )
-        self.is_in_doubt |= self.fewer is not None and self.fewer.lost_by_chance
         if self.past is not None and self.past.lost:
             yield f"it was not shown that nothing is kept of one batch for the next: {self.past.lost}"
 
@@ -100,11 +99,17 @@ class Beside:
         about: numbers which it may be the chance of; those that were guessed at in the world by default.
         """
         about = world.readings.used if about is None else about
-        before = self.doubts.setdefault(message, [])
-        if not about or any(not about & other for other in before):
+        if not about or self._is_confirmed(message, about):
             raise PrivacyError(message)
+
+    def _is_confirmed(self, what: str, about: set[float]) -> bool:
+        """Whether an earlier batch has said the same of other numbers; if not, the next is to be looked at."""
+        before = self.doubts.setdefault(what, [])
+        if any(not about & other for other in before):
+            return True
         before.append(about)
         self.is_in_doubt = True
+        return False
 
     def pad_less(self, padded: Padded) -> None:
         """Make a world of the batch with less padding."""

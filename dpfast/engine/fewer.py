@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpfast.clipping.functions import SELECTS_BY_INDEX
 from dpfast.clipping.trees import TensorMap, function_name, tensors_in
@@ -25,13 +25,12 @@ class Fewer(World):
         self.sizes = (examples * augmult, examples)
         self.absent = TensorMap()
         self.multiples_told: set[float] = set()  # of the sizes, by Python: plain numbers that a call is to compute with
-        self.lost_by_chance = False
 
     def part_of(self, t: Tensor) -> Tensor | None:
         """The rows that a tensor has there, if it has as many as the real batch: of one that is not computed from the
         batch, or in which rows do not meet.
         """
-        if t.ndim == 0 or t.shape[0] not in self.sizes:
+        if t.ndim == 0 or t.shape[0] not in self.sizes or isinstance(t, nn.Parameter):
             return None
         return self.rows(t, 0, t.shape[0] // self.sizes[-1])
 
@@ -46,8 +45,7 @@ class Fewer(World):
             multiples = (n if abs(n) >= 1 else 1 / n for n in plain if self.readings.guess(n) == n)
             self.multiples_told |= {n / size for n in multiples for size in self.sizes if n % size == 0}
         if func in SELECTS_BY_INDEX and any(map(self._is_cut, _tables(tensors_in((args, kwargs))))):
-            self.lost_by_chance = True  # an index beyond it would end a process on a GPU
-            self.lose("a table has as many rows as the batch")
+            self.lose("a table has as many rows as the batch")  # an index beyond it would end a process on a GPU
         return super().given(func, _without(args, self.absent), kwargs, written)
 
     def _is_cut(self, t: Tensor) -> bool:
