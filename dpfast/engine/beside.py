@@ -103,7 +103,7 @@ class Beside:
             raise PrivacyError(message)
 
     def _is_confirmed(self, what: str, about: set[float]) -> bool:
-        """Whether an earlier batch has said the same of other numbers; if not, the next is to be looked at."""
+        """Whether the batch before has said the same of other numbers; if not, the next is to be looked at."""
         before = self.doubts.setdefault(what, [])
         if any(not about & other for other in before):
             return True

@@ -331,6 +331,8 @@ class Session:
             self._shown.add(trace)
             self._met.discard(trace)
             self._due = bool(self._met) or self._beside.is_in_doubt
+            if not self._beside.is_in_doubt:
+                self._beside.doubts.clear()  # which one that follows at once is to confirm
         elif trace not in self._shown and len(self._shown) + len(self._met) < MOST_PATHS:
             self._met.add(trace)
             self._due = True
