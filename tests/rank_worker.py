@@ -447,11 +447,12 @@ def said(act: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def main(task: str, folder: str) -> None:
+def carry_out(tasks: dict[str, Any], task: str, folder: str) -> None:
+    """One of the tasks, on each rank; what it returns is left in the folder."""
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    found = globals()[task](Path(folder))
+    found = tasks[task](Path(folder))
     torch.save(found, Path(folder) / f"{task}-{Ranks.current().rank}.pt")
     if dist.is_initialized():
         dist.barrier()
@@ -459,4 +460,4 @@ def main(task: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    carry_out(globals(), *sys.argv[1:])

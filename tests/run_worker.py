@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import dpfast.diffusion.sampler as sampler
@@ -21,6 +20,7 @@ from dpfast.errors import ConfigError
 from dpfast.evaluation import ClassifierSpec
 from dpfast.evaluation.studies import accuracy_by_count
 from dpfast.ranks import Ranks
+from rank_worker import carry_out
 
 CLASSES = ("a", "b")
 LIFE = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -191,13 +191,7 @@ def main(task: str, folder: str, *arguments: str) -> None:
     if task == "alone":
         alone(Path(folder))
         return
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    found = globals()[task](Path(folder))
-    torch.save(found, Path(folder) / f"{task}-{Ranks.current().rank}.pt")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    carry_out(globals(), task, folder)
 
 
 if __name__ == "__main__":

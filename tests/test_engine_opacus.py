@@ -110,13 +110,11 @@ def samples(size, rate):
     return [np.flatnonzero(chosen.random(size) < rate) for _ in range(STEPS)]
 
 
-def trained_by_opacus(make_net, make_data, largest=None, mode="hooks", **settings):
-    """Losses of the physical batches, and the weights after each update."""
-    from opacus.utils.batch_memory_manager import BatchMemoryManager as OpacusManager
-
+def made_private(engine, make_net, make_data, mode, **settings):
+    """Model, optimizer, loader and criterion, of either library."""
     torch.manual_seed(0)
     data, net = make_data(), make_net()
-    engine = opacus.PrivacyEngine()
+    criterion = nn.CrossEntropyLoss(reduction=settings.get("loss_reduction", "mean"))
     made = engine.make_private(
         module=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9),
@@ -124,12 +122,18 @@ def trained_by_opacus(make_net, make_data, largest=None, mode="hooks", **setting
         noise_multiplier=0.0,
         max_grad_norm=0.5,
         grad_sample_mode=mode,
-        criterion=nn.CrossEntropyLoss(reduction=settings.get("loss_reduction", "mean")),
+        criterion=criterion,
         **settings,
     )
-    model, optimizer, loader = made[0], made[1], made[-1]
-    criterion = made[2] if len(made) == 4 else nn.CrossEntropyLoss(reduction=settings.get("loss_reduction", "mean"))
-    given = samples(len(data), loader.sample_rate)
+    return made[0], made[1], made[-1], made[2] if len(made) == 4 else criterion
+
+
+def trained_by_opacus(make_net, make_data, largest=None, mode="hooks", **settings):
+    """Losses of the physical batches, and the weights after each update."""
+    from opacus.utils.batch_memory_manager import BatchMemoryManager as OpacusManager
+
+    model, optimizer, loader, criterion = made_private(opacus.PrivacyEngine(), make_net, make_data, mode, **settings)
+    given = samples(len(loader.dataset), loader.sample_rate)
     loader.batch_sampler.__class__ = type(
         "Given", (type(loader.batch_sampler),), {"__iter__": lambda self: iter(given)}
     )
@@ -137,22 +141,8 @@ def trained_by_opacus(make_net, make_data, largest=None, mode="hooks", **setting
 
 
 def trained_by_dpfast(make_net, make_data, monkeypatch, largest=None, mode="hooks", **settings):
-    torch.manual_seed(0)
-    data, net = make_data(), make_net()
-    engine = dpfast.PrivacyEngine()
-    made = engine.make_private(
-        module=net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9),
-        data_loader=DataLoader(data, batch_size=12),
-        noise_multiplier=0.0,
-        max_grad_norm=0.5,
-        grad_sample_mode=mode,
-        criterion=nn.CrossEntropyLoss(reduction=settings.get("loss_reduction", "mean")),
-        **settings,
-    )
-    model, optimizer, loader = made[0], made[1], made[-1]
-    criterion = made[2] if len(made) == 4 else nn.CrossEntropyLoss(reduction=settings.get("loss_reduction", "mean"))
-    given = iter(samples(len(data), loader.sample_rate))
+    model, optimizer, loader, criterion = made_private(dpfast.PrivacyEngine(), make_net, make_data, mode, **settings)
+    given = iter(samples(len(loader.dataset), loader.sample_rate))
     monkeypatch.setattr(engine_loader, "poisson_sample", lambda size, rate: torch.from_numpy(next(given)))
     return looped(model, optimizer, loader, criterion, BatchMemoryManager, largest)
 

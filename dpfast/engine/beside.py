@@ -69,13 +69,13 @@ class Beside:
     @property
     def worlds(self) -> list[World]:
         """All of them."""
-        shorter = None if self.shorter is None else self.shorter.world
-        return [*self.halves, *(world for world in (self.past, self.fewer, shorter) if world is not None)]
+        others = (self.past, self.fewer, self.shorter)
+        return [*self.halves, *(world for world in others if world is not None)]
 
     def not_shown(self) -> Iterator[str]:
         """What this batch was looked at for in vain, in words."""
-        if self.shorter is not None and self.shorter.world.lost:
-            yield f"{UNSEEN}: {self.shorter.world.lost}"
+        if self.shorter is not None and self.shorter.lost:
+            yield f"{UNSEEN}: {self.shorter.lost}"
         why = next((world.lost for world in self.halves if world.lost), "")
         if self.halves and not why and not self.saw_inputs:
             why = "what the model is given was not seen to be computed from the batch"
@@ -194,8 +194,8 @@ class Beside:
                         )
 
     def _is_same_input(self, world: World, t: Tensor, shadow: Tensor) -> bool:
-        if self.shorter is not None and world is self.shorter.world:
-            return self.shorter.is_same_input(t, shadow)
+        if isinstance(world, Shorter):
+            return world.is_same_input(t, shadow)
         dim = rows_dim(t, self.examples, self.augmult)
         if dim is None or world.kept is None:
             return alike(t, shadow, rough=_ROUGH)
@@ -211,7 +211,7 @@ class Beside:
         """What is ``given`` to the user of a ``call`` of the ``module``, ``stand_ins`` in it for ``cuts``: in a world,
         the model's results are those of the examples there.
         """
-        if self.shorter is not None and not self.shorter.world.lost:
+        if self.shorter is not None and not self.shorter.lost:
             self.shorter.see_call(module, call, given, cuts, stand_ins)
         with torch._C.DisableTorchFunction():
             for world in self.halves:
@@ -231,8 +231,10 @@ class Beside:
         """What has no gradient: rows of the examples there, constants, or whatever no loss may depend on."""
         sizes = (self.examples * self.augmult, self.examples)
         there: list[Tensor] | None = None
-        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-        for place, t in enumerate(tensors_in(given)):
+        results = [(place, t) for place, t in enumerate(tensors_in(given)) if t not in world.shadows]
+        held = (*module.parameters(), *module.buffers()) if results else ()
+        own = {t.untyped_storage().data_ptr() for t in held}
+        for place, t in results:
             if t in world.shadows or t.untyped_storage().data_ptr() in own:
                 continue
             if t.ndim and t.shape[0] in sizes:
@@ -270,8 +272,8 @@ class Beside:
             found = self._gradients_there(world, cuts, losses, cotangents)
             if found is not None and isinstance(world, Fewer):
                 self._see_reduction(world, cuts, losses, gradients, found)
-            elif found is not None and self.shorter is not None and world is self.shorter.world:
-                if not self.shorter.are_same(cuts, gradients, found):
+            elif found is not None and isinstance(world, Shorter):
+                if not world.are_same(cuts, gradients, found):
                     self._refuse(world, REACHES)
             elif found is not None and not self._are_same(world, cuts, gradients, found):
                 where = "this batch" if world is not self.past else "the batch before"

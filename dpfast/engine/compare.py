@@ -34,13 +34,9 @@ def alike(one: Tensor, other: Tensor, *, rough: float, faint: float = 0.0) -> bo
     if not one.numel():
         return True
     distance, size = (squared.sqrt() for squared in rows_apart(one, other, len(one) if one.ndim else 1))
-    return bool((distance <= max(rough, 8 * _eps([one])) * size + faint * size.max()).all())
+    return bool((distance <= roughness([one], rough) * size + faint * size.max()).all())
 
 
 def roughness(tensors: Sequence[Tensor], least: float) -> float:
     """Of the norms of what has the tensors' types."""
-    return max(least, 8 * _eps(tensors))
-
-
-def _eps(tensors: Sequence[Tensor]) -> float:
-    return max((torch.finfo(t.dtype).eps for t in tensors), default=0.0)
+    return max(least, *(8 * torch.finfo(t.dtype).eps for t in tensors), 0.0)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dpfast.clipping.calls import Autocast, no_trace_left
 from dpfast.clipping.problems import Problem
 from dpfast.clipping.trees import replace_tensors
-from dpfast.engine.shadows import DrawnState, Unseen
+from dpfast.engine.shadows import Unseen
 from dpfast.errors import CaptureError
+from dpfast.seeding import RandomState
 
 Reduction = Literal["mean", "sum"]  # of losses over the rows of a physical batch
 
@@ -59,13 +60,13 @@ def evaluated(module: nn.Module, call: tuple[Any, Any]) -> Any:
         warnings.simplefilter("ignore")  # what is said of the user's own call was said
         for part in module.modules():
             part.training = False  # by hand: train() may do more than that
-        before = DrawnState()
+        before = RandomState()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             output = module(*args, **kwargs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-        if not DrawnState().is_as(before):
+        if before.has_moved():
             raise Unseen("the model draws random numbers in eval mode")
         return output
 

@@ -52,22 +52,22 @@ def narrowings(t: Tensor, shape: Sequence[int]) -> Iterator[Tensor]:
         yield t[tuple(slice(have - size, None) for size, have in zip(shape, t.shape, strict=True))]
 
 
-class Shorter:
+class Shorter(World):
     """The world of a batch of ``examples`` with less padding."""
 
     def __init__(self, padded: Padded, examples: int, augmult: int) -> None:
-        self.world = World(padded.places, padded.kept)
+        super().__init__(padded.places, padded.kept)
         self.examples, self.augmult = examples, augmult
         self._outputs: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a cut's leaf: in eval mode, here and there
         self._rough = _ROUGH
-        self.world.note(list(tensors_of(padded.batch)), list(tensors_of(padded.other)))
+        self.note(list(tensors_of(padded.batch)), list(tensors_of(padded.other)))
 
     def is_same_input(self, t: Tensor, shadow: Tensor) -> bool:
         """Whether what goes into the model for the kept examples is the same, but for padding."""
         dim = rows_dim(t, self.examples, self.augmult)
         if dim is None or rows_dim(shadow, self.examples, self.augmult) != dim:
             return False
-        rows = rows_at(self.world.kept or [], t.shape[dim] // self.examples, t.device)
+        rows = rows_at(self.kept or [], t.shape[dim] // self.examples, t.device)
         ours, theirs = t.index_select(dim, rows), shadow.index_select(dim, rows)
         return any(self._alike(one, theirs) for one in narrowings(ours, theirs.shape))
 
@@ -77,8 +77,8 @@ class Shorter:
         """The model's ``output``, in which ``stand_ins`` are given to the user for ``cuts``."""
         if any(enabled for _, enabled, _ in Autocast().now):
             self._rough = _LOWERED
-        with self.world.may_be_lost("the model, called in eval mode on shorter examples"):
-            other = self.world.there(call)
+        with self.may_be_lost("the model, called in eval mode on shorter examples"):
+            other = self.there(call)
             shapes = [t.shape for t in tensors_in(call)], [t.shape for t in tensors_in(other)]
             if shapes[0] == shapes[1]:
                 raise Unseen("padding was not seen to go into the model")
@@ -95,18 +95,18 @@ class Shorter:
             return
         if t.shape != here.shape or not t.ndim or len(t) % self.examples:
             raise Unseen("an output of the model has another shape in eval mode")
-        rows = rows_at(self.world.places or [], len(t) // self.examples, t.device)
-        kept = rows_at(self.world.kept or [], len(t) // self.examples, t.device)
+        rows = rows_at(self.places or [], len(t) // self.examples, t.device)
+        kept = rows_at(self.kept or [], len(t) // self.examples, t.device)
         sides = list(narrowings(t.detach()[rows], there.shape))
         if not sides:
             raise Unseen("an output of the model is longer for shorter examples")
         alike = (self._alike(one, there[kept]) for one in narrowings(here[kept], there[kept].shape))
         side = next((i for i, same in enumerate(alike) if same), 0)
         if cut is None:
-            self.world.shadows[given] = sides[side]
+            self.shadows[given] = sides[side]
             return
-        leaf = self.world.leaves[id(cut.leaf)] = sides[side].clone().requires_grad_()
-        self.world.shadows[given] = leaf.clone()
+        leaf = self.leaves[id(cut.leaf)] = sides[side].clone().requires_grad_()
+        self.shadows[given] = leaf.clone()
         self._outputs[id(cut.leaf)] = here, there
 
     def are_same(self, cuts: Sequence[Cut], here: Sequence[Tensor | None], there: Sequence[Tensor | None]) -> bool:
@@ -117,7 +117,7 @@ class Shorter:
                 continue
             g = torch.zeros_like(outputs[0]) if g is None else g
             other = torch.zeros_like(outputs[1]) if other is None else other
-            kept = rows_at(self.world.kept or [], len(g) // self.examples, g.device)
+            kept = rows_at(self.kept or [], len(g) // self.examples, g.device)
             ours, theirs = g[kept], other[kept]
             used = [torch.where(s != 0, t[kept], 0.0) for t, s in zip(outputs, (ours, theirs), strict=True)]
             if not (self._same_but_for_zeros(ours, theirs) and self._same_but_for_zeros(*used)):

@@ -18,6 +18,7 @@ from dpfast.clipping.functions import INDEXED
 from dpfast.clipping.trees import TensorMap, function_name, replace_tensors, tensors_in
 from dpfast.engine.batches import rows_at
 from dpfast.engine.readings import Readings, read, takes_numbers, takes_sizes, with_numbers
+from dpfast.seeding import RandomState
 
 _LARGE = 1 << 27  # bytes of a tensor that is not copied into every world, a store of a whole data set's outputs, say
 
@@ -41,38 +42,24 @@ class Shadows(TensorMap):
         return [(t, shadow) for reference, shadow in entries if (t := reference()) is not None]
 
 
-class Memories:
-    """Shadows of the memory that was written to: of tensors known by nothing else, their views, and ``data``."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Any], Tensor]] = {}  # by id of the storage: a shadow of all of it
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def pairs(self) -> list[tuple[Any, Tensor]]:
-        """Storages that live, with their shadows."""
-        entries = list(self._known.values())
-        return [(storage, shadow) for reference, shadow in entries if (storage := reference()) is not None]
-
-    def __setitem__(self, storage: Any, shadow: Tensor) -> None:
-        self._known[id(storage)] = (weakref.ref(storage), shadow)
+class Memories(Shadows):
+    """Shadows of memory that was written to, by storage: of tensors known by nothing else, their views, ``data``."""
 
     def take(self, t: Tensor) -> None:
         """From now on the memory of ``t`` has a shadow."""
         if t.layout is torch.strided and self.shadow_of(t) is None:
-            storage = t.untyped_storage()
+            storage: Any = t.untyped_storage()
             if storage.nbytes() > _LARGE:
                 raise Unseen(f"a tensor of {storage.nbytes() >> 20} MiB is written to, too large for copies of it")
             self[storage] = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage).clone()
 
     def shadow_of(self, t: Tensor) -> Tensor | None:
         """A view of the shadow, if there is one."""
-        if not self._known or t.layout is not torch.strided:
+        if not len(self) or t.layout is not torch.strided:
             return None
-        storage = t.untyped_storage()
-        reference, shadow = self._known.get(id(storage), (None, None))
-        if reference is None or reference() is not storage or shadow is None or shadow.dtype != t.dtype:
+        storage: Any = t.untyped_storage()
+        shadow: Tensor | None = self.get(storage, None)
+        if shadow is None or shadow.dtype != t.dtype:
             return None
         return shadow.as_strided(t.shape, t.stride(), t.storage_offset())
 
@@ -104,10 +91,9 @@ class World:
 
     def _take_over(self, earlier: "World") -> None:
         """What lives of an earlier world is what it was there."""
-        for t, shadow in earlier.shadows.pairs():
-            self.shadows[t] = shadow.detach()
-        for storage, shadow in earlier.memories.pairs():
-            self.memories[storage] = shadow.detach()
+        for mine, theirs in ((self.shadows, earlier.shadows), (self.memories, earlier.memories)):
+            for known, shadow in theirs.pairs():
+                mine[known] = shadow.detach()
 
     @property
     def is_real(self) -> bool:
@@ -205,24 +191,6 @@ class World:
                     self.shadows[t] = shadow
 
 
-class DrawnState:
-    """Of torch's generators, now."""
-
-    def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def is_as(self, other: "DrawnState") -> bool:
-        """Whether nothing was drawn between the two."""
-        return torch.equal(self._cpu, other._cpu) and all(map(torch.equal, self._cuda, other._cuda))
-
-    def restore(self) -> None:
-        """Go back to it."""
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-
-
 def call_in_all(
     worlds: Sequence[World], func: Callable[..., Any], args: Any, kwargs: Any, written: list[Tensor]
 ) -> Any:
@@ -234,10 +202,10 @@ def call_in_all(
     for world in worlds:
         with world.may_be_lost(function_name(func)):
             given.append((world, world.given(func, args, kwargs, written)))
-    before = DrawnState()
+    before = RandomState()
     output = func(*args, **kwargs)
-    after = DrawnState()
-    drawn = not before.is_as(after)
+    after = RandomState() if before.has_moved() else None
+    drawn = after is not None
     for world, own in given:
         if drawn:
             before.restore()
@@ -245,7 +213,7 @@ def call_in_all(
             warnings.simplefilter("ignore")  # what is said of the user's own call was said
             if not world.lost:
                 world.call(func, args, kwargs, own, output, drawn=drawn)
-    if drawn:
+    if after is not None:
         after.restore()
     return output
 
