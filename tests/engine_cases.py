@@ -20,12 +20,36 @@ def small_net(classes: int = 5) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(108, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Linear(8, classes))
 
 
-def made_private(dataset=None, net=None, *, engine=None, batch_size=10, optimizer=torch.optim.SGD, lr=0.1, **settings):
+class Negated(torch.autograd.Function):
+    """Gradient reversal."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+def made_private(
+    dataset=None,
+    net=None,
+    *,
+    engine=None,
+    batch_size=10,
+    collate_fn=None,
+    num_workers=0,
+    optimizer=torch.optim.SGD,
+    lr=0.1,
+    **settings,
+):
     """engine, model, optimizer, loader."""
     net = small_net() if net is None else net
     engine = dpfast.PrivacyEngine() if engine is None else engine
     given = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, **settings}
-    loader = DataLoader(pictures() if dataset is None else dataset, batch_size=batch_size)
+    dataset = pictures() if dataset is None else dataset
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn, num_workers=num_workers)
     made = engine.make_private(module=net, optimizer=optimizer(net.parameters(), lr=lr), data_loader=loader, **given)
     return engine, *made
 

@@ -322,15 +322,8 @@ def test_a_loss_of_each_text_by_the_ghost_criterion():
     torch.manual_seed(0)
     tokens = torch.randint(0, 9, (60, 6))
     net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9))
-    engine = dpfast.PrivacyEngine()
-    model, optimizer, criterion, loader = engine.make_private(
-        module=net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        criterion=nn.CrossEntropyLoss(ignore_index=0),
-        data_loader=DataLoader(TensorDataset(tokens), batch_size=10),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        grad_sample_mode="ghost",
+    _, model, optimizer, criterion, loader = made_private(
+        TensorDataset(tokens), net, criterion=nn.CrossEntropyLoss(ignore_index=0), grad_sample_mode="ghost"
     )
     for (text,) in loader:
         logits = model(text[:, :-1])
@@ -955,21 +948,11 @@ def test_batches_and_outputs_of_transformers():
         def forward(self, pixels):
             return outputs.SequenceClassifierOutput(logits=self.net(pixels), hidden_states=(pixels,))
 
-    data = pictures()
-
     def collate(items):  # as tokenizers do
         x, y = zip(*items, strict=True)
         return UserDict({"pixels": torch.stack(x), "labels": torch.stack(y), "names": ["name"] * len(x)})
 
-    net = Model()
-    engine = dpfast.PrivacyEngine()
-    model, optimizer, loader = engine.make_private(
-        module=net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        data_loader=DataLoader(data, batch_size=1, collate_fn=collate),  # some samples are empty
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
+    engine, model, optimizer, loader = made_private(net=Model(), batch_size=1, collate_fn=collate)  # some are empty
     empty = 0
     for batch in loader:
         labels = batch.pop("labels")

@@ -10,13 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 
-import dpfast
 from dpfast.engine.shadows import Shadows
 from dpfast.errors import DPFastError, PrivacyError
 from dpfast.testing import injected_entropy
-from engine_cases import made_private, numbers, pictures, small_net
+from engine_cases import Negated, made_private, numbers, pictures, small_net
 
 APART = "the loss of one example depends on others"
 INPUTS = "what the model is given for one example depends on other examples"
@@ -277,15 +275,16 @@ def test_inputs_that_mix_examples_are_refused(prepare):
         tried(F.cross_entropy, prepare=prepare)
 
 
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x, level):
+        return self.net(x + level)
+
+
 def test_an_argument_without_rows_that_is_computed_from_the_batch():
-    class Conditioned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = small_net()
-
-        def forward(self, x, level):
-            return self.net(x + level)
-
     _, model, _, loader = made_private(net=Conditioned())
     with pytest.raises(PrivacyError, match=INPUTS):  # noqa: PT012
         for x, _ in loader:
@@ -293,15 +292,7 @@ def test_an_argument_without_rows_that_is_computed_from_the_batch():
 
 
 def test_a_number_that_is_computed_from_the_batch():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = small_net()
-
-        def forward(self, x, scale):
-            return self.net(x * scale)
-
-    _, model, _, loader = made_private(net=Scaled())
+    _, model, _, loader = made_private(net=Conditioned())
     with pytest.raises(PrivacyError, match="a number that was read from the batch"):  # noqa: PT012
         for x, _ in loader:
             model(x, x.std().item())
@@ -560,18 +551,8 @@ def test_a_loss_that_begins_to_mix_is_refused_with_the_next_batch():
 def test_numbers_that_leave_torch_are_said_not_to_be_seen():
     with pytest.warns(UserWarning, match="was not seen to be computed from the batch"):
         tried(F.cross_entropy, prepare=lambda x, y: (torch.from_numpy(x.numpy() * 2), y))
-
-    class Own(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 2
-
-        @staticmethod
-        def backward(ctx, g):
-            return g * 2
-
     with pytest.warns(UserWarning, match="loss was not seen to be computed from the batch by torch functions"):
-        tried(lambda out, y: Own.apply(F.cross_entropy(out, y)))
+        tried(lambda out, y: Negated.apply(F.cross_entropy(out, y)))
 
 
 def test_transforms_of_torch_func_are_said_not_to_be_seen():
@@ -656,6 +637,16 @@ def mixing_up(items):
     return rows + 0.1 * rows.flip(0), torch.stack([y for _, y in items])
 
 
+def counted_through(items):
+    so_far = sum(int(x[:3].sum()) for x, _ in items)
+    return torch.stack([1_800_000_000 + so_far + y for _, y in items]), torch.stack([y for _, y in items])
+
+
+def turned(items):
+    rows = torch.stack([x[:3].float() for x, _ in items])
+    return torch.complex(rows, rows - rows.mean(0)), torch.stack([y for _, y in items])
+
+
 def masking(items):
     rows, y = padded([(x[:3], y) for x, y in items])
     return torch.where(torch.rand(rows.shape) < 0.2, 0, rows), y
@@ -674,18 +665,11 @@ class Texts(torch.utils.data.Dataset):
 
 
 def collated(collate, workers=0):
-    net = nn.Linear(1, 1)
-    return dpfast.PrivacyEngine().make_private(
-        module=net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        data_loader=DataLoader(Texts(), batch_size=20, collate_fn=collate, num_workers=workers),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )[2]
+    return made_private(Texts(), nn.Linear(1, 1), batch_size=20, collate_fn=collate, num_workers=workers)[-1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("collate", [standardising, mixing_up], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("collate", [standardising, mixing_up, counted_through, turned], ids=lambda f: f.__name__)
 def test_a_collate_function_that_mixes_examples_is_refused(collate, workers):
     with pytest.raises(PrivacyError, match="collate_fn: what it makes of one example depends on others"):
         list(collated(collate, workers))

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
-from dpfast import PrivacyEngine
 from dpfast.errors import PrivacyError
+from engine_cases import made_private
 
 REACHES = "its length reaches the shares of the others"
 UNSEEN = "not shown that its length does not reach the shares"
@@ -92,13 +91,7 @@ class LastState(nn.Module):
 
 def trained(model, collate, loss, workers=0):
     """Some batches; those that were looked at have other lengths with less padding."""
-    model, optimizer, loader = PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(Texts(), batch_size=10, collate_fn=collate, num_workers=workers),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
+    _, model, optimizer, loader = made_private(Texts(), model, collate_fn=collate, num_workers=workers)
     for _ in range(2):
         for batch in loader:
             optimizer.zero_grad()

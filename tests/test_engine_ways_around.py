@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
-from dpfast import PrivacyEngine
 from dpfast.errors import CaptureError, DPFastError, PrivacyError
-from engine_cases import made_private, numbers, small_net
+from engine_cases import Negated, made_private, numbers, small_net
 
 
 @pytest.fixture
@@ -157,19 +155,8 @@ class Reader(nn.Module):
         return self.head(self.embedding(tokens).mean(1))
 
 
-def texts(collate):
-    model = Reader()
-    return PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(Texts(), batch_size=20, collate_fn=collate),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
-
-
 def test_numbers_of_tokens_from_a_collate_function():
-    _, _, loader = texts(with_count)
+    *_, loader = made_private(Texts(), Reader(), batch_size=20, collate_fn=with_count)
     with pytest.raises(PrivacyError, match="collate_fn: what it makes of one example depends on others"):
         list(loader)
 
@@ -285,18 +272,6 @@ def test_sums_are_gone_when_a_loop_is_refused(private):
     assert all(p.grad is None for p in model.parameters())
 
 
-class Negated(torch.autograd.Function):
-    """Gradient reversal."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    def backward(ctx, g):
-        return -g
-
-
 def test_an_autograd_function_in_a_part_of_the_loss_is_said_not_to_be_seen(private):
     model, _, loader = private
     for x, y in loader:
@@ -334,13 +309,7 @@ def over_all_boxes(boxes, targets):
 @pytest.mark.parametrize("loss", [of_each_image, over_all_boxes], ids=lambda loss: loss.__name__)
 def test_lists_with_an_entry_for_each_example(loss):
     net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
-    model, optimizer, loader = PrivacyEngine().make_private(
-        module=net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        data_loader=DataLoader(Boxes(), batch_size=10, collate_fn=as_lists),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
+    _, model, optimizer, loader = made_private(Boxes(), net, collate_fn=as_lists)
 
     def one_pass():
         for images, targets in loader:
