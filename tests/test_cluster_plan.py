@@ -226,8 +226,8 @@ def test_fewer_files_than_gpus_are_warned_of():
 def test_pretraining_that_needs_no_such_cluster_is_warned_of():
     plan = cluster(2, 8)
     one, many = (way.seconds["pre-training"] for way in (plan.alone, plan.replicas))
-    assert plan.efficiency_of(plan.replicas, "pre-training") == pytest.approx(one / many / 16)
-    assert plan.efficiency_of(plan.alone) == 1
+    assert plan.replicas.efficiency_of("pre-training") == pytest.approx(one / many / 16)
+    assert plan.alone.efficiency_of() == 1
     assert any("(dpfast pretrain)" in warning for warning in plan.warnings())
     assert not any("pretrain" in warning for warning in cluster(1, 1).warnings())
 

@@ -114,19 +114,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to use the cluster. seconds: by stage of the recipe. state, activations, reserved: bytes of a GPU.
-
-    efficiency: of the private training, against one GPU as often as there are GPUs. sent: bytes of a rank and step.
+    """One way to use so many ``ranks``. seconds: by stage of the recipe; seconds_of_one: likewise, of one GPU. state,
+    activations, reserved: bytes of a GPU. sent: bytes of a rank and step.
     """
 
+    ranks: int
     step: Step
     seconds: dict[str, float]
-    efficiency: float
+    seconds_of_one: dict[str, float]
     sent: int
     state: int
     activations: int
     reserved: int
     room: int
+
+    @property
+    def efficiency(self) -> float:
+        """Of the private training."""
+        return self.efficiency_of("private training")
+
+    def efficiency_of(self, *stages: str) -> float:
+        """Of stages, by default all: the time of one GPU over that of all GPUs together."""
+        one, each = (sum(by[s] for s in stages or by) for by in (self.seconds_of_one, self.seconds))
+        return one / (self.ranks * each) if each else 1.0
 
     @property
     def memory(self) -> int:
@@ -183,12 +193,6 @@ class ClusterPlan:
         n, b = self.work.dataset_size, self.work.expected_batch_size
         return math.sqrt(b * (1 - b / n))
 
-    def efficiency_of(self, way: Way, stage: str | None = None) -> float:
-        """Of a stage, or all: the time of one GPU over that of all GPUs together."""
-        ranks = 1 if way is self.alone else self.cluster.ranks
-        one, each = (sum(w.seconds.values()) if stage is None else w.seconds[stage] for w in (self.alone, way))
-        return one / (ranks * each) if each else 1.0
-
     def worthwhile(self) -> Cluster:
         """The largest of such nodes, no larger than this one, whose efficiency is ``WORTH``; one GPU at least."""
         for nodes in range(self.cluster.nodes, 0, -1):
@@ -218,10 +222,10 @@ class ClusterPlan:
         return [said]
 
     def _of_public_batches(self) -> list[str]:
-        there = self.efficiency_of(self.replicas, "pre-training")
+        there = self.replicas.efficiency_of("pre-training")
         if there >= WORTH:
             return []
-        hours = [way.seconds["pre-training"] / 3600 for way in (self.alone, self.replicas)]
+        hours = [by["pre-training"] / 3600 for by in (self.replicas.seconds_of_one, self.replicas.seconds)]
         said = (
             f"pre-training, whose batch of public images is small for {self.cluster.ranks} GPUs, does {there:.0%} of"
             f" what they could: {hours[1]:,.2f} h in the place of {hours[0]:,.2f} h on one GPU. It may run by itself"
@@ -254,22 +258,27 @@ class ClusterPlan:
 
 
 def _way(work: Work, cluster: Cluster, *, sharded: bool) -> Way:
-    one = _step(work, Cluster(1, 1, cluster.device), sharded=False).seconds
     step = _step(work, cluster, sharded=sharded)
     return Way(
+        ranks=cluster.ranks,
         step=step,
-        seconds={
-            "pre-training": work.pretrain_steps * _public_step(work, cluster, sharded=sharded),
-            "private training": work.steps * step.seconds,
-            "sampling": _sampling(work, cluster.ranks),
-        },
-        efficiency=one / (cluster.ranks * step.seconds),
+        seconds=_seconds(work, cluster, sharded=sharded),
+        seconds_of_one=_seconds(work, Cluster(1, 1, cluster.device), sharded=False),
         sent=bytes_per_step(work.parameters, cluster.ranks, sharded, trained=work.trained),
         state=state_bytes(work.parameters, work.trained, cluster.ranks if sharded else 1),
         activations=work.activations,
         reserved=cluster.node.reserved,
         room=cluster.rates.memory,
     )
+
+
+def _seconds(work: Work, cluster: Cluster, *, sharded: bool) -> dict[str, float]:
+    """By stage."""
+    return {
+        "pre-training": work.pretrain_steps * _public_step(work, cluster, sharded=sharded),
+        "private training": work.steps * _step(work, cluster, sharded=sharded).seconds,
+        "sampling": _sampling(work, cluster.ranks),
+    }
 
 
 def state_bytes(parameters: int, trained: int, shards: int = 1) -> int:

@@ -62,7 +62,7 @@ def _compared(plan: ClusterPlan) -> Iterator[tuple[str, ...]]:
         if plan.alone.seconds[stage]:
             yield row(f"hours: {stage}", lambda way, stage=stage: f"{way.seconds[stage] / 3600:,.2f}")  # type: ignore[misc]
     yield row("  all", lambda way: f"{sum(way.seconds.values()) / 3600:,.2f}")
-    yield row("efficiency of all stages", lambda way: f"{plan.efficiency_of(way):.1%}")
+    yield row("efficiency of all stages", lambda way: f"{way.efficiency_of():.1%}")
     yield row("GB of a GPU: model and state", lambda way: f"{way.state / 1e9:,.1f}")
     yield row("  activations", lambda way: f"{way.activations / 1e9:,.1f}")
     yield row("  CUDA, NCCL", lambda way: f"{way.reserved / 1e9:,.1f}")
