@@ -103,12 +103,11 @@ class PrivacyEngine:
         **others: Any,
     ) -> Private:
         """(module, optimizer, data_loader) made private; with ``grad_sample_mode="ghost"`` (module, optimizer,
-        criterion, data_loader).
+        criterion, data_loader). From now on the random numbers of torch, numpy and ``random`` go on from a seed that
+        nobody knows, whatever was set before.
 
         noise_multiplier: the noise's standard deviation over ``max_grad_norm``; 0 clips without noise and gives no
             privacy. There is no last step.
-        Random numbers of torch, ``random`` and numpy go on from a seed that nobody knows, whatever was set before.
-
         loss_reduction: what ``backward()`` is called on: the "mean" or the "sum" over the rows of a (physical) batch.
             Losses that are not reduced, ``[B*K]``, may be back-propagated, too. With "sum", an update is not divided by
             the expected batch size.
@@ -244,9 +243,9 @@ class PrivacyEngine:
         inner = optimizer.optimizer if isinstance(optimizer, PrivateOptimizer) else bare(optimizer)
         ledger = self._ledger(plan)
         session.go_on_from(ledger)
-        reseed(
-            random_bytes(72)
-        )  # dropout's, say: what is drawn for an example by its place would change with those before it
+        # What is drawn by place in the batch (dropout, say) is another for all who stand behind an example that is
+        # added: with a seed that others know, sensitivity would be theirs, too.
+        reseed(random_bytes(72))
         private = PrivateOptimizer(inner, plan, session, ledger, max(1, size // steps))
         self.accountant.begin(plan, ledger, self._path)
         wrapped = PrivateModule(module, session)

@@ -22,15 +22,11 @@ UNSEEN = (
     "collate_fn pads to the longest example of the batch, and it was not shown that its length does not reach the"
     " shares of the others (mask the padding everywhere, in the model and in the loss, or pad to a fixed length)"
 )
-
-
 REACHES = (
     "collate_fn pads to the longest example of the batch, and its length reaches the shares of the others: the model's"
     " outputs for them, or the gradients of the loss, are others where all are padded less. Mask the padding everywhere"
     " (no means over all positions, in the model or in the loss), or pad to a fixed length"
 )
-
-
 _ROUGH, _LOWERED = 1e-4, 0.05  # rounding of what is computed in other shapes; under autocast
 
 

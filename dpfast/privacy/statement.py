@@ -77,7 +77,7 @@ class PrivacyStatement:
     public: what is treated as known to everybody: data set size, class list, preprocessing, test split.
     not_accounted: what was learned from private data outside the accounting: how hyperparameters were chosen.
     membership_accuracy: upper bound on the rate of right guesses about one example; 0.5 is a coin toss.
-    compositions: what releasing this beside something else from the same images costs.
+    compositions: what releasing this beside something else from the same examples costs.
     example: what one example is, in a word whose plural ends in s: "image", "text", "signal".
     """
 
