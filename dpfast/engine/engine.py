@@ -244,7 +244,7 @@ class PrivacyEngine:
         ledger = self._ledger(plan)
         session.go_on_from(ledger)
         # What is drawn by place in the batch (dropout, say) is another for all who stand behind an example that is
-        # added: with a seed that others know, sensitivity would be theirs, too.
+        # added: if others know the seed, that one example moves the gradients of all of these.
         reseed(random_bytes(72))
         private = PrivateOptimizer(inner, plan, session, ledger, max(1, size // steps))
         self.accountant.begin(plan, ledger, self._path)
