@@ -6,6 +6,7 @@ import json
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -273,6 +274,19 @@ def shifted_by_a_number(x, y):
 def test_inputs_that_mix_examples_are_refused(prepare):
     with pytest.raises(PrivacyError, match=INPUTS):
         tried(F.cross_entropy, prepare=prepare)
+
+
+def standardised_but_for_one(x, y):
+    table = x.flatten(1).clone()
+    table[:, 1:] -= table[:, 1:].mean(0)
+    return table.view_as(x), y
+
+
+def test_a_column_of_large_numbers_does_not_hide_the_others():
+    data = pictures()
+    data.tensors[0][:, 0, 0, 0] = 1.8e9
+    with pytest.raises(PrivacyError, match=INPUTS):
+        tried(F.cross_entropy, prepare=standardised_but_for_one, dataset=data)
 
 
 class Conditioned(nn.Module):
@@ -615,9 +629,9 @@ def test_a_batch_does_not_outlive_the_users_use_of_it():
 # Collating
 
 
-def padded(items):
+def padded(items, value=0):
     length = max(len(x) for x, _ in items)
-    rows = torch.stack([F.pad(x, (0, length - len(x))) for x, _ in items])
+    rows = torch.stack([F.pad(x, (0, length - len(x)), value=value) for x, _ in items])
     return rows, torch.stack([y for _, y in items])
 
 
@@ -637,14 +651,43 @@ def mixing_up(items):
     return rows + 0.1 * rows.flip(0), torch.stack([y for _, y in items])
 
 
-def counted_through(items):
-    so_far = sum(int(x[:3].sum()) for x, _ in items)
-    return torch.stack([1_800_000_000 + so_far + y for _, y in items]), torch.stack([y for _, y in items])
+def counted_from(start):
+    def collate(items):
+        so_far = sum(int(x[:3].sum()) for x, _ in items)
+        return torch.stack([start + so_far + y for _, y in items]), torch.stack([y for _, y in items])
+
+    return collate
+
+
+def in_numpy(items):
+    rows = np.stack([x[:3].float().numpy() for x, _ in items])
+    return rows - rows.mean(0), torch.stack([y for _, y in items])
+
+
+def with_a_number(kind):
+    def collate(items):
+        x, y = padded([(x[:3], y) for x, y in items])
+        return x, y, kind(x.sum().item())
+
+    return collate
 
 
 def turned(items):
     rows = torch.stack([x[:3].float() for x, _ in items])
     return torch.complex(rows, rows - rows.mean(0)), torch.stack([y for _, y in items])
+
+
+def with_nothing_known(items):
+    x, y = padded([(x.float(), y) for x, y in items], value=torch.nan)
+    return x, y, [torch.nan] * len(items), torch.nan, np.float32(0.5), True, np.stack([x[:3].numpy() for x, _ in items])
+
+
+def as_fractions(items):
+    """Of each one's own, which rounds by how long the batch is."""
+    x, y = padded([(x.float(), y) for x, y in items])
+    mask = x > 0
+    x = (x - x.sum(1, keepdim=True) / mask.sum(1, keepdim=True)) * mask
+    return x / (1 + x.square().sum(1, keepdim=True)).sqrt(), y
 
 
 def masking(items):
@@ -669,13 +712,23 @@ def collated(collate, workers=0):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("collate", [standardising, mixing_up, counted_through, turned], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "collate",
+    [
+        *(standardising, mixing_up, in_numpy, turned),
+        *(counted_from(start) for start in (18 * 10**8, 18 * 10**17, torch.tensor(1.8e9, dtype=torch.float64))),
+        *(with_a_number(kind) for kind in (int, float, complex, np.float32)),
+    ],
+    ids=lambda f: f.__name__,
+)
 def test_a_collate_function_that_mixes_examples_is_refused(collate, workers):
     with pytest.raises(PrivacyError, match="collate_fn: what it makes of one example depends on others"):
         list(collated(collate, workers))
 
 
 @pytest.mark.filterwarnings("ignore:collate_fn pads to the longest")  # masked at random
-@pytest.mark.parametrize("collate", [padded, padded_left, masking], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "collate", [padded, padded_left, with_nothing_known, as_fractions, masking], ids=lambda f: f.__name__
+)
 def test_a_collate_function_that_pads_or_masks_is_not_refused(collate):
     assert len(list(collated(collate))) == 2

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dpfast.clipping.rounding import differ
 from dpfast.clipping.trees import replace_tensors, tensors_in
 
 # No example changed another; likewise, but some input could not be changed; one did; nothing with rows went in or came
@@ -191,7 +192,7 @@ def _verdict(
         return "unseen"
 
     def unrepeatable() -> bool:
-        return any(_differs(one, other) for one, other in zip(before, outputs(usual), strict=True))
+        return any(differ(one, other) for one, other in zip(before, outputs(usual), strict=True))
 
     def mixed() -> Verdict:
         return "unrepeatable" if seed is not None and unrepeatable() else "mixed"
@@ -212,7 +213,7 @@ def _verdict(
             mine = torch.zeros(one.shape[dim], dtype=torch.bool, device=one.device)
             mine[batch.of(changed, len(mine))] = True
             one, other = one.movedim(dim, 0), other.movedim(dim, 0)
-            if _differs(one[~mine], other[~mine]):
+            if differ(one[~mine], other[~mine]):
                 return mixed()
             moved |= not torch.equal(one[mine], other[mine])
     if len(idle) == held:
@@ -220,19 +221,3 @@ def _verdict(
     if not moved:
         return "unmoved"
     return "partly" if idle else "apart"
-
-
-def _differs(before: Tensor, after: Tensor) -> bool:
-    """Beyond rounding, entry by entry: one huge entry (a mask's) must not hide the others."""
-    if before.shape != after.shape or not before.is_floating_point():
-        return not torch.equal(before, after)
-    finite = before.isfinite()
-    if not torch.equal(finite, after.isfinite()):
-        return True
-    eps = torch.finfo(before.dtype).eps
-    before, after = before[finite].double(), after[finite].double()
-    if not before.numel():
-        return False
-    scale = torch.maximum(before.abs(), after.abs())
-    tolerance = (100 * eps if eps < 1e-5 else eps) * scale.clamp(min=scale.median().item())
-    return bool(((before - after).abs() > tolerance).any())

@@ -2,9 +2,9 @@
 
 Read in this order: ``engine`` (the API), ``loader`` and ``memory`` (Poisson samples, in physical batches),
 ``module`` and ``session`` (what one batch goes through, from the loader to ``optimizer.step()``), ``outputs`` (where
-the user's losses are cut off from the model), ``between`` (the mode that sees ``loss.backward()``), ``beside``,
-``shadows``, ``readings`` and ``fewer`` (that the user's code keeps examples apart), ``collation`` and ``padding``
-(likewise), ``compare``, ``optimizer``, ``accountant``.
+the user's losses are cut off from the model), ``between`` (the mode that sees ``loss.backward()``); that the user's
+code keeps examples apart: ``batches``, ``exchange``, ``readings``, ``shadows``, ``compare``, ``fewer``, ``padding``,
+``collation``, ``beside``; ``optimizer``, ``accountant``.
 """
 
 from dpfast.engine.engine import PrivacyEngine

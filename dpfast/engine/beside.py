@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpfast.clipping.rounding import differ, real
 from dpfast.clipping.trees import TensorMap, replace_tensors, tensors_in
 from dpfast.engine.batches import Entries, parts_of, rows_at, rows_dim, tensors_of
-from dpfast.engine.compare import alike, real, roughness, rows_apart
+from dpfast.engine.compare import roughness, rows_apart
 from dpfast.engine.exchange import exchanged_halves
 from dpfast.engine.fewer import Fewer
 from dpfast.engine.outputs import Cut, Reduction, evaluated, reached_beside
@@ -28,7 +29,6 @@ from dpfast.engine.readings import Followed
 from dpfast.engine.shadows import World
 from dpfast.errors import PrivacyError
 
-_ROUGH = 1e-5  # of inputs: rounding
 _COARSE = 0.03  # of gradients that may be halved in bfloat16
 _FAINT = 1e-6  # of the largest row's gradient: rounding of what all rows have in common
 
@@ -197,13 +197,12 @@ class Beside:
         if isinstance(world, Shorter):
             return world.is_same_input(t, shadow)
         dim = rows_dim(t, self.examples, self.augmult)
-        if dim is None or world.kept is None:
-            return alike(t, shadow, rough=_ROUGH)
-        if t.shape != shadow.shape:
-            return False
-        each = t.shape[dim] // self.examples
-        rows = rows_at(world.kept, each, t.device)
-        return alike(t.index_select(dim, rows), shadow.index_select(dim, rows), rough=_ROUGH)
+        if dim is None or t.shape != shadow.shape:
+            return not differ(t[None], shadow[None], by_column=True)
+        kept = range(self.examples) if world.kept is None else world.kept
+        rows = rows_at(kept, t.shape[dim] // self.examples, t.device)
+        ours, theirs = (one.index_select(dim, rows).movedim(dim, 0) for one in (t, shadow))
+        return not differ(ours, theirs, by_column=True)
 
     def see_outputs(
         self, module: nn.Module, call: Any, given: Any, cuts: Sequence[Cut], stand_ins: Sequence[Tensor]
@@ -242,7 +241,7 @@ class Beside:
                 continue
             if there is None:
                 there = tensors_in(evaluated(module, world.there(call)))
-            if alike(t.detach(), there[place], rough=_ROUGH):
+            if not differ(t.detach()[None], there[place][None], by_column=True):
                 continue
             if t.ndim and len(t) and len(t) % sizes[0] == 0 and not t.is_floating_point():  # codes, several of each row
                 for one in (world, self.fewer):

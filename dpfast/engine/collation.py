@@ -5,17 +5,19 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.clipping.rounding import differ
 from dpfast.clipping.trees import leaves
 from dpfast.engine.batches import Entries, parts_of, rows_at, rows_dim, tensors_of
-from dpfast.engine.compare import real
 from dpfast.engine.exchange import exchanged_halves
 from dpfast.engine.padding import UNSEEN, Padded, narrowings
-from dpfast.engine.readings import is_number
 from dpfast.errors import PrivacyError
 from dpfast.seeding import RandomState
+
+_NUMBER = int | float | complex
 
 
 class Collate:
@@ -65,7 +67,7 @@ class Collate:
         return less or batch
 
     def _is_apart(self, batch: Any, other: Any, examples: int, kept: list[int]) -> bool:
-        ours, theirs = (list(parts_of(one, examples, self.augmult)) for one in (batch, other))
+        ours, theirs = (list(map(_of_torch, parts_of(one, examples, self.augmult))) for one in (batch, other))
         if len(ours) != len(theirs):
             return False
         sizes = {*(size for t in ours if isinstance(t, Tensor) for size in t.shape)}
@@ -109,9 +111,21 @@ def _is_same_tree(a: Any, b: Any) -> bool:
 
 def _is_same(a: Any, b: Any) -> bool:
     """Of what is neither tensor nor number nothing is known."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and _same(a, b)
-    return bool(a == b) if is_number(a) and is_number(b) else True
+    a, b = _of_torch(a), _of_torch(b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and not differ(a, b, by_column=True)
+    if isinstance(a, _NUMBER) and isinstance(b, _NUMBER):
+        return a == b or (a != a and b != b)  # NaN
+    return True
+
+
+def _of_torch(value: Any) -> Any:
+    """The tensor, or Python's number, that it is in numpy's form."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.as_tensor(np.ascontiguousarray(value))
+    return value
 
 
 def _is_one_of(number: Any, sizes: set[int]) -> bool:
@@ -124,13 +138,13 @@ def _is_one_of(number: Any, sizes: set[int]) -> bool:
 def _same_but_for_padding(a: Tensor, b: Tensor) -> bool:
     """Rows; where one has more entries along other dimensions, what it has more is the same in all rows."""
     if a.shape == b.shape:
-        return _same(a, b)
+        return not differ(a, b, by_column=True)
     if a.ndim != b.ndim:
         return False
     sizes = [min(pair) for pair in zip(a.shape, b.shape, strict=True)]
     sides = zip(narrowings(a, sizes), narrowings(b, sizes), strict=True)
     padded = zip(_paddings(a, sizes), _paddings(b, sizes), strict=True)
-    return any(_same(*side) and all(both) for side, both in zip(sides, padded, strict=True))
+    return any(not differ(*side) and all(both) for side, both in zip(sides, padded, strict=True))
 
 
 def _paddings(rows: Tensor, sizes: Sequence[int]) -> Iterator[bool]:
@@ -139,7 +153,7 @@ def _paddings(rows: Tensor, sizes: Sequence[int]) -> Iterator[bool]:
         outside = torch.ones_like(rows, dtype=torch.bool)
         list(narrowings(outside, sizes))[side].fill_(False)
         beyond = rows[outside].view(len(rows), -1)
-        yield bool((beyond == beyond[:1]).all())
+        yield bool(((beyond == beyond[:1]) | (beyond.isnan() & beyond[:1].isnan())).all())
 
 
 def _is_shorter(other: Sequence[Tensor], batch: Sequence[Tensor]) -> bool:
@@ -147,11 +161,3 @@ def _is_shorter(other: Sequence[Tensor], batch: Sequence[Tensor]) -> bool:
     pairs = list(zip(other, batch, strict=False))
     some = any(a.shape != b.shape for a, b in pairs)
     return some and all(any(True for _ in narrowings(b, a.shape)) for a, b in pairs)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Up to rounding; whole numbers are to be equal."""
-    whole = not any(t.is_floating_point() or t.is_complex() for t in (a, b))
-    rough, faint = (0.0, 0.0) if whole else (1e-5, 1e-7)
-    a, b = real(a), real(b)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=rough, atol=faint, equal_nan=True)

@@ -1,14 +1,14 @@
-"""Whether what was computed twice is the same, up to rounding."""
+"""Whether gradients, or what was computed in other shapes, are the same by the norms of their rows, up to rounding.
+
+Entry by entry: ``clipping.rounding``.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def real(t: Tensor) -> Tensor:
-    """In float64, complex numbers as pairs."""
-    return (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).double()
+from dpfast.clipping.rounding import real
 
 
 def rows_apart(one: Tensor, other: Tensor, rows: int) -> tuple[Tensor, Tensor]:

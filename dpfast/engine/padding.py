@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.clipping.calls import Autocast
+from dpfast.clipping.rounding import real
 from dpfast.clipping.trees import tensors_in
 from dpfast.engine.batches import rows_at, rows_dim, tensors_of
-from dpfast.engine.compare import alike, real
+from dpfast.engine.compare import alike
 from dpfast.engine.outputs import Cut, evaluated
 from dpfast.engine.shadows import Unseen, World
 

@@ -134,7 +134,7 @@ class Way:
         return self.efficiency_of("private training")
 
     def efficiency_of(self, *stages: str) -> float:
-        """Of stages, by default all: the time of one GPU over that of all GPUs together."""
+        """Of stages, by default all: the time of one GPU over that of all GPUs together; of none, 1."""
         one, each = (sum(by[s] for s in stages or by) for by in (self.seconds_of_one, self.seconds))
         return one / (self.ranks * each) if each else 1.0
 
@@ -258,12 +258,12 @@ class ClusterPlan:
 
 
 def _way(work: Work, cluster: Cluster, *, sharded: bool) -> Way:
-    step = _step(work, cluster, sharded=sharded)
+    one, step = Cluster(1, 1, cluster.device), _step(work, cluster, sharded=sharded)
     return Way(
         ranks=cluster.ranks,
         step=step,
-        seconds=_seconds(work, cluster, sharded=sharded),
-        seconds_of_one=_seconds(work, Cluster(1, 1, cluster.device), sharded=False),
+        seconds=_seconds(work, cluster, step, sharded=sharded),
+        seconds_of_one=_seconds(work, one, _step(work, one, sharded=False), sharded=False),
         sent=bytes_per_step(work.parameters, cluster.ranks, sharded, trained=work.trained),
         state=state_bytes(work.parameters, work.trained, cluster.ranks if sharded else 1),
         activations=work.activations,
@@ -272,11 +272,11 @@ def _way(work: Work, cluster: Cluster, *, sharded: bool) -> Way:
     )
 
 
-def _seconds(work: Work, cluster: Cluster, *, sharded: bool) -> dict[str, float]:
+def _seconds(work: Work, cluster: Cluster, step: Step, *, sharded: bool) -> dict[str, float]:
     """By stage."""
     return {
         "pre-training": work.pretrain_steps * _public_step(work, cluster, sharded=sharded),
-        "private training": work.steps * _step(work, cluster, sharded=sharded).seconds,
+        "private training": work.steps * step.seconds,
         "sampling": _sampling(work, cluster.ranks),
     }
 
