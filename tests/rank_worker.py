@@ -457,6 +457,10 @@ def carry_out(tasks: dict[str, Any], task: str, folder: str) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        # A mesh keeps gloo's threads beyond that, and one that lets go of a tensor while Python ends aborts the process
+        # (torch's issue 190489).
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
