@@ -5,6 +5,7 @@ import gc
 import json
 import pickle
 import weakref
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dpfast.engine.batches import copied
 from dpfast.engine.shadows import Shadows
 from dpfast.errors import DPFastError, PrivacyError
 from dpfast.testing import injected_entropy
@@ -287,6 +289,69 @@ def test_a_column_of_large_numbers_does_not_hide_the_others():
     data.tensors[0][:, 0, 0, 0] = 1.8e9
     with pytest.raises(PrivacyError, match=INPUTS):
         tried(F.cross_entropy, prepare=standardised_but_for_one, dataset=data)
+
+
+ENCODER = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU()).eval()
+
+
+@torch.no_grad()
+def encoded(x):
+    return ENCODER(x)
+
+
+def of_each_image(x):
+    x = x - x.mean((1, 2, 3), keepdim=True)
+    return x / x.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+
+def projected(x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return (x.flatten(1) @ torch.ones(x.shape[1:].numel(), 32)).relu().float()
+
+
+LAYOUTS = {
+    "last channels": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "cropped": lambda x: x[..., 1:14, 2:13],
+    "in steps": lambda x: x[..., ::2, ::2],
+    "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1),
+    "windows": lambda x: x.unfold(3, 5, 1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prepare", [encoded, of_each_image, projected], ids=lambda f: f.__name__)
+def test_rounding_that_depends_on_how_a_batch_is_laid_out(layout, prepare):
+    torch.manual_seed(0)
+    images = torch.randn(30, 3, 16, 16)
+
+    def collate(items):
+        return LAYOUTS[layout](torch.stack([x for x, _ in items])), torch.stack([y for _, y in items])
+
+    data = torch.utils.data.TensorDataset(images, torch.randint(0, 5, (30,)))
+    size = prepare(LAYOUTS[layout](images))[0].numel()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(size, 5))
+    _, model, optimizer, loader = made_private(data, net, batch_size=5, collate_fn=collate)
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(prepare(x)), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_copies_are_laid_out_alike(layout):
+    t = LAYOUTS[layout](torch.randn(6, 3, 16, 16))
+    some = t[[1, 0, 4]]
+    for copy_, one in ((copied(t), t), (copied(some, like=t), some)):
+        assert torch.equal(copy_, one)
+        assert copy_.stride() == t.stride()
+        assert copy_.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
+
+
+def test_windows_over_several_examples_are_copied_as_they_are():
+    t = torch.randn(100).unfold(0, 20, 10)
+    assert torch.equal(copied(t), t)
+    assert torch.equal(copied(t[[3, 1, 1]], like=t), t[[3, 1, 1]])
 
 
 class Conditioned(nn.Module):
@@ -672,6 +737,10 @@ def with_a_number(kind):
     return collate
 
 
+def sometimes(total):
+    return [None if total >> bit & 1 else 1.0 for bit in range(8)]
+
+
 def turned(items):
     rows = torch.stack([x[:3].float() for x, _ in items])
     return torch.complex(rows, rows - rows.mean(0)), torch.stack([y for _, y in items])
@@ -679,7 +748,10 @@ def turned(items):
 
 def with_nothing_known(items):
     x, y = padded([(x.float(), y) for x, y in items], value=torch.nan)
-    return x, y, [torch.nan] * len(items), torch.nan, np.float32(0.5), True, np.stack([x[:3].numpy() for x, _ in items])
+    arrays = [np.stack([x[:3].numpy() for x, _ in items]).astype(kind) for kind in (">f4", "f4", "g", "G", "O", "U")]
+    arrays[1].setflags(write=False)
+    numbers = [np.float32(0.5), True, np.array(x.shape[1]), np.longdouble(0.1), np.datetime64("now", "ns"), None]
+    return x, y, [torch.nan] * len(items), torch.nan, arrays, numbers, list(arrays[0])
 
 
 def as_fractions(items):
@@ -717,7 +789,7 @@ def collated(collate, workers=0):
     [
         *(standardising, mixing_up, in_numpy, turned),
         *(counted_from(start) for start in (18 * 10**8, 18 * 10**17, torch.tensor(1.8e9, dtype=torch.float64))),
-        *(with_a_number(kind) for kind in (int, float, complex, np.float32)),
+        *(with_a_number(kind) for kind in (int, float, complex, np.float32, Decimal, sometimes)),
     ],
     ids=lambda f: f.__name__,
 )

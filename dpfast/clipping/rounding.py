@@ -1,5 +1,7 @@
 """Whether numbers that were computed twice differ by more than rounding, entry by entry."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,24 +11,42 @@ def real(t: Tensor) -> Tensor:
     return (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).double()
 
 
-def differ(one: Tensor, other: Tensor, *, by_column: bool = False) -> bool:
-    """Beyond rounding: by some eps of an entry's own size or the median's, so that one huge entry (a mask's) does not
-    hide the others; by_column: the median of the same place in all rows, as columns have units of their own.
+def of_all(sizes: Tensor) -> Tensor:
+    """The median, so that one huge entry (a mask's) does not hide the others."""
+    return sizes.nanmedian()
 
-    What is no floating-point number is to be equal. NaN is NaN here.
+
+def but_zeros(sizes: Tensor) -> Tensor:
+    """The median of what is not 0 (padding)."""
+    return of_all(torch.where(sizes > 0, sizes, torch.nan))
+
+
+def of_columns(sizes: Tensor) -> Tensor:
+    """That of the same place in all rows, as the columns of a table have units of their own; of what is not 0."""
+    if not sizes.ndim:
+        return sizes
+    sizes = torch.where(sizes > 0, sizes, torch.nan)
+    middle = (sizes.isfinite().sum(0, keepdim=True) - 1).clamp(min=0) // 2
+    return sizes.sort(0).values.gather(
+        0, middle
+    )  # NaN comes last; median(0) is refused where CUDA must be deterministic
+
+
+def differ(one: Tensor, other: Tensor, typical: Callable[[Tensor], Tensor] = of_all) -> bool:
+    """Beyond rounding: 100 eps (of half types one) of the entry's own size, or of the ``typical`` one if that is more.
+
+    Whole numbers and truth values are to be equal. NaN is NaN here.
     """
-    if one.shape != other.shape:
+    if one.shape != other.shape or one.is_complex() != other.is_complex():
         return True
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    if not (dtype.is_floating_point or dtype.is_complex):
+    precisions = [torch.finfo(t.dtype).eps for t in (one, other) if t.is_floating_point() or t.is_complex()]
+    if not precisions:
         return not torch.equal(one, other)
     if not one.numel():
         return False
-    eps = torch.finfo(dtype).eps
-    a, b = real(one.to(dtype)), real(other.to(dtype))
+    eps, a, b = max(precisions), real(one), real(other)
     finite = a.isfinite() & b.isfinite()
-    size = torch.where(finite, torch.maximum(a.abs(), b.abs()), torch.nan)
-    typical = size.nanmedian(0).values if by_column and size.ndim else size.nanmedian()
-    tolerance = (100 * eps if eps < 1e-5 else eps) * torch.maximum(size, typical)
+    sizes = torch.where(finite, torch.maximum(a.abs(), b.abs()), torch.nan)
+    tolerance = (100 * eps if eps < 1e-5 else eps) * torch.fmax(sizes, typical(sizes))
     same = (a == b) | (a.isnan() & b.isnan())
     return bool(torch.where(finite, (a - b).abs() > tolerance, ~same).any())

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dpfast.clipping.trees import leaves, replace_tensors, tensors_in
 
+_ALIGNED = 64  # entries: whether the first stands at the beginning of a vector
+_SPREAD = 32  # times as much memory as entries, at most, for a copy that is laid out alike
+
 
 def mapped(batch: Any, of: Callable[[Tensor], Tensor]) -> Any:
     """The same batch with other tensors."""
@@ -68,6 +71,27 @@ def rows_dim(t: Tensor, examples: int, augmult: int) -> int | None:
 def rows_at(places: Sequence[int], each: int, device: torch.device | None = None) -> Tensor:
     """The indices of the rows that the examples in some places have, ``each`` of them so many."""
     return torch.tensor([p * each + k for p in places for k in range(each)], dtype=torch.int64, device=device)
+
+
+def copied(t: Tensor, like: Tensor | None = None) -> Tensor:
+    """``t`` in memory of its own, laid out as ``like`` (``t`` by default), of which it may be some rows: what is laid
+    out otherwise may be computed by other kernels, which round otherwise. What autograd follows is cloned.
+    """
+    like = t if like is None else like
+    if t.requires_grad or like.layout is not torch.strided or not t.numel():
+        return t.clone()
+    extent, shared = 1, False  # from the first to behind the last entry in memory; whether some share theirs
+    for stride, size in sorted(zip(like.stride(), like.shape, strict=True)):
+        if stride and size > 1:
+            shared |= stride < extent
+            extent += stride * (size - 1)
+    if extent > _SPREAD * like.numel():  # over a whole data set
+        return t.clone()
+    offset = like.storage_offset() % _ALIGNED
+    own = t.new_empty(offset + extent).as_strided(t.shape, like.stride(), offset)
+    once = tuple(slice(None if stride else 1) for stride in like.stride())  # of what is expanded
+    own[once].copy_(t[once])
+    return t.clone() if shared and not torch.equal(own, t) else own  # windows over several examples
 
 
 def emptied(batch: Any, augmult: int, *, inner: bool = False) -> Any:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.clipping.rounding import differ, real
+from dpfast.clipping.rounding import differ, of_columns, real
 from dpfast.clipping.trees import TensorMap, replace_tensors, tensors_in
-from dpfast.engine.batches import Entries, parts_of, rows_at, rows_dim, tensors_of
+from dpfast.engine.batches import Entries, copied, parts_of, rows_at, rows_dim, tensors_of
 from dpfast.engine.compare import roughness, rows_apart
 from dpfast.engine.exchange import exchanged_halves
 from dpfast.engine.fewer import Fewer
@@ -142,7 +142,7 @@ class Beside:
                 world.absent.update(tensors_in(part[len(there) :]))
             for here, instead in zip(part, there, strict=False):
                 if here is not instead:
-                    world.note(here, replace_tensors(instead, lambda t: t.detach().clone()))
+                    world.note(here, replace_tensors(instead, lambda t: copied(t.detach())))
 
     @property
     def _of_others(self) -> list[World]:
@@ -198,11 +198,12 @@ class Beside:
             return world.is_same_input(t, shadow)
         dim = rows_dim(t, self.examples, self.augmult)
         if dim is None or t.shape != shadow.shape:
-            return not differ(t[None], shadow[None], by_column=True)
-        kept = range(self.examples) if world.kept is None else world.kept
-        rows = rows_at(kept, t.shape[dim] // self.examples, t.device)
-        ours, theirs = (one.index_select(dim, rows).movedim(dim, 0) for one in (t, shadow))
-        return not differ(ours, theirs, by_column=True)
+            return not differ(t[None], shadow[None], of_columns)
+        ours, theirs = t.movedim(dim, 0), shadow.movedim(dim, 0)
+        if world.kept is not None:
+            rows = rows_at(world.kept, t.shape[dim] // self.examples, t.device)
+            ours, theirs = ours[rows], theirs[rows]
+        return not differ(ours, theirs, of_columns)
 
     def see_outputs(
         self, module: nn.Module, call: Any, given: Any, cuts: Sequence[Cut], stand_ins: Sequence[Tensor]
@@ -241,7 +242,7 @@ class Beside:
                 continue
             if there is None:
                 there = tensors_in(evaluated(module, world.there(call)))
-            if not differ(t.detach()[None], there[place][None], by_column=True):
+            if not differ(t.detach()[None], there[place][None], of_columns):
                 continue
             if t.ndim and len(t) and len(t) % sizes[0] == 0 and not t.is_floating_point():  # codes, several of each row
                 for one in (world, self.fewer):

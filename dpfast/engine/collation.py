@@ -3,21 +3,20 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.clipping.rounding import differ
+from dpfast.clipping.rounding import but_zeros, differ, of_columns
 from dpfast.clipping.trees import leaves
 from dpfast.engine.batches import Entries, parts_of, rows_at, rows_dim, tensors_of
 from dpfast.engine.exchange import exchanged_halves
 from dpfast.engine.padding import UNSEEN, Padded, narrowings
 from dpfast.errors import PrivacyError
 from dpfast.seeding import RandomState
-
-_NUMBER = int | float | complex
 
 
 class Collate:
@@ -113,19 +112,20 @@ def _is_same(a: Any, b: Any) -> bool:
     """Of what is neither tensor nor number nothing is known."""
     a, b = _of_torch(a), _of_torch(b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and not differ(a, b, by_column=True)
-    if isinstance(a, _NUMBER) and isinstance(b, _NUMBER):
-        return a == b or (a != a and b != b)  # NaN
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and not differ(a, b, of_columns)
+    if isinstance(a, Number) or isinstance(b, Number):
+        return bool(a == b) or (a != a and b != b)  # NaN
     return True
 
 
 def _of_torch(value: Any) -> Any:
     """The tensor, or Python's number, that it is in numpy's form."""
-    if isinstance(value, np.generic):
+    if isinstance(value, np.number | np.bool_):
         return value.item()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return torch.as_tensor(np.ascontiguousarray(value))
-    return value
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
+        return value
+    wide = {"g": np.float64, "G": np.complex128}.get(value.dtype.char, value.dtype)  # which torch does not have
+    return torch.from_numpy(np.array(value, dtype=np.dtype(wide).newbyteorder("=")))
 
 
 def _is_one_of(number: Any, sizes: set[int]) -> bool:
@@ -138,13 +138,13 @@ def _is_one_of(number: Any, sizes: set[int]) -> bool:
 def _same_but_for_padding(a: Tensor, b: Tensor) -> bool:
     """Rows; where one has more entries along other dimensions, what it has more is the same in all rows."""
     if a.shape == b.shape:
-        return not differ(a, b, by_column=True)
+        return not differ(a, b, of_columns)
     if a.ndim != b.ndim:
         return False
     sizes = [min(pair) for pair in zip(a.shape, b.shape, strict=True)]
     sides = zip(narrowings(a, sizes), narrowings(b, sizes), strict=True)
     padded = zip(_paddings(a, sizes), _paddings(b, sizes), strict=True)
-    return any(not differ(*side) and all(both) for side, both in zip(sides, padded, strict=True))
+    return any(not differ(*side, but_zeros) and all(both) for side, both in zip(sides, padded, strict=True))
 
 
 def _paddings(rows: Tensor, sizes: Sequence[int]) -> Iterator[bool]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpfast.clipping.functions import INDEXED
 from dpfast.clipping.trees import TensorMap, function_name, replace_tensors, tensors_in
-from dpfast.engine.batches import rows_at
+from dpfast.engine.batches import copied, rows_at
 from dpfast.engine.readings import Readings, read, takes_numbers, takes_sizes, with_numbers
 from dpfast.seeding import RandomState
 
@@ -119,8 +119,8 @@ class World:
     def rows(self, t: Tensor, dim: int, each: int) -> Tensor:
         """``t``, which has ``each`` entries along ``dim`` for an example, in this world: a new tensor."""
         if self.places is None:
-            return t.clone()
-        return t.index_select(dim, rows_at(self.places, each, t.device))
+            return copied(t)
+        return copied(t.index_select(dim, rows_at(self.places, each, t.device)), like=t)
 
     def part_of(self, t: Tensor) -> Tensor | None:  # noqa: ARG002  # of others
         """What a tensor is that has no shadow, if it is another."""
