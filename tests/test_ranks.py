@@ -171,6 +171,17 @@ def test_a_checkpoint_of_shards_goes_on_with_other_ranks(run, tmp_path, ranks, k
         assert found["statement"] == pytest.approx(rank_worker.plan().epsilon(4))
 
 
+# The end
+
+
+def test_a_trainer_that_outlives_its_process_group_keeps_no_thread_of_it(run):
+    """One that lets go of a tensor while Python ends would abort the process."""
+    for rank, found in enumerate(run("lasting", 2)):
+        assert any("gloo" in name for name in found["before"])
+        assert not [name for name in found["after"] if "gloo" in name]
+        assert f"ConfigError: rank {rank} of 2: the process group is gone" in found["said"]
+
+
 # A loop of one's own
 
 

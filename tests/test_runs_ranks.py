@@ -16,6 +16,7 @@ from dpfast.runs.pipeline import open_run
 from dpfast.runs.work import draw_samples
 
 WORKER = Path(run_worker.__file__)
+COMMAND = WORKER.with_name("command_worker.py")
 TINY = (
     "name=tiny", "widths=[8, 8]", "norm_groups=4", "public_count=40", "pretrain.steps=3", "pretrain.batch_size=5",
     "private.steps=4", "private.sample_rate=0.05", "private.augmult=2", "target_epsilon=1", "sample.count=30",
@@ -112,7 +113,7 @@ def run(request, tmp_path_factory):
     if request.param == "killed":
         done = launch(WORKER, "killed", folder, *command, restarts=2)
     else:
-        done = launch("-m", "dpfast", *command)
+        done = launch(COMMAND, folder, *command)
     assert done.returncode == 0, done.stderr[-6000:]
     return request.param, folder, done
 
@@ -155,6 +156,16 @@ def test_rank_0_alone_speaks(run):
     for stage in ("pretrain", "train", "sample", "baseline", "evaluate", "report"):
         assert done.stderr.count(f"\n{stage}: done in") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_no_thread_of_the_process_group_is_left_to_abort_the_command_when_python_ends(run):
+    how, folder, _ = run
+    if how == "killed":
+        pytest.skip("the threads of the undisturbed run were noted")
+    for rank in range(2):
+        left = (folder / f"threads-{rank}").read_text().split()
+        assert left
+        assert not [name for name in left if "gloo" in name]
 
 
 def test_a_killed_run_measures_nothing_again_that_a_rank_has_kept(run):

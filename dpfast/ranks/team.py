@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Self, TypeVar, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -16,6 +16,11 @@ from torch import Tensor
 from dpfast import errors
 from dpfast.errors import ConfigError, DPFastError, PrivacyError
 from dpfast.privacy import poisson_sample
+
+if dist.is_available():
+    # Its functions keep the default group of the time when it is imported, and with it gloo's threads, beyond its end:
+    # one that lets go of a tensor while Python ends aborts the process. torch.optim may import it, later than this.
+    import torch.distributed.nn.functional
 
 T = TypeVar("T")
 
@@ -35,7 +40,8 @@ class Ranks:
 
     def __init__(self, rank: int, size: int, control: Any = None) -> None:
         self.rank, self.size = rank, size
-        self._control = control
+        # Weakly: a trainer that lives until Python ends must not keep the group's threads until then.
+        self._control_of = None if control is None else ref(control)
         self._rounds = 0
         # A store may outlive a group of processes (torchrun's does): no two groups count in one place.
         self._life = self.first(lambda: os.urandom(8).hex()) if size > 1 else ""
@@ -55,6 +61,17 @@ class Ranks:
     def alone(cls) -> Self:
         """One process by itself, whether or not there are others."""
         return cls(0, 1)
+
+    @property
+    def _control(self) -> Any:
+        """The group to speak over, as long as it lives."""
+        control = None if self._control_of is None else self._control_of()
+        if control is None:
+            raise ConfigError(
+                f"rank {self.rank} of {self.size}: the process group is gone (destroy_process_group). Expected it to"
+                " last as long as training does; make trainer and optimizer again in a new one"
+            )
+        return control
 
     @property
     def leads(self) -> bool:
