@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpfast.engine.batches import copied
+from dpfast.engine.collation import Collate
 from dpfast.engine.shadows import Shadows
 from dpfast.errors import DPFastError, PrivacyError
 from dpfast.testing import injected_entropy
@@ -316,6 +317,7 @@ LAYOUTS = {
     "in steps": lambda x: x[..., ::2, ::2],
     "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1),
     "windows": lambda x: x.unfold(3, 5, 1)[..., 0],
+    "one of many channels": lambda x: x[..., None].repeat(1, 1, 1, 1, 64)[..., 0],
 }
 
 
@@ -724,9 +726,36 @@ def counted_from(start):
     return collate
 
 
-def in_numpy(items):
-    rows = np.stack([x[:3].float().numpy() for x, _ in items])
-    return rows - rows.mean(0), torch.stack([y for _, y in items])
+def in_numpy(kind):
+    def collate(items):
+        rows = np.stack([x[:3].float().numpy() for x, _ in items])
+        return kind(rows - rows.mean(0)), torch.stack([y for _, y in items])
+
+    return collate
+
+
+def as_objects(rows):
+    return rows.astype("O")
+
+
+def as_structures(rows):
+    return rows.view([(name, rows.dtype) for name in "abc"])[:, 0]
+
+
+def as_structure(rows):
+    return as_structures(rows)[0]
+
+
+def as_times(rows):
+    return (1e6 * rows).astype("i8").astype("M8[us]")
+
+
+def as_durations(rows):
+    return list((1e6 * rows[0]).astype("i8").astype("m8[s]"))
+
+
+def as_a_mask(rows):
+    return np.ma.masked_array(np.ones_like(rows), rows > 0)
 
 
 def with_a_number(kind):
@@ -748,10 +777,13 @@ def turned(items):
 
 def with_nothing_known(items):
     x, y = padded([(x.float(), y) for x, y in items], value=torch.nan)
-    arrays = [np.stack([x[:3].numpy() for x, _ in items]).astype(kind) for kind in (">f4", "f4", "g", "G", "O", "U")]
+    arrays = [
+        np.stack([x[:3].numpy() for x, _ in items]).astype(kind) for kind in (">f4", "f4", "g", "G", "O", "U", "M8[s]")
+    ]
     arrays[1].setflags(write=False)
-    numbers = [np.float32(0.5), True, np.array(x.shape[1]), np.longdouble(0.1), np.datetime64("now", "ns"), None]
-    return x, y, [torch.nan] * len(items), torch.nan, arrays, numbers, list(arrays[0])
+    arrays += [as_structures(arrays[1]), as_a_mask(arrays[1] - 4)]
+    numbers = [np.float32(0.5), True, np.array(x.shape[1]), np.longdouble(0.1), np.datetime64("NaT"), np.array(None)]
+    return x, y, [torch.nan] * len(items), torch.nan, arrays, numbers, list(arrays[0]), list(as_structures(arrays[1]))
 
 
 def as_fractions(items):
@@ -787,7 +819,8 @@ def collated(collate, workers=0):
 @pytest.mark.parametrize(
     "collate",
     [
-        *(standardising, mixing_up, in_numpy, turned),
+        *(standardising, mixing_up, turned),
+        *map(in_numpy, (np.array, as_objects, as_structures, as_structure, as_times, as_durations, as_a_mask)),
         *(counted_from(start) for start in (18 * 10**8, 18 * 10**17, torch.tensor(1.8e9, dtype=torch.float64))),
         *(with_a_number(kind) for kind in (int, float, complex, np.float32, Decimal, sometimes)),
     ],
@@ -796,6 +829,16 @@ def collated(collate, workers=0):
 def test_a_collate_function_that_mixes_examples_is_refused(collate, workers):
     with pytest.raises(PrivacyError, match="collate_fn: what it makes of one example depends on others"):
         list(collated(collate, workers))
+
+
+def test_columns_of_times_hide_no_column_of_the_longest():
+    def collate(items):
+        x, y = padded(items)
+        return torch.stack([x * 1e8, x * 2e8, (x > 0) / x.shape[1]], -1), y
+
+    items = [(torch.arange(1, 4 + i), torch.tensor(i % 3)) for i in range(20)]
+    with pytest.raises(PrivacyError, match="depends on others"):
+        Collate(collate, 1)(items)
 
 
 @pytest.mark.filterwarnings("ignore:collate_fn pads to the longest")  # masked at random

@@ -12,24 +12,18 @@ def real(t: Tensor) -> Tensor:
 
 
 def of_all(sizes: Tensor) -> Tensor:
-    """The median, so that one huge entry (a mask's) does not hide the others."""
+    """Their median, so that one huge entry (a mask's) does not hide the others."""
     return sizes.nanmedian()
 
 
-def but_zeros(sizes: Tensor) -> Tensor:
-    """The median of what is not 0 (padding)."""
-    return of_all(torch.where(sizes > 0, sizes, torch.nan))
-
-
 def of_columns(sizes: Tensor) -> Tensor:
-    """That of the same place in all rows, as the columns of a table have units of their own; of what is not 0."""
+    """Along dimension 0 the median of what is not 0 (padding): columns of a table have units of their own."""
     if not sizes.ndim:
         return sizes
     sizes = torch.where(sizes > 0, sizes, torch.nan)
     middle = (sizes.isfinite().sum(0, keepdim=True) - 1).clamp(min=0) // 2
-    return sizes.sort(0).values.gather(
-        0, middle
-    )  # NaN comes last; median(0) is refused where CUDA must be deterministic
+    # NaN comes last. median(0) is refused where CUDA has to be deterministic.
+    return sizes.sort(0).values.gather(0, middle)
 
 
 def differ(one: Tensor, other: Tensor, typical: Callable[[Tensor], Tensor] = of_all) -> bool:

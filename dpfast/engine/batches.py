@@ -5,13 +5,14 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpfast.clipping.trees import leaves, replace_tensors, tensors_in
 
-_ALIGNED = 64  # entries: whether the first stands at the beginning of a vector
-_SPREAD = 32  # times as much memory as entries, at most, for a copy that is laid out alike
+LARGE = 1 << 27  # bytes of memory that is not copied as it is: a whole data set, or a store of its outputs
+_ALIGNED = 64  # entries, more than a processor's vector holds: kernels treat what lies before a full vector by itself
 
 
 def mapped(batch: Any, of: Callable[[Tensor], Tensor]) -> Any:
@@ -59,7 +60,7 @@ def _parts(value: Any, sizes: tuple[int, int], *, inner: bool) -> Iterator[Any]:
 
 def _are_columns(value: Sequence[Any], sizes: tuple[int, int]) -> bool:
     """Whether each entry has rows of its own."""
-    return all(isinstance(item, Tensor) and item.ndim and len(item) in sizes for item in value)
+    return all(isinstance(item, Tensor | np.ndarray) and item.ndim and len(item) in sizes for item in value)
 
 
 def rows_dim(t: Tensor, examples: int, augmult: int) -> int | None:
@@ -74,24 +75,25 @@ def rows_at(places: Sequence[int], each: int, device: torch.device | None = None
 
 
 def copied(t: Tensor, like: Tensor | None = None) -> Tensor:
-    """``t`` in memory of its own, laid out as ``like`` (``t`` by default), of which it may be some rows: what is laid
-    out otherwise may be computed by other kernels, which round otherwise. What autograd follows is cloned.
+    """``t`` in memory of its own, laid out as ``like`` (by default ``t``), of which it may hold some rows.
+
+    The layout decides which kernels compute with it, and these differ in rounding. What autograd follows is cloned.
     """
     like = t if like is None else like
     if t.requires_grad or like.layout is not torch.strided or not t.numel():
         return t.clone()
-    extent, shared = 1, False  # from the first to behind the last entry in memory; whether some share theirs
+    extent, overlaps = 1, False  # from the first entry in memory to behind the last
     for stride, size in sorted(zip(like.stride(), like.shape, strict=True)):
         if stride and size > 1:
-            shared |= stride < extent
+            overlaps |= stride < extent
             extent += stride * (size - 1)
-    if extent > _SPREAD * like.numel():  # over a whole data set
+    if extent * t.element_size() > LARGE:
         return t.clone()
     offset = like.storage_offset() % _ALIGNED
     own = t.new_empty(offset + extent).as_strided(t.shape, like.stride(), offset)
-    once = tuple(slice(None if stride else 1) for stride in like.stride())  # of what is expanded
+    once = tuple(slice(None if stride else 1) for stride in like.stride())  # expanded entries share their memory
     own[once].copy_(t[once])
-    return t.clone() if shared and not torch.equal(own, t) else own  # windows over several examples
+    return t.clone() if overlaps and not torch.equal(own, t) else own
 
 
 def emptied(batch: Any, augmult: int, *, inner: bool = False) -> Any:

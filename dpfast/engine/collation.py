@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.clipping.rounding import but_zeros, differ, of_columns
+from dpfast.clipping.rounding import differ, of_columns
 from dpfast.clipping.trees import leaves
 from dpfast.engine.batches import Entries, parts_of, rows_at, rows_dim, tensors_of
 from dpfast.engine.exchange import exchanged_halves
@@ -66,7 +66,7 @@ class Collate:
         return less or batch
 
     def _is_apart(self, batch: Any, other: Any, examples: int, kept: list[int]) -> bool:
-        ours, theirs = (list(map(_of_torch, parts_of(one, examples, self.augmult))) for one in (batch, other))
+        ours, theirs = (list(self._parts(one, examples)) for one in (batch, other))
         if len(ours) != len(theirs):
             return False
         sizes = {*(size for t in ours if isinstance(t, Tensor) for size in t.shape)}
@@ -82,6 +82,10 @@ class Collate:
             elif not _is_same(a, b) and not (_is_one_of(a, sizes) and _is_one_of(b, other_sizes)):
                 return False
         return True
+
+    def _parts(self, batch: Any, examples: int) -> Iterator[Any]:
+        for part in parts_of(batch, examples, self.augmult):
+            yield from _without_numpy(part, lambda objects: self._parts([objects], examples))
 
     def _are_same_rows(self, a: Tensor, b: Any, examples: int, kept: list[int]) -> bool:
         dim = rows_dim(a, examples, self.augmult)
@@ -104,28 +108,48 @@ def _rows_of(batch: Any, examples: int, augmult: int) -> list[Tensor]:
 
 
 def _is_same_tree(a: Any, b: Any) -> bool:
-    ours, theirs = list(leaves(a)), list(leaves(b))
+    ours, theirs = list(_values(a)), list(_values(b))
     return len(ours) == len(theirs) and all(map(_is_same, ours, theirs))
 
 
+def _values(tree: Any) -> Iterator[Any]:
+    for leaf in leaves(tree):
+        yield from _without_numpy(leaf, _values)
+
+
 def _is_same(a: Any, b: Any) -> bool:
-    """Of what is neither tensor nor number nothing is known."""
-    a, b = _of_torch(a), _of_torch(b)
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and not differ(a, b, of_columns)
-    if isinstance(a, Number) or isinstance(b, Number):
+    """Whatever is neither tensor nor number (texts) is taken to be the same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return not differ(a, b, of_columns)
+    if isinstance(a, Number) and isinstance(b, Number):
         return bool(a == b) or (a != a and b != b)  # NaN
-    return True
+    return not isinstance(a, Tensor | Number) and not isinstance(b, Tensor | Number)
 
 
-def _of_torch(value: Any) -> Any:
-    """The tensor, or Python's number, that it is in numpy's form."""
-    if isinstance(value, np.number | np.bool_):
-        return value.item()
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
-        return value
-    wide = {"g": np.float64, "G": np.complex128}.get(value.dtype.char, value.dtype)  # which torch does not have
-    return torch.from_numpy(np.array(value, dtype=np.dtype(wide).newbyteorder("=")))
+def _without_numpy(value: Any, parts: Callable[[list[Any]], Iterator[Any]]) -> Iterator[Any]:
+    """What it holds as tensors and Python's numbers: times as whole numbers, structures field by field, objects as
+    ``parts`` gives those of a list.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        yield from _without_numpy(np.ma.getmaskarray(value), parts)
+        value = np.ma.getdata(value)
+    if not isinstance(value, np.ndarray | np.generic):
+        yield value
+    elif value.dtype.names:
+        fields: Any = value
+        for name in value.dtype.names:
+            yield from _without_numpy(fields[name], parts)
+    elif value.dtype.kind == "O":
+        yield from parts(value.tolist())
+    elif value.dtype.kind in "mM":
+        yield from _without_numpy(value.view(np.int64), parts)
+    elif value.dtype.kind not in "biufc":
+        yield value
+    elif isinstance(value, np.generic):
+        yield value.item()
+    else:
+        wide = {"g": np.float64, "G": np.complex128}.get(value.dtype.char, value.dtype)  # which torch does not have
+        yield torch.from_numpy(np.array(value, dtype=np.dtype(wide).newbyteorder("=")))
 
 
 def _is_one_of(number: Any, sizes: set[int]) -> bool:
@@ -142,9 +166,18 @@ def _same_but_for_padding(a: Tensor, b: Tensor) -> bool:
     if a.ndim != b.ndim:
         return False
     sizes = [min(pair) for pair in zip(a.shape, b.shape, strict=True)]
+    lengths = [dim for dim, pair in enumerate(zip(a.shape, b.shape, strict=True)) if pair[0] != pair[1]]
     sides = zip(narrowings(a, sizes), narrowings(b, sizes), strict=True)
     padded = zip(_paddings(a, sizes), _paddings(b, sizes), strict=True)
-    return any(not differ(*side, but_zeros) and all(both) for side, both in zip(sides, padded, strict=True))
+    return any(
+        _is_same(*(_with_rows_along(t, lengths) for t in side)) and all(both)
+        for side, both in zip(sides, padded, strict=True)
+    )
+
+
+def _with_rows_along(t: Tensor, dims: Sequence[int]) -> Tensor:
+    """Each position along ``dims`` as a row of its own: all of them have the same columns."""
+    return t.movedim(tuple(dims), tuple(range(1, 1 + len(dims)))).flatten(0, len(dims))
 
 
 def _paddings(rows: Tensor, sizes: Sequence[int]) -> Iterator[bool]:

@@ -18,8 +18,9 @@ from dpfast.errors import ConfigError, DPFastError, PrivacyError
 from dpfast.privacy import poisson_sample
 
 if dist.is_available():
-    # Its functions keep the default group of the time when it is imported, and with it gloo's threads, beyond its end:
-    # one that lets go of a tensor while Python ends aborts the process. torch.optim may import it, later than this.
+    # Default arguments of this module hold the default group that there is when it is imported. torch.optim may import
+    # it later; gloo's threads outlive the group then, and one that lets go of a tensor while Python ends aborts the
+    # process.
     import torch.distributed.nn.functional
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class Ranks:
 
     def __init__(self, rank: int, size: int, control: Any = None) -> None:
         self.rank, self.size = rank, size
-        # Weakly: a trainer that lives until Python ends must not keep the group's threads until then.
+        # Held weakly: a trainer that lives until Python ends must not keep the group's threads until then.
         self._control_of = None if control is None else ref(control)
         self._rounds = 0
         # A store may outlive a group of processes (torchrun's does): no two groups count in one place.
@@ -62,7 +63,6 @@ class Ranks:
         """One process by itself, whether or not there are others."""
         return cls(0, 1)
 
-    @property
     def _control(self) -> Any:
         """The group to speak over, as long as it lives."""
         control = None if self._control_of is None else self._control_of()
@@ -90,7 +90,7 @@ class Ranks:
             except Exception as error:
                 raised, said[1] = error, (type(error).__name__, str(error))
         value = said[0]
-        dist.broadcast_object_list(said, src=0, group=self._control)
+        dist.broadcast_object_list(said, src=0, group=self._control())
         if raised is not None:
             raise raised
         if said[1] is not None:
@@ -103,7 +103,7 @@ class Ranks:
         """Raise on every rank what any of them has to refuse, so that none waits for one that has stopped."""
         if self.size > 1:
             refused = torch.tensor([error is not None], dtype=torch.int32)
-            dist.all_reduce(refused, op=dist.ReduceOp.MAX, group=self._control)
+            dist.all_reduce(refused, op=dist.ReduceOp.MAX, group=self._control())
             if refused.item():
                 said = self.tell(None if error is None else str(error))
                 if error is None:
@@ -124,13 +124,13 @@ class Ranks:
         if self.size == 1:
             return [value]
         said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, value, group=self._control)
+        dist.all_gather_object(said, value, group=self._control())
         return said
 
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
-            dist.barrier(group=self._control)
+            dist.barrier(group=self._control())
 
     def take(self, count: int) -> Iterator[int]:
         """Numbers below ``count``, each for one rank: whoever is free takes the next.
@@ -150,6 +150,7 @@ class Ranks:
         self._rounds += 1
         if self.size == 1:
             return _Sum().add
+        self._control()
         place, store = f"dpfast/{self._life}/{self._rounds}", _store()
         return lambda n: store.add(place, n)
 
@@ -173,6 +174,7 @@ class Ranks:
         """Make them those of rank 0, in place."""
         if self.size == 1:
             return
+        self._control()
         for t in tensors:
             whole = t.detach().contiguous()
             dist.broadcast(whole, src=0)

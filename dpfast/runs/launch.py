@@ -45,7 +45,7 @@ def together() -> Iterator[Ranks]:
         try:
             yield ranks
             ranks.wait()
-        except BaseException as error:
+        except BaseException as error:  # the group stays: the end of NCCL's may wait for ranks that are stuck
             if ranks.speaks():
                 raise
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
