@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpfast.clipping.rounding import differ, of_all, of_columns
+from dpfast.clipping.rounding import but_zeros, differ, of_all, of_columns
 
 ROWS = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
 UNITS = torch.tensor([1e9, 1e5, 3e4, 1.0, 1e-3])  # of the columns of a table
@@ -11,7 +11,7 @@ NAN, INF = torch.nan, torch.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("typical", [of_all, of_columns])
+@pytest.mark.parametrize("typical", [of_all, but_zeros, of_columns])
 def test_rounding_is_no_difference(dtype, typical):
     one = (ROWS * UNITS).to(dtype)
     other = one * (1 + torch.finfo(dtype).eps / 2 * torch.sign(ROWS).to(dtype))
@@ -34,10 +34,12 @@ def test_a_huge_entry_hides_no_other():
 
 def test_zeros_say_nothing_of_the_others_rounding():
     one = torch.zeros(8, 5)
-    one[:3, 0] = torch.tensor([1e-4, 1.0, 1.0])
+    one[:2], one[0, 0] = 1.0, 1e-4
     other = one * (1 + 4e-6)
     other[0, 0] += 4e-6
     assert differ(one, other)
+    assert not differ(one, other, but_zeros)
+    one[3, 0] = other[3, 0] = one[4, 0] = other[4, 0] = 1.0
     assert not differ(one, other, of_columns)
 
 
@@ -57,7 +59,7 @@ def test_zeros_say_nothing_of_the_others_rounding():
         ([1.0, 2.0], [1.0], True),
     ],
 )
-@pytest.mark.parametrize("typical", [of_all, of_columns])
+@pytest.mark.parametrize("typical", [of_all, but_zeros, of_columns])
 def test_numbers(one, other, are_other, typical):
     assert differ(torch.tensor(one), torch.tensor(other), typical) is are_other
 

@@ -16,8 +16,15 @@ def of_all(sizes: Tensor) -> Tensor:
     return sizes.nanmedian()
 
 
+def but_zeros(sizes: Tensor) -> Tensor:
+    """The median of those that are not 0 (padding)."""
+    return of_all(torch.where(sizes > 0, sizes, torch.nan))
+
+
 def of_columns(sizes: Tensor) -> Tensor:
-    """Along dimension 0 the median of what is not 0 (padding): columns of a table have units of their own."""
+    """For each place in a row (dimension 0 is that of rows) the median of those that are not 0: columns of a table have
+    units of their own.
+    """
     if not sizes.ndim:
         return sizes
     sizes = torch.where(sizes > 0, sizes, torch.nan)

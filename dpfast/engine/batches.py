@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dpfast.clipping.trees import leaves, replace_tensors, tensors_in
 
-LARGE = 1 << 27  # bytes of memory that is not copied as it is: a whole data set, or a store of its outputs
+# A view whose entries lie further apart (in a whole data set, say) is copied without what is between them.
+_SPREAD, _SMALL = 32, 1 << 20  # times the entries' memory, and bytes
 _ALIGNED = 64  # entries, more than a processor's vector holds: kernels treat what lies before a full vector by itself
 
 
@@ -40,20 +41,24 @@ class Entries(list[Any]):
     """A list of a batch with an entry for each row or example: boxes, texts, whatever cannot be stacked."""
 
 
-def parts_of(batch: Any, examples: int, augmult: int) -> Iterator[Any]:
-    """Tensors, ``Entries`` and all else in it, in order."""
-    return _parts(batch, (examples * augmult, examples), inner=False)
+def parts_of(batch: Any, examples: int, augmult: int, *, columns: bool = True) -> Iterator[Any]:
+    """Tensors, ``Entries`` and all else in it, in order.
+
+    columns: how a list is read whose items could be entries, or have rows of their own (as many as there are items).
+    """
+    return _parts(batch, (examples * augmult, examples), columns, inner=False)
 
 
-def _parts(value: Any, sizes: tuple[int, int], *, inner: bool) -> Iterator[Any]:
+def _parts(value: Any, sizes: tuple[int, int], columns: bool, *, inner: bool) -> Iterator[Any]:
     if isinstance(value, Mapping):
         for item in value.values():
-            yield from _parts(item, sizes, inner=True)
-    elif isinstance(value, list | tuple) and inner and len(value) in sizes and not _are_columns(value, sizes):
-        yield Entries(value)
+            yield from _parts(item, sizes, columns, inner=True)
     elif isinstance(value, list | tuple):
+        if inner and len(value) in sizes and not (columns and _are_columns(value, sizes)):
+            yield Entries(value)
+            return
         for item in value:
-            yield from _parts(item, sizes, inner=True)
+            yield from _parts(item, sizes, columns, inner=True)
     else:
         yield from leaves(value)
 
@@ -87,7 +92,7 @@ def copied(t: Tensor, like: Tensor | None = None) -> Tensor:
         if stride and size > 1:
             overlaps |= stride < extent
             extent += stride * (size - 1)
-    if extent * t.element_size() > LARGE:
+    if extent > _SPREAD * like.numel() and extent * t.element_size() > _SMALL:
         return t.clone()
     offset = like.storage_offset() % _ALIGNED
     own = t.new_empty(offset + extent).as_strided(t.shape, like.stride(), offset)

@@ -2,21 +2,23 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Number
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.clipping.rounding import differ, of_columns
+from dpfast.clipping.rounding import but_zeros, differ, of_columns
 from dpfast.clipping.trees import leaves
 from dpfast.engine.batches import Entries, parts_of, rows_at, rows_dim, tensors_of
 from dpfast.engine.exchange import exchanged_halves
 from dpfast.engine.padding import UNSEEN, Padded, narrowings
 from dpfast.errors import PrivacyError
 from dpfast.seeding import RandomState
+
+_NUMBERS = bool | int | float | complex | np.bool_ | np.number | np.ndarray
 
 
 class Collate:
@@ -66,7 +68,11 @@ class Collate:
         return less or batch
 
     def _is_apart(self, batch: Any, other: Any, examples: int, kept: list[int]) -> bool:
-        ours, theirs = (list(self._parts(one, examples)) for one in (batch, other))
+        """A list that can be read in two ways may be either."""
+        return any(self._is_apart_if(columns, batch, other, examples, kept) for columns in (True, False))
+
+    def _is_apart_if(self, columns: bool, batch: Any, other: Any, examples: int, kept: list[int]) -> bool:
+        ours, theirs = (list(self._parts(one, examples, columns)) for one in (batch, other))
         if len(ours) != len(theirs):
             return False
         sizes = {*(size for t in ours if isinstance(t, Tensor) for size in t.shape)}
@@ -76,16 +82,23 @@ class Collate:
                 if not self._are_same_rows(a, b, examples, kept):
                     return False
             elif isinstance(a, Entries):
-                rows = rows_at(kept, len(a) // examples).tolist()
-                if not isinstance(b, Entries) or len(a) != len(b) or not all(_is_same_tree(a[r], b[r]) for r in rows):
+                if not isinstance(b, Entries) or not self._are_same_entries(a, b, examples, kept):
                     return False
             elif not _is_same(a, b) and not (_is_one_of(a, sizes) and _is_one_of(b, other_sizes)):
                 return False
         return True
 
-    def _parts(self, batch: Any, examples: int) -> Iterator[Any]:
-        for part in parts_of(batch, examples, self.augmult):
-            yield from _without_numpy(part, lambda objects: self._parts([objects], examples))
+    def _parts(self, batch: Any, examples: int, columns: bool) -> Iterator[Any]:
+        for part in parts_of(batch, examples, self.augmult, columns=columns):
+            yield from _without_numpy(part, lambda items: self._parts([items], examples, columns))
+
+    def _are_same_entries(self, a: Entries, b: Entries, examples: int, kept: list[int]) -> bool:
+        if len(a) != len(b):
+            return False
+        ours, theirs = _stacked(a), _stacked(b)
+        if ours is not None and theirs is not None:
+            return self._are_same_rows(ours, theirs, examples, kept)
+        return all(_is_same_tree(a[r], b[r]) for r in rows_at(kept, len(a) // examples).tolist())
 
     def _are_same_rows(self, a: Tensor, b: Any, examples: int, kept: list[int]) -> bool:
         dim = rows_dim(a, examples, self.augmult)
@@ -107,6 +120,37 @@ def _rows_of(batch: Any, examples: int, augmult: int) -> list[Tensor]:
     return [part for part in parts_of(batch, examples, augmult) if isinstance(part, Tensor)]
 
 
+def _stacked(entries: Entries) -> Tensor | None:
+    """As rows, if they are tensors, arrays or (lists of) numbers of one shape; None among these is NaN then.
+
+    Python's floats that are those of float32 are taken to be computed in it.
+    """
+    if all(isinstance(entry, Tensor) for entry in entries):
+        alike = len({(entry.shape, entry.dtype, entry.layout, entry.device) for entry in entries}) == 1
+        return torch.stack(list(entries)) if alike and entries[0].layout is torch.strided else None
+    parts = list(leaves(list(entries)))
+    if not all(part is None or isinstance(part, _NUMBERS) for part in parts) or any(map(np.ma.isMaskedArray, parts)):
+        return None
+    try:
+        rows = np.array(list(entries), dtype=np.float64 if any(part is None for part in parts) else None)
+    except (ValueError, TypeError, OverflowError):  # of several shapes, say
+        return None
+    if rows.dtype.kind not in "biufc" or (rows.dtype.kind in "fc" and any(map(_is_beyond_floats, parts))):
+        return None
+    t = _of_torch(rows)
+    if t.dtype != torch.float64 or not all(part is None or type(part) is float for part in parts):
+        return t
+    in_float32 = bool(((t == t.float()) | t.isnan()).all() and (t != t.round()).any())
+    return t.float() if in_float32 else t
+
+
+def _is_beyond_floats(number: Any) -> bool:
+    """Whether it holds whole numbers that float64 may round."""
+    if isinstance(number, np.ndarray):
+        return number.dtype.kind in "iu" and number.dtype.itemsize == 8
+    return isinstance(number, int | np.integer) and abs(int(number)) > 1 << 53
+
+
 def _is_same_tree(a: Any, b: Any) -> bool:
     ours, theirs = list(_values(a)), list(_values(b))
     return len(ours) == len(theirs) and all(map(_is_same, ours, theirs))
@@ -114,42 +158,48 @@ def _is_same_tree(a: Any, b: Any) -> bool:
 
 def _values(tree: Any) -> Iterator[Any]:
     for leaf in leaves(tree):
-        yield from _without_numpy(leaf, _values)
+        if isinstance(leaf, Mapping):
+            yield from _values(list(leaf.values()))
+        else:
+            yield from _without_numpy(leaf, _values)
 
 
 def _is_same(a: Any, b: Any) -> bool:
     """Whatever is neither tensor nor number (texts) is taken to be the same."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return not differ(a, b, of_columns)
+        return not differ(a[None], b[None], of_columns)
     if isinstance(a, Number) and isinstance(b, Number):
         return bool(a == b) or (a != a and b != b)  # NaN
     return not isinstance(a, Tensor | Number) and not isinstance(b, Tensor | Number)
 
 
-def _without_numpy(value: Any, parts: Callable[[list[Any]], Iterator[Any]]) -> Iterator[Any]:
-    """What it holds as tensors and Python's numbers: times as whole numbers, structures field by field, objects as
-    ``parts`` gives those of a list.
+def _without_numpy(value: Any, of_objects: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+    """What it holds, as tensors and Python's numbers: structured arrays field by field, times in microseconds, objects
+    as the nested lists that ``of_objects`` takes.
     """
     if isinstance(value, np.ma.MaskedArray):
-        yield from _without_numpy(np.ma.getmaskarray(value), parts)
+        yield from _without_numpy(np.ma.getmaskarray(value), of_objects)
         value = np.ma.getdata(value)
     if not isinstance(value, np.ndarray | np.generic):
         yield value
     elif value.dtype.names:
-        fields: Any = value
         for name in value.dtype.names:
-            yield from _without_numpy(fields[name], parts)
+            yield from _without_numpy(cast(Any, value)[name], of_objects)
     elif value.dtype.kind == "O":
-        yield from parts(value.tolist())
+        yield from of_objects(value.tolist())
     elif value.dtype.kind in "mM":
-        yield from _without_numpy(value.view(np.int64), parts)
+        yield from _without_numpy(value.astype(f"{value.dtype.kind}8[us]").view(np.int64), of_objects)
     elif value.dtype.kind not in "biufc":
         yield value
-    elif isinstance(value, np.generic):
-        yield value.item()
     else:
-        wide = {"g": np.float64, "G": np.complex128}.get(value.dtype.char, value.dtype)  # which torch does not have
-        yield torch.from_numpy(np.array(value, dtype=np.dtype(wide).newbyteorder("=")))
+        is_whole = isinstance(value, np.generic) and value.dtype.kind in "biu"
+        yield value.item() if is_whole else _of_torch(value)
+
+
+def _of_torch(array: Any) -> Tensor:
+    """An array of numbers."""
+    wide = {"g": np.float64, "G": np.complex128}.get(array.dtype.char, array.dtype)  # which torch does not have
+    return torch.from_numpy(np.array(array, dtype=np.dtype(wide).newbyteorder("=")))
 
 
 def _is_one_of(number: Any, sizes: set[int]) -> bool:
@@ -166,18 +216,10 @@ def _same_but_for_padding(a: Tensor, b: Tensor) -> bool:
     if a.ndim != b.ndim:
         return False
     sizes = [min(pair) for pair in zip(a.shape, b.shape, strict=True)]
-    lengths = [dim for dim, pair in enumerate(zip(a.shape, b.shape, strict=True)) if pair[0] != pair[1]]
     sides = zip(narrowings(a, sizes), narrowings(b, sizes), strict=True)
     padded = zip(_paddings(a, sizes), _paddings(b, sizes), strict=True)
-    return any(
-        _is_same(*(_with_rows_along(t, lengths) for t in side)) and all(both)
-        for side, both in zip(sides, padded, strict=True)
-    )
-
-
-def _with_rows_along(t: Tensor, dims: Sequence[int]) -> Tensor:
-    """Each position along ``dims`` as a row of its own: all of them have the same columns."""
-    return t.movedim(tuple(dims), tuple(range(1, 1 + len(dims)))).flatten(0, len(dims))
+    # What is computed in other shapes rounds otherwise: a column of rounding alone is not to be held against itself.
+    return any(not differ(*side, but_zeros) and all(both) for side, both in zip(sides, padded, strict=True))
 
 
 def _paddings(rows: Tensor, sizes: Sequence[int]) -> Iterator[bool]:

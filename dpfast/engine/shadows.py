@@ -16,9 +16,11 @@ from torch import Tensor
 
 from dpfast.clipping.functions import INDEXED
 from dpfast.clipping.trees import TensorMap, function_name, replace_tensors, tensors_in
-from dpfast.engine.batches import LARGE, copied, rows_at
+from dpfast.engine.batches import copied, rows_at
 from dpfast.engine.readings import Readings, read, takes_numbers, takes_sizes, with_numbers
 from dpfast.seeding import RandomState
+
+_LARGE = 1 << 27  # bytes of a tensor that is not copied into every world, a store of a whole data set's outputs, say
 
 
 class Shadows(TensorMap):
@@ -47,7 +49,7 @@ class Memories(Shadows):
         """From now on the memory of ``t`` has a shadow."""
         if t.layout is torch.strided and self.shadow_of(t) is None:
             storage: Any = t.untyped_storage()
-            if storage.nbytes() > LARGE:
+            if storage.nbytes() > _LARGE:
                 raise Unseen(f"a tensor of {storage.nbytes() >> 20} MiB is written to, too large for copies of it")
             self[storage] = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage).clone()
 
