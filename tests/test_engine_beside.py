@@ -776,6 +776,16 @@ def with_a_number(kind):
     return collate
 
 
+def of_each(row):
+    """In a list with a row for each example."""
+
+    def collate(items):
+        total = sum(int(x[0]) for x, _ in items)
+        return [row(total) for _ in items], torch.stack([y for _, y in items])
+
+    return collate
+
+
 def sometimes(total):
     return [None if total >> bit & 1 else 1.0 for bit in range(8)]
 
@@ -855,6 +865,9 @@ def collated(collate, workers=0):
         *(standardising, mixing_up, turned, beside_times, alone_beside_times),
         *map(in_numpy, (np.array, as_objects, as_structures, as_structure, as_times, as_durations, as_a_mask)),
         *(counted_from(start) for start in (18 * 10**8, 18 * 10**17, torch.tensor(1.8e9, dtype=torch.float64))),
+        of_each(lambda total: [0.1, 10**15 + total]),
+        of_each(lambda total: [None, 2**52 + total]),
+        of_each(lambda total: [0.5, 1e6 + total]),
         *(with_a_number(kind) for kind in (int, float, complex, np.float32, Decimal, sometimes)),
     ],
     ids=lambda f: f.__name__,

@@ -18,6 +18,7 @@ from dpfast.engine.padding import UNSEEN, Padded, narrowings
 from dpfast.errors import PrivacyError
 from dpfast.seeding import RandomState
 
+_COUNTS = 1000  # a whole number beyond is no result of a computation in float32 but by chance
 _NUMBERS = bool | int | float | complex | np.bool_ | np.number | np.ndarray
 
 
@@ -121,9 +122,9 @@ def _rows_of(batch: Any, examples: int, augmult: int) -> list[Tensor]:
 
 
 def _stacked(entries: Entries) -> Tensor | None:
-    """As rows, if they are tensors, arrays or (lists of) numbers of one shape; None among these is NaN then.
+    """As rows, if they are tensors, arrays or (lists of) numbers of one shape; None among floats is NaN then.
 
-    Python's floats that are those of float32 are taken to be computed in it.
+    Python's floats that are those of float32, and no counts, are taken to be computed in it.
     """
     if all(isinstance(entry, Tensor) for entry in entries):
         alike = len({(entry.shape, entry.dtype, entry.layout, entry.device) for entry in entries}) == 1
@@ -135,20 +136,18 @@ def _stacked(entries: Entries) -> Tensor | None:
         rows = np.array(list(entries), dtype=np.float64 if any(part is None for part in parts) else None)
     except (ValueError, TypeError, OverflowError):  # of several shapes, say
         return None
-    if rows.dtype.kind not in "biufc" or (rows.dtype.kind in "fc" and any(map(_is_beyond_floats, parts))):
+    if rows.dtype.kind not in "biufc" or (rows.dtype.kind in "fc" and any(map(_is_whole, parts))):
         return None
     t = _of_torch(rows)
     if t.dtype != torch.float64 or not all(part is None or type(part) is float for part in parts):
         return t
-    in_float32 = bool(((t == t.float()) | t.isnan()).all() and (t != t.round()).any())
-    return t.float() if in_float32 else t
+    counts = (t == t.round()) & (t.abs() > _COUNTS)
+    return t.float() if ((t == t.float()) | t.isnan()).all() and not counts.any() else t
 
 
-def _is_beyond_floats(number: Any) -> bool:
-    """Whether it holds whole numbers that float64 may round."""
-    if isinstance(number, np.ndarray):
-        return number.dtype.kind in "iu" and number.dtype.itemsize == 8
-    return isinstance(number, int | np.integer) and abs(int(number)) > 1 << 53
+def _is_whole(number: Any) -> bool:
+    """Whether it is to be the same to the last digit."""
+    return number is not None and np.asarray(number).dtype.kind not in "fc"
 
 
 def _is_same_tree(a: Any, b: Any) -> bool:
