@@ -5,7 +5,6 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,31 +40,27 @@ class Entries(list[Any]):
     """A list of a batch with an entry for each row or example: boxes, texts, whatever cannot be stacked."""
 
 
-def parts_of(batch: Any, examples: int, augmult: int, *, columns: bool = True) -> Iterator[Any]:
-    """Tensors, ``Entries`` and all else in it, in order.
-
-    columns: how a list is read whose items could be entries, or have rows of their own (as many as there are items).
-    """
-    return _parts(batch, (examples * augmult, examples), columns, inner=False)
+def parts_of(batch: Any, examples: int, augmult: int) -> Iterator[Any]:
+    """Tensors, ``Entries`` and all else in it, in order."""
+    return _parts(batch, (examples * augmult, examples), inner=False)
 
 
-def _parts(value: Any, sizes: tuple[int, int], columns: bool, *, inner: bool) -> Iterator[Any]:
+def _parts(value: Any, sizes: tuple[int, int], *, inner: bool) -> Iterator[Any]:
     if isinstance(value, Mapping):
         for item in value.values():
-            yield from _parts(item, sizes, columns, inner=True)
+            yield from _parts(item, sizes, inner=True)
+    elif isinstance(value, list | tuple) and inner and len(value) in sizes and not _are_columns(value, sizes):
+        yield Entries(value)
     elif isinstance(value, list | tuple):
-        if inner and len(value) in sizes and not (columns and _are_columns(value, sizes)):
-            yield Entries(value)
-            return
         for item in value:
-            yield from _parts(item, sizes, columns, inner=True)
+            yield from _parts(item, sizes, inner=True)
     else:
         yield from leaves(value)
 
 
 def _are_columns(value: Sequence[Any], sizes: tuple[int, int]) -> bool:
     """Whether each entry has rows of its own."""
-    return all(isinstance(item, Tensor | np.ndarray) and item.ndim and len(item) in sizes for item in value)
+    return all(isinstance(item, Tensor) and item.ndim and len(item) in sizes for item in value)
 
 
 def rows_dim(t: Tensor, examples: int, augmult: int) -> int | None:

@@ -18,7 +18,6 @@ from dpfast.engine.padding import UNSEEN, Padded, narrowings
 from dpfast.errors import PrivacyError
 from dpfast.seeding import RandomState
 
-_COUNTS = 1000  # a whole number beyond is no result of a computation in float32 but by chance
 _NUMBERS = bool | int | float | complex | np.bool_ | np.number | np.ndarray
 
 
@@ -69,11 +68,7 @@ class Collate:
         return less or batch
 
     def _is_apart(self, batch: Any, other: Any, examples: int, kept: list[int]) -> bool:
-        """A list that can be read in two ways may be either."""
-        return any(self._is_apart_if(columns, batch, other, examples, kept) for columns in (True, False))
-
-    def _is_apart_if(self, columns: bool, batch: Any, other: Any, examples: int, kept: list[int]) -> bool:
-        ours, theirs = (list(self._parts(one, examples, columns)) for one in (batch, other))
+        ours, theirs = (list(self._parts(one, examples)) for one in (batch, other))
         if len(ours) != len(theirs):
             return False
         sizes = {*(size for t in ours if isinstance(t, Tensor) for size in t.shape)}
@@ -85,21 +80,22 @@ class Collate:
             elif isinstance(a, Entries):
                 if not isinstance(b, Entries) or not self._are_same_entries(a, b, examples, kept):
                     return False
-            elif not _is_same(a, b) and not (_is_one_of(a, sizes) and _is_one_of(b, other_sizes)):
+            elif not _is_same(*_as_rows(a, b)) and not (_is_one_of(a, sizes) and _is_one_of(b, other_sizes)):
                 return False
         return True
 
-    def _parts(self, batch: Any, examples: int, columns: bool) -> Iterator[Any]:
-        for part in parts_of(batch, examples, self.augmult, columns=columns):
-            yield from _without_numpy(part, lambda items: self._parts([items], examples, columns))
+    def _parts(self, batch: Any, examples: int) -> Iterator[Any]:
+        for part in parts_of(batch, examples, self.augmult):
+            yield from _without_numpy(part, lambda items: self._parts([items], examples))
 
     def _are_same_entries(self, a: Entries, b: Entries, examples: int, kept: list[int]) -> bool:
         if len(a) != len(b):
             return False
+        rows = rows_at(kept, len(a) // examples)
         ours, theirs = _stacked(a), _stacked(b)
-        if ours is not None and theirs is not None:
-            return self._are_same_rows(ours, theirs, examples, kept)
-        return all(_is_same_tree(a[r], b[r]) for r in rows_at(kept, len(a) // examples).tolist())
+        if ours is not None and theirs is not None and (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype):
+            return not differ(ours[rows], theirs[rows], of_columns)
+        return all(_is_same_tree(a[r], b[r]) for r in rows.tolist())
 
     def _are_same_rows(self, a: Tensor, b: Any, examples: int, kept: list[int]) -> bool:
         dim = rows_dim(a, examples, self.augmult)
@@ -122,32 +118,25 @@ def _rows_of(batch: Any, examples: int, augmult: int) -> list[Tensor]:
 
 
 def _stacked(entries: Entries) -> Tensor | None:
-    """As rows, if they are tensors, arrays or (lists of) numbers of one shape; None among floats is NaN then.
-
-    Python's floats that are those of float32, and no counts, are taken to be computed in it.
-    """
+    """As rows, if they are tensors of one kind, or arrays or (lists of) numbers of one shape."""
     if all(isinstance(entry, Tensor) for entry in entries):
         alike = len({(entry.shape, entry.dtype, entry.layout, entry.device) for entry in entries}) == 1
         return torch.stack(list(entries)) if alike and entries[0].layout is torch.strided else None
     parts = list(leaves(list(entries)))
-    if not all(part is None or isinstance(part, _NUMBERS) for part in parts) or any(map(np.ma.isMaskedArray, parts)):
+    if not all(isinstance(part, _NUMBERS) for part in parts) or any(map(np.ma.isMaskedArray, parts)):
         return None
     try:
-        rows = np.array(list(entries), dtype=np.float64 if any(part is None for part in parts) else None)
+        rows = np.array(list(entries))
     except (ValueError, TypeError, OverflowError):  # of several shapes, say
         return None
     if rows.dtype.kind not in "biufc" or (rows.dtype.kind in "fc" and any(map(_is_whole, parts))):
         return None
-    t = _of_torch(rows)
-    if t.dtype != torch.float64 or not all(part is None or type(part) is float for part in parts):
-        return t
-    counts = (t == t.round()) & (t.abs() > _COUNTS)
-    return t.float() if ((t == t.float()) | t.isnan()).all() and not counts.any() else t
+    return _of_torch(rows)
 
 
 def _is_whole(number: Any) -> bool:
     """Whether it is to be the same to the last digit."""
-    return number is not None and np.asarray(number).dtype.kind not in "fc"
+    return np.asarray(number).dtype.kind not in "fc"
 
 
 def _is_same_tree(a: Any, b: Any) -> bool:
@@ -163,10 +152,15 @@ def _values(tree: Any) -> Iterator[Any]:
             yield from _without_numpy(leaf, _values)
 
 
+def _as_rows(*values: Any) -> Iterator[Any]:
+    """Tensors as a row each, so that each entry has a column of its own."""
+    return (value[None] if isinstance(value, Tensor) and value.layout is torch.strided else value for value in values)
+
+
 def _is_same(a: Any, b: Any) -> bool:
     """Whatever is neither tensor nor number (texts) is taken to be the same."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return not differ(a[None], b[None], of_columns)
+        return not differ(a, b, of_columns)
     if isinstance(a, Number) and isinstance(b, Number):
         return bool(a == b) or (a != a and b != b)  # NaN
     return not isinstance(a, Tensor | Number) and not isinstance(b, Tensor | Number)
