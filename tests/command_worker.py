@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 
 
+def threads() -> list[str]:
+    """The names of this process's threads."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
 def note(folder: str) -> None:
-    """The names of this process's threads, a line each."""
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    Path(folder, f"threads-{os.environ['RANK']}").write_text("".join(names))
+    """Them, a line each."""
+    Path(folder, f"threads-{os.environ['RANK']}").write_text("\n".join(threads()))
 
 
 if __name__ == "__main__":

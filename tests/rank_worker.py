@@ -18,6 +18,7 @@ import dpfast.engine.loader
 import dpfast.optimizer
 import dpfast.ranks.sums
 import dpfast.trainer
+from command_worker import threads
 from dpfast import DPOptimizer, DPTrainer, GhostClipper, Performance, Plan, PrivacyEngine
 from dpfast.callbacks import Callback
 from dpfast.clipping.trees import tensors_in
@@ -449,10 +450,6 @@ def lasting(_: Path) -> dict[str, Any]:
     before, ranks = threads(), Ranks.current()
     dist.destroy_process_group()
     return {"before": before, "after": threads(), "said": said(ranks.wait)}
-
-
-def threads() -> list[str]:
-    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 
 def said(act: Callable[[], Any]) -> str:
